@@ -1,0 +1,88 @@
+# Needs make and Python 3.11 or newer; everything else is installed into .venv, once.
+# `make help` lists the commands.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BENCH_INSTALLED := $(VENV)/.installed-bench
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+EPOCHS := 15
+
+.PHONY: help
+help: ## List the commands
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name text; do \
+		printf 'make %-7s %s\n' "$$name" "$$text"; done
+
+.PHONY: demo
+demo: $(INSTALLED) ## Train a classifier on two processes and draw what it learnt
+	@$(BIN)/python docs/examples/digits.py \
+		--strategy ddp --devices 2 --accelerator cpu --epochs $(EPOCHS) --out build/demo
+
+.PHONY: test
+test: lint ## Run every check: lint, types, import rules, tests, documentation
+	$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: $(INSTALLED) ## Check style, formatting, types and import rules
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: docs
+docs: $(INSTALLED) ## Run every code block of the documentation and check its links
+	$(BIN)/python -m pytest tests/docs
+
+.PHONY: bench
+bench: $(BENCH_INSTALLED) ## Compare speed with plain PyTorch and with the peers
+	@shopt -s nullglob; scripts=(tests/benchmarks/bench_*.py); \
+	if [ $${#scripts[@]} -eq 0 ]; then \
+		echo "make bench: found no tests/benchmarks/bench_*.py to run; write one." >&2; exit 1; \
+	fi; \
+	for script in "$${scripts[@]}"; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+.PHONY: clean
+clean: ## Remove the virtual environment, the caches and what the demo wrote
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache \
+		.pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The first Python on the path that really runs and is new enough; `make PYTHON=...` names another.
+$(BIN)/python:
+	@found=; \
+	for candidate in $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python); do \
+		if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			found=$$candidate; break; \
+		fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+		echo "make: found no Python 3.11 or newer among:" \
+			"$(or $(PYTHON),python3.11 python3.12 python3.13 python3 python)." \
+			"Install one, or name it: make PYTHON=/path/to/python3.11 ..." >&2; \
+		exit 1; \
+	fi; \
+	echo "Making the virtual environment $(VENV) with $$("$$found" --version)."; \
+	"$$found" -m venv $(VENV) || { \
+		rm -rf $(VENV); \
+		echo "make: $$found cannot make a virtual environment (its message is above)." \
+			"On Debian and Ubuntu: apt-get install python3-venv" >&2; \
+		exit 1; \
+	}
+
+# The stamps say: installed since pyproject.toml and constraints.txt last changed. The pinned
+# setuptools builds the project, so that a build downloads nothing of its own.
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing the pinned dependencies into $(VENV)."
+	@$(PIP_INSTALL) setuptools wheel
+	@$(PIP_INSTALL) --no-build-isolation -e '.[dev,test,examples]'
+	@touch $@
+
+$(BENCH_INSTALLED): $(INSTALLED)
+	@echo "Installing the peers to compare with into $(VENV)."
+	@$(PIP_INSTALL) --no-build-isolation -e '.[bench]'
+	@touch $@
