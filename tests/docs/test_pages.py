@@ -29,9 +29,7 @@ SHOWN_LANGUAGES = ("text", "mermaid", "toml", "yaml", "json", "makefile")
 NOT_RUN = re.compile(r"<!--\s*not-run:?(?P<reason>.*?)-->", re.DOTALL)
 OUTPUT_FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
-each_page = pytest.mark.parametrize(
-    "page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES]
-)
+each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 
 
 class Block(NamedTuple):
@@ -52,8 +50,7 @@ def read_blocks(text: str, page: str) -> Iterator[Block]:
         mark = NOT_RUN.search(before.content) if before and before.type == "html_block" else None
         if mark and not mark["reason"].strip():
             raise ValueError(
-                f"{where}: a block that is not run has no reason; write one: "
-                "<!-- not-run: starts two processes -->"
+                f"{where}: a block that is not run has no reason; write one: <!-- not-run: starts two processes -->"
             )
         language = token.info.strip()
         if language not in (*RUN_LANGUAGES, *SHOWN_LANGUAGES):
@@ -109,11 +106,7 @@ def read_links(text: str) -> Iterator[str]:
 def read_anchors(text: str) -> set[str]:
     """Return the anchors of a page's headings, made the way that GitHub makes them."""
     tokens = MarkdownIt().parse(text)
-    headings = [
-        inline.content
-        for opening, inline in itertools.pairwise(tokens)
-        if opening.type == "heading_open"
-    ]
+    headings = [inline.content for opening, inline in itertools.pairwise(tokens) if opening.type == "heading_open"]
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -121,6 +114,8 @@ def read_anchors(text: str) -> set[str]:
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every code block of a page runs, in order, in the page's own namespace."""
     monkeypatch.chdir(tmp_path)
+    # What a page registers in this process ends with the page.
+    monkeypatch.setattr("fabric_core.registry._registrations", {})
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in read_blocks(page.read_text(encoding="utf-8"), str(page)):
         if block.language == "python":
@@ -150,7 +145,7 @@ def test_every_page_is_reachable_from_the_readme() -> None:
     waiting = [ROOT / "README.md"]
     while waiting:
         page = waiting.pop()
-        if page in reached or page.suffix != ".md":
+        if page in reached or page not in PAGES:
             continue
         reached.add(page)
         links = read_links(page.read_text(encoding="utf-8"))
