@@ -1,0 +1,74 @@
+"""The contracts: what a plugin of each kind is, as a base class and as a pluggy hook specification at once."""
+
+from fabric_core.contracts._spec import (
+    API_VERSION,
+    API_WINDOW,
+    Plugin,
+    PluginOptions,
+    Preset,
+    behaviour,
+    event,
+    hookimpl,
+)
+from fabric_core.contracts.accelerator import Accelerator, DeviceSpec, parse_device_indices
+from fabric_core.contracts.capabilities import (
+    AcceleratorCapabilities,
+    CheckpointCapabilities,
+    LauncherCapabilities,
+    PrecisionCapabilities,
+    StrategyCapabilities,
+    WrapperCapabilities,
+)
+from fabric_core.contracts.checkpoint import Checkpoint
+from fabric_core.contracts.launcher import Launcher, LaunchOrder
+from fabric_core.contracts.lifecycle import LifeCycle
+from fabric_core.contracts.logger import Logger
+from fabric_core.contracts.precision import (
+    Precision,
+    PrecisionPolicy,
+    convert_tensors,
+    map_tensors,
+)
+from fabric_core.contracts.strategy import Strategy, replace_parameters
+from fabric_core.contracts.world import Ranks, World
+from fabric_core.contracts.wrapper import Wrapper
+
+__all__ = [
+    "API_VERSION",
+    "API_WINDOW",
+    "CONTRACTS",
+    "Accelerator",
+    "AcceleratorCapabilities",
+    "Checkpoint",
+    "CheckpointCapabilities",
+    "DeviceSpec",
+    "LaunchOrder",
+    "Launcher",
+    "LauncherCapabilities",
+    "LifeCycle",
+    "Logger",
+    "Plugin",
+    "PluginOptions",
+    "Precision",
+    "PrecisionCapabilities",
+    "PrecisionPolicy",
+    "Preset",
+    "Ranks",
+    "Strategy",
+    "StrategyCapabilities",
+    "World",
+    "Wrapper",
+    "WrapperCapabilities",
+    "behaviour",
+    "convert_tensors",
+    "event",
+    "hookimpl",
+    "map_tensors",
+    "parse_device_indices",
+    "replace_parameters",
+]
+
+CONTRACTS: dict[str, type[Plugin]] = {
+    contract.kind: contract for contract in (Accelerator, Strategy, Precision, Wrapper, Launcher, Checkpoint, Logger)
+}
+"""The contract of each kind."""

@@ -1,0 +1,129 @@
+"""The markers that make a contract a hook specification, and the base class of every plugin.
+
+[Note: no default values] pluggy matches arguments by name and leaves out those that have a default value. So a
+behaviour has none: the façade fills in what its caller left out, and every owner and extension sees every argument.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, Self
+
+import pluggy
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fabric_core.errors import OptionError
+
+PROJECT: Final = "fabric"
+"""The name under which pluggy knows the project."""
+
+API_VERSION: Final = 1
+"""The version of the contracts that this core offers; it grows when a contract changes incompatibly."""
+
+API_WINDOW: Final = range(1, 2)
+"""The versions of the contracts that this core accepts plugins for."""
+
+_specification = pluggy.HookspecMarker(PROJECT)
+
+behaviour = _specification(firstresult=True)
+"""Marks a method of a contract: it has one owner, whose result is the result."""
+
+event = _specification
+"""Marks a life-cycle hook: it has any number of listeners."""
+
+hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a method of an extension that listens to a life-cycle hook."""
+
+
+class PluginOptions(BaseModel):
+    """The options of a plugin: a pydantic model that refuses what it doesn't know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class Plugin:
+    """What plugins of every kind share: options, and the version of the contracts that they were written for.
+
+    A plugin is made by the core, as ``Plugin(options)`` with an instance of its own ``Options``, or by a user, with the
+    options as keyword arguments: ``DDPStrategy(static_graph=True)``.
+
+    Raises:
+        OptionError: An option is unknown, or has a value of the wrong type.
+    """
+
+    kind: ClassVar[str]
+    """Which of the kinds this is; set by the contract."""
+
+    Options: ClassVar[type[PluginOptions]] = PluginOptions
+    """The model of the options."""
+
+    api_version: ClassVar[int] = API_VERSION
+    """The version of the contracts that the plugin was written for."""
+
+    def __init__(self, options: PluginOptions | None = None, /, **given: Any) -> None:
+        self.options = type(self).parse_options(given) if options is None else options
+
+    @classmethod
+    def parse_options(cls, given: Mapping[str, Any]) -> PluginOptions:
+        """Validate options.
+
+        Args:
+            given: Option names and their values, as text or as the values themselves.
+
+        Raises:
+            OptionError: An option is unknown, or has a value of the wrong type.
+        """
+        try:
+            return cls.Options.model_validate(dict(given))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = ".".join(str(part) for part in first["loc"]) or "options"
+            known = sorted(cls.Options.model_fields)
+            unknown = first["type"] == "extra_forbidden"
+            raise OptionError(
+                f"{cls.__name__} has no option {name!r}"
+                if unknown
+                else f"option {name!r} of {cls.__name__} can't take this value: {first['msg']}",
+                where=f"options of the {cls.kind} {cls.__name__}",
+                got=repr(first["input"]),
+                instead=f"the options are: {', '.join(known) or 'none'}"
+                if unknown
+                else f"a value for {_field_type(cls.Options, name)}",
+                option=name,
+                known=known,
+            ) from error
+
+    def __repr__(self) -> str:
+        """Show the plugin as the call that makes it, with the options that differ from their defaults."""
+        given = ", ".join(
+            f"{name}={getattr(self.options, name)!r}"
+            for name, info in type(self.options).model_fields.items()
+            if getattr(self.options, name) != info.get_default(call_default_factory=True)
+        )
+        return f"{type(self).__name__}({given})"
+
+
+def _field_type(model: type[BaseModel], name: str) -> str:
+    info = model.model_fields.get(name.split(".", maxsplit=1)[0])
+    if info is None:
+        return "that option"
+    annotation = info.annotation
+    shown = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return f"`{name}: {shown.replace('typing.', '')}`"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A plugin with some options already given: what an alias's entry point names.
+
+    Args:
+        plugin: The plugin class.
+        options: The options that the alias sets; a user's own options win over them.
+    """
+
+    plugin: type[Plugin]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plugin: type[Plugin], **options: Any) -> Self:
+        """Make a preset from keyword arguments."""
+        return cls(plugin, options)

@@ -1,0 +1,93 @@
+"""What a plugin declares of itself: data for the plan, checked by the conformance kit in both directions."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "AcceleratorCapabilities",
+    "CheckpointCapabilities",
+    "LauncherCapabilities",
+    "PrecisionCapabilities",
+    "StrategyCapabilities",
+    "WrapperCapabilities",
+]
+
+
+class _Capabilities(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    priority: int = Field(default=0)
+    """Among the plugins that fit, ``"auto"`` takes the one with the highest priority; below zero it takes none."""
+
+
+class AcceleratorCapabilities(_Capabilities):
+    """What an accelerator declares."""
+
+    start_methods: frozenset[str] = frozenset({"spawn", "forkserver", "fork"})
+    """The ways of starting a process that leave the device usable in it once the parent has used the device."""
+
+
+class StrategyCapabilities(_Capabilities):
+    """What a strategy declares."""
+
+    device_types: frozenset[str] | None = None
+    """The device types that it runs on; ``None`` is every type."""
+    min_world_size: int = 1
+    """The smallest number of processes."""
+    max_world_size: int | None = None
+    """The largest number of processes; ``None`` is no limit."""
+    distributed: bool = False
+    """It has a process group: several processes train together."""
+    sharded: bool = False
+    """After ``setup_module`` the parameters of a rank are shards."""
+    wraps_forward: bool = False
+    """What runs the model must pass through the module that ``setup_module`` returns, all methods of it."""
+    carries_policy: bool = False
+    """It carries out the precision's compute, reduce and output types itself, so nobody casts inputs or autocasts."""
+    places_module: bool = False
+    """It moves the parameters to the device itself, as it shards them; they may come on the meta device."""
+    loss_scaling: bool = True
+    """It works with a precision that scales the loss."""
+    no_backward_sync: bool = False
+    """``no_backward_sync`` leaves gradients apart; without it, accumulation synchronises every time."""
+    unused_parameters: bool = True
+    """A parameter that a forward pass doesn't use is no error."""
+    multiple_models: bool = True
+    """Several models can be set up."""
+    multiple_optimizers: bool = True
+    """One model can have several optimizers."""
+    joint_setup: bool = False
+    """A model and its optimizers must be set up in one call."""
+
+
+class PrecisionCapabilities(_Capabilities):
+    """What a precision declares, apart from its policy."""
+
+    device_types: frozenset[str] | None = None
+    """The device types that it runs on; ``None`` is every type whose accelerator supports the policy's types."""
+
+
+class WrapperCapabilities(_Capabilities):
+    """What a wrapper declares."""
+
+    stage: str = Field(default="before_strategy", pattern="^(before|after)_strategy$")
+    """Whether the module is transformed before the strategy wraps or shards it, or after."""
+    before: frozenset[str] = frozenset()
+    """The names of wrappers that must come later."""
+    after: frozenset[str] = frozenset()
+    """The names of wrappers that must come earlier."""
+    strategies_sharded: bool = True
+    """It works with a strategy that shards."""
+
+
+class LauncherCapabilities(_Capabilities):
+    """What a launcher declares."""
+
+    multi_node: bool = False
+    """It starts, or joins, processes on several nodes."""
+
+
+class CheckpointCapabilities(_Capabilities):
+    """What a checkpoint format declares."""
+
+    sharded: bool = False
+    """Every rank writes and reads its own part; otherwise rank 0 writes the full state."""

@@ -1,0 +1,51 @@
+"""The contract of a checkpoint format: writes and reads a state tree."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fabric_core.contracts._spec import Plugin, behaviour
+from fabric_core.contracts.capabilities import CheckpointCapabilities
+
+__all__ = ["Checkpoint"]
+
+
+class Checkpoint(Plugin, ABC):
+    """Writes and reads a state tree: nested dicts of tensors and plain values.
+
+    A checkpoint is there whole or not at all. Reading one runs no code.
+    """
+
+    kind = "checkpoint"
+
+    capabilities: ClassVar[CheckpointCapabilities] = CheckpointCapabilities()
+    """What the format declares."""
+
+    @behaviour
+    @abstractmethod
+    def recognises(self, path: Path) -> bool:
+        """Say whether what lies at the path looks like this format. Never raises, reads little."""
+
+    @behaviour
+    @abstractmethod
+    def write(self, path: Path, tree: Mapping[str, Any]) -> None:
+        """Write a state tree; on rank 0 alone, or on every rank at once where ``sharded`` is declared.
+
+        Raises:
+            CheckpointError: It can't be written; what lay at the path before is still there.
+        """
+
+    @behaviour
+    @abstractmethod
+    def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Read a state tree; on every rank.
+
+        Args:
+            path: Where it lies.
+            into: The tree to fill where ``sharded`` is declared: its tensors say which parts this rank needs.
+                ``None`` reads everything, whole.
+
+        Raises:
+            CheckpointError: There is nothing, or it is damaged, or it needs code to be read.
+        """

@@ -1,0 +1,33 @@
+"""The contract of a logger: takes metrics."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from fabric_core.contracts._spec import Plugin, behaviour
+
+__all__ = ["Logger"]
+
+
+class Logger(Plugin, ABC):
+    """Takes metrics. The core calls it on rank 0 alone."""
+
+    kind = "logger"
+
+    @behaviour
+    @abstractmethod
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None) -> None:
+        """Take metrics.
+
+        Args:
+            metrics: Numbers under their names.
+            step: The step that they belong to; ``None`` lets the logger count.
+        """
+
+    @behaviour
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+        """Take the settings of the run."""
+
+    @behaviour
+    def finalize(self, status: str) -> None:
+        """Write out what is held and close; the status is ``"success"`` or ``"failed"``. May be called again."""

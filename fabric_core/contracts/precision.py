@@ -1,0 +1,144 @@
+"""The contract of a precision: the number types of training."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fabric_core.contracts._spec import Plugin, behaviour
+from fabric_core.contracts.capabilities import PrecisionCapabilities
+
+__all__ = ["Precision", "PrecisionPolicy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionPolicy:
+    """What a precision asks for, as data that any strategy can carry out.
+
+    Args:
+        param_dtype: The type that parameters are kept in; ``None`` leaves them as they are.
+        compute_dtype: The type of the matrix work of forward and backward; ``None`` leaves it to the operators.
+        reduce_dtype: The type in which gradients are reduced over the ranks; ``None`` is the gradients' own.
+        input_dtype: The type that floating-point inputs of ``forward`` are converted to; ``None`` leaves them.
+        output_dtype: The type that floating-point outputs of ``forward`` are converted to; ``None`` leaves them.
+        autocast: ``forward_context`` does nothing but autocast to ``compute_dtype``, so a strategy that carries compute
+            types itself may take its place.
+        loss_scaling: The loss is scaled, and gradients must be unscaled before they are looked at.
+    """
+
+    param_dtype: torch.dtype | None = None
+    compute_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    input_dtype: torch.dtype | None = None
+    output_dtype: torch.dtype | None = None
+    autocast: bool = False
+    loss_scaling: bool = False
+
+
+class Precision(Plugin, ABC):
+    """The number types of training: a policy that any strategy can carry out, and the acts where none does.
+
+    A strategy never asks which class a precision is, nor the other way round.
+    """
+
+    kind = "precision"
+
+    capabilities: ClassVar[PrecisionCapabilities] = PrecisionCapabilities()
+    """What the precision declares, apart from its policy."""
+
+    @property
+    @abstractmethod
+    def policy(self) -> PrecisionPolicy:
+        """What the precision asks for. The same for the life of the object."""
+
+    @behaviour
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Convert a module's parameters and buffers, in place where possible, before it is moved or sharded."""
+        dtype = self.policy.param_dtype
+        return module if dtype is None else module.to(dtype)
+
+    @behaviour
+    def convert_input(self, data: Any) -> Any:
+        """Convert the floating-point tensors in the inputs of ``forward``.
+
+        Args:
+            data: The positional and the keyword arguments, as ``(args, kwargs)``, or one nested value.
+
+        Returns:
+            The same structure; the very same object where nothing in it had to change.
+        """
+        return convert_tensors(data, self.policy.input_dtype)
+
+    @behaviour
+    def convert_output(self, data: Any) -> Any:
+        """Convert the floating-point tensors in what ``forward`` returned; unchanged, it is the very same object."""
+        return convert_tensors(data, self.policy.output_dtype)
+
+    @behaviour
+    def forward_context(self, device_type: str) -> AbstractContextManager[Any] | None:
+        """Give a new context for one run of ``forward``; ``None`` where none is needed, always or never."""
+        return None
+
+    @behaviour
+    def init_context(self) -> AbstractContextManager[Any] | None:
+        """Give a new context for making parameters and tensors in the policy's type; ``None`` where none is needed."""
+        return None
+
+    @behaviour
+    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """Scale a loss before ``backward``."""
+        return loss
+
+    @behaviour
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """Bring the gradients of an optimizer's parameters to their true size; a second call in a step is harmless."""
+
+    @behaviour
+    def optimizer_step(self, optimizer: Optimizer, step: Callable[[], Any]) -> Any:
+        """Decide whether and how an optimizer steps.
+
+        Args:
+            optimizer: The optimizer whose step this is; the user's own object.
+            step: Performs the strategy's step, closure included.
+
+        Returns:
+            What ``step`` returned, or ``None`` where the step was skipped.
+        """
+        return step()
+
+    @behaviour
+    def state_dict(self) -> dict[str, Any]:
+        """Give what must be saved to continue, such as the loss scale."""
+        return {}
+
+    @behaviour
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+
+
+def convert_tensors(data: Any, dtype: torch.dtype | None) -> Any:
+    """Convert the floating-point tensors of a nested value; the very same object comes back where nothing changes.
+
+    Integers, booleans and complex numbers are left alone.
+    """
+    if dtype is None:
+        return data
+    return map_tensors(data, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
+def map_tensors(data: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """Apply a function to every tensor of a nested value.
+
+    Goes into dicts, lists, tuples, named tuples, dataclasses (frozen ones too) and containers registered with
+    ``torch.utils._pytree``. What holds no tensor, or whose tensors all come back unchanged, is the very same object.
+    """
+    if isinstance(data, torch.Tensor):
+        return function(data)
+    from fabric_core.contracts._tree import map_tree
+
+    return map_tree(data, function)

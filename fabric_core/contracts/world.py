@@ -1,0 +1,62 @@
+"""Who this process is while it runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch.distributed import Store
+
+__all__ = ["Ranks", "World"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process's place among the others, and how to meet them.
+
+    Args:
+        global_rank: This process among all, from 0.
+        local_rank: This process among those of its node, from 0.
+        node_rank: This node among all, from 0.
+        world_size: The number of processes.
+        local_world_size: The number of processes on this node.
+        main_address: Where the store listens: a host name or an address.
+        main_port: Where the store listens: a TCP port.
+        attempt: How often the processes were restarted before.
+        agent_store: Whether the store belongs to the process that started the ranks; otherwise rank 0 makes it.
+        owner: Which launcher recognised this, for messages and for tearing down.
+    """
+
+    global_rank: int = 0
+    local_rank: int = 0
+    node_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    main_address: str = "127.0.0.1"
+    main_port: int = 0
+    attempt: int = 0
+    agent_store: bool = False
+    owner: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World(Ranks):
+    """Who this process is: its ranks, its device, and what a process group needs.
+
+    Args:
+        device: The device that this process trains on.
+        backend: The process group's backend for that device,.
+        open_store: Gives the store that the ranks share; the same object on every call. Absent with one process that
+            nobody started.
+        timeout: How long a collective waits for the other ranks.
+    """
+
+    device: torch.device
+    backend: str
+    open_store: Callable[[], Store] | None = None
+    timeout: timedelta = timedelta(minutes=30)
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the process that speaks for all."""
+        return self.global_rank == 0

@@ -1,0 +1,163 @@
+"""Every error that the project raises on purpose.
+
+The tree (the builtin that each class also is stands in brackets, so that ``except ValueError`` works)::
+
+    FabricError
+    ├── RequestError (ValueError)           what the user asked for can't be understood
+    │   ├── OptionError                     an option of a plugin: unknown, or of the wrong type
+    │   └── DeviceError                     devices: absent, doubled, negative or zero
+    ├── PluginError (RuntimeError)          a plugin can't be had
+    │   ├── UnknownPluginError (ValueError) nobody offers that name
+    │   ├── NotInstalledError (ImportError) a known name, or a needed package, that is not installed
+    │   ├── ConflictError (ValueError)      several distributions offer that name
+    │   ├── QuarantinedError                the plugin could not be loaded, or breaks its contract
+    │   ├── IncompatibleApiError            the plugin was written for another version of the contracts
+    │   └── UnavailableError                the plugin is sound, but can't run on this machine
+    ├── PlanError (ValueError)              the choices don't fit together
+    ├── LaunchError (RuntimeError)          processes could not be started, or don't agree
+    │   └── RankFailedError                 a rank failed
+    ├── SetupError (RuntimeError)           ``setup`` was given what it can't set up
+    ├── MisuseError (RuntimeError)          a call at the wrong time, or past the strategy
+    └── CheckpointError (RuntimeError)      a checkpoint can't be written, read or applied
+"""
+
+from typing import Any
+
+__all__ = [
+    "CheckpointError",
+    "ConflictError",
+    "DeviceError",
+    "FabricError",
+    "IncompatibleApiError",
+    "LaunchError",
+    "MisuseError",
+    "NotInstalledError",
+    "OptionError",
+    "PlanError",
+    "PluginError",
+    "QuarantinedError",
+    "RankFailedError",
+    "RequestError",
+    "SetupError",
+    "UnavailableError",
+    "UnknownPluginError",
+]
+
+
+class FabricError(Exception):
+    """The root of all errors of the project.
+
+    Args:
+        what: What is wrong, in one sentence.
+        where: The place: an argument, a file, an option, a method.
+        got: The value that was got, shown by ``repr`` unless it is a string.
+        instead: What to write instead.
+        fields: Anything else that a program may want to read off the error; set as attributes.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        got: object = None,
+        instead: str | None = None,
+        **fields: Any,
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.got = got
+        self.instead = instead
+        self.fields = fields
+        self.__dict__.update(fields)
+
+    def __str__(self) -> str:
+        """Give the message: a line for each of what, where, got and instead."""
+        lines = [self.what]
+        if self.where is not None:
+            lines.append(f"  where:   {self.where}")
+        if self.got is not None:
+            lines.append(f"  got:     {self.got if isinstance(self.got, str) else repr(self.got)}")
+        if self.instead is not None:
+            lines.append(f"  instead: {self.instead}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with the keyword fields, which ``Exception`` would lose."""
+        return _rebuild, (type(self), self.what, self.where, self.got, self.instead, self.fields)
+
+
+def _rebuild(
+    cls: type[FabricError],
+    what: str,
+    where: str | None,
+    got: object,
+    instead: str | None,
+    fields: dict[str, Any],
+) -> FabricError:
+    return cls(what, where=where, got=got, instead=instead, **fields)
+
+
+class RequestError(FabricError, ValueError):
+    """What the user asked for can't be understood."""
+
+
+class OptionError(RequestError):
+    """An option of a plugin is unknown, or its value is of the wrong type."""
+
+
+class DeviceError(RequestError):
+    """The devices asked for are absent, doubled, negative or zero."""
+
+
+class PluginError(FabricError, RuntimeError):
+    """A plugin can't be had."""
+
+
+class UnknownPluginError(PluginError, ValueError):
+    """Nobody offers a plugin of that name."""
+
+
+class NotInstalledError(PluginError, ImportError):
+    """A known plugin, or a package that a plugin needs, is not installed."""
+
+
+class ConflictError(PluginError, ValueError):
+    """Several distributions offer a plugin of that name, and the request doesn't choose."""
+
+
+class QuarantinedError(PluginError):
+    """The plugin could not be loaded, or what was loaded breaks the contract of its kind."""
+
+
+class IncompatibleApiError(PluginError):
+    """The plugin was written for another version of the contracts."""
+
+
+class UnavailableError(PluginError):
+    """The plugin is sound, but can't run on this machine."""
+
+
+class PlanError(FabricError, ValueError):
+    """The choices are sound one by one, but don't fit together."""
+
+
+class LaunchError(FabricError, RuntimeError):
+    """Processes could not be started, or don't agree on the plan."""
+
+
+class RankFailedError(LaunchError):
+    """A rank failed; its own traceback has been shown."""
+
+
+class SetupError(FabricError, RuntimeError):
+    """``setup`` was given what it can't set up."""
+
+
+class MisuseError(FabricError, RuntimeError):
+    """A call at the wrong time, or past the strategy."""
+
+
+class CheckpointError(FabricError, RuntimeError):
+    """A checkpoint can't be written, read or applied."""

@@ -1,0 +1,830 @@
+"""The façade: everything a training script calls, in the order of a script's life."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final, Self
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fabric_core import seeding
+from fabric_core.binding import bind, life_cycle
+from fabric_core.contracts import (
+    CONTRACTS,
+    Accelerator,
+    Checkpoint,
+    Launcher,
+    LaunchOrder,
+    Logger,
+    Plugin,
+    Precision,
+    Ranks,
+    Strategy,
+    World,
+    Wrapper,
+    map_tensors,
+)
+from fabric_core.errors import CheckpointError, FabricError, MisuseError, RequestError, SetupError
+from fabric_core.launching import agree, detect, make_world
+from fabric_core.registry import Offer, Registry
+from fabric_core.request import PluginRef, Request
+from fabric_core.resolve import Candidate, Plan, resolve
+from fabric_core.state import collect, restore
+from fabric_core.wrapping import (
+    FabricDataLoader,
+    FabricModule,
+    FabricOptimizer,
+    Route,
+    is_wrapped,
+    shard,
+    to_device,
+    unwrap,
+    wrap_optimizer,
+)
+
+__all__ = ["Fabric"]
+
+_TIMEOUT: Final = timedelta(minutes=30)
+_serial = itertools.count()
+
+
+class Fabric:
+    """Runs a plain PyTorch script on any hardware, with any strategy, in any precision.
+
+    Args:
+        accelerator: The hardware, by name; ``"auto"`` takes the best that is here.
+        strategy: How processes train together, by name; ``"auto"`` takes what fits the number of devices.
+        devices: A count, indices, or ``"auto"``; for each node.
+        num_nodes: The number of machines.
+        precision: The number types, by name.
+        wrappers: What else transforms models, in order.
+        plugins: Instances of plugins, and extensions.
+        callbacks: Objects whose methods ``fabric.call`` calls.
+        loggers: What takes metrics.
+
+    Every plugin is a name (``"ddp"``), a name with options (``"ddp:static_graph=true"``), a mapping, or an instance.
+
+    Raises:
+        RequestError: An argument can't be understood.
+        PluginError: A plugin can't be had.
+        PlanError: The choices don't fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: Any = "auto",
+        strategy: Any = "auto",
+        devices: Any = "auto",
+        num_nodes: int = 1,
+        precision: Any = None,
+        wrappers: Any = None,
+        plugins: Any = None,
+        callbacks: Any = None,
+        loggers: Any = None,
+    ) -> None:
+        self._request = Request.of(
+            accelerator=accelerator,
+            strategy=strategy,
+            devices=devices,
+            num_nodes=num_nodes,
+            precision=precision,
+            wrappers=wrappers,
+            plugins=plugins,
+            callbacks=callbacks,
+            loggers=loggers,
+        )
+        self._build()
+
+    def _build(self) -> None:
+        self._serial = next(_serial)
+        registry = Registry()
+        request = self._request
+        given, extensions = _sort_plugins(request.plugins)
+        wanted = {
+            "accelerator": [request.accelerator],
+            "strategy": [request.strategy],
+            "precision": [given.get("precision", request.precision)],
+            "wrapper": list(request.wrappers),
+        }
+        candidates = {
+            kind: [one for ref in refs for one in _candidates(registry, kind, ref)] for kind, refs in wanted.items()
+        }
+        self._plan = resolve(request, candidates)
+        self._accelerator: Accelerator = bind(self._plan.accelerator.plugin, extensions)
+        self._strategy: Strategy = bind(self._plan.strategy.plugin, extensions)
+        self._precision: Precision = bind(self._plan.precision.plugin, extensions)
+        self._wrappers: list[Wrapper] = [bind(choice.plugin, extensions) for choice in self._plan.wrappers]
+        auto = PluginRef(name="auto")
+        self._launchers: list[tuple[str, Launcher]] = [
+            (name, bind(plugin, extensions))
+            for name, plugin in _loaded(registry, "launcher", given.get("launcher", auto))
+        ]
+        self._checkpoints: list[tuple[str, Checkpoint]] = [
+            (name, bind(plugin, extensions))
+            for name, plugin in _loaded(registry, "checkpoint", given.get("checkpoint", auto))
+        ]
+        self._loggers: list[Logger] = [
+            bind(plugin, extensions) for ref in request.loggers for _, plugin in _loaded(registry, "logger", ref)
+        ]
+        self._hooks = life_cycle(extensions)
+        self._world: World | None = None
+        self._launcher: Launcher | None = None
+        self._replaced: dict[torch.Tensor, torch.Tensor] = {}
+        self._hooks.configured(plan=self._plan)
+
+    # What was chosen
+
+    @property
+    def plan(self) -> Plan:
+        """What was chosen for every kind, and why; ``print`` shows a table."""
+        return self._plan
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The accelerator that was chosen."""
+        plugin: Accelerator = self._plan.accelerator.plugin
+        return plugin
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy that was chosen."""
+        plugin: Strategy = self._plan.strategy.plugin
+        return plugin
+
+    @property
+    def precision(self) -> Precision:
+        """The precision that was chosen."""
+        plugin: Precision = self._plan.precision.plugin
+        return plugin
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """The loggers."""
+        return self._loggers
+
+    @property
+    def logger(self) -> Logger:
+        """The first logger.
+
+        Raises:
+            MisuseError: There is none.
+        """
+        if not self._loggers:
+            raise MisuseError("there is no logger", where="fabric.logger", instead="Fabric(loggers=...)")
+        return self._loggers[0]
+
+    # Who this process is
+
+    @property
+    def world(self) -> World:
+        """Who this process is; a single process needs no ``launch``.
+
+        Raises:
+            MisuseError: There will be several processes, and they are not launched yet.
+        """
+        if self._world is None:
+            if self._plan.world_size > 1:
+                raise MisuseError(
+                    f"the {self._plan.world_size} processes are not launched yet",
+                    where="this call needs them",
+                    instead="call fabric.launch() right after Fabric(...)",
+                )
+            self._join(Ranks())
+        if self._world is None:
+            raise AssertionError("joining made no world")
+        return self._world
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self.world.device
+
+    @property
+    def global_rank(self) -> int:
+        """This process among all, from 0."""
+        return self.world.global_rank
+
+    @property
+    def local_rank(self) -> int:
+        """This process among those of its node, from 0."""
+        return self.world.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """This node among all, from 0."""
+        return self.world.node_rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes."""
+        return self._plan.world_size
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the process that speaks for all."""
+        return self.world.is_global_zero
+
+    # Starting
+
+    def launch(self, function: Callable[..., Any] | None = None, /, *args: Any) -> Any:
+        """Start the processes that the plan has, or join those that something else started.
+
+        Without a function, each rank re-runs the command that was typed and comes back from here as itself; the process
+        that the user started waits and exits with their exit code. With one device no process is started.
+
+        Args:
+            function: What to run in each rank instead; it is given this object of that rank, then ``args``.
+            args: The function's further positional arguments.
+
+        Returns:
+            What the function returned on rank 0; without a function ``None``.
+
+        Raises:
+            LaunchError: The processes could not be started, or don't agree on the plan.
+            RankFailedError: The function failed on a rank.
+        """
+        if self._world is None:
+            found = detect(self._launchers) if self._plan.world_size > 1 or self._launchers else None
+            if found is not None and (found[2].world_size > 1 or self._plan.world_size > 1):
+                self._launcher = found[1]
+                self._join(found[2])
+            elif self._plan.world_size > 1:
+                return self._start(function, args)
+            else:
+                self._join(Ranks())
+        return None if function is None else function(self, *args)
+
+    def _start(self, function: Callable[..., Any] | None, args: tuple[Any, ...]) -> Any:
+        if not self._launchers:
+            raise SetupError("no launcher is installed", where="fabric.launch()", instead="install one")
+        _, launcher = self._launchers[0]
+        return launcher.start(
+            LaunchOrder(
+                processes=len(self._plan.device_indices),
+                nodes=self._plan.num_nodes,
+                start_method=self.strategy.start_method,
+                function=None if function is None else _launched,
+                args=() if function is None else (self, function, args),
+            )
+        )
+
+    def _join(self, ranks: Ranks) -> None:
+        world = make_world(ranks, self._plan, _TIMEOUT)
+        self._world = world
+        if self._launcher is not None:
+            self._launcher.joined(ranks)
+        agree(world, self._plan, self._serial)
+        self._accelerator.setup_device(world.device)
+        self._strategy.connect(world, self.precision.policy)
+        self._hooks.launched(world=world)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel to another process as the request, which is resolved again there."""
+        return {"request": self._request}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Resolve the request in this process."""
+        self._request = state["request"]
+        self._build()
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Override to put the training into a subclass; call ``fabric.launch(...)`` from it.
+
+        Raises:
+            MisuseError: It is not overridden.
+        """
+        raise MisuseError(
+            "run is not overridden",
+            where=type(self).__name__,
+            instead="def run(self, ...): in a subclass",
+        )
+
+    # Setting up
+
+    def setup(
+        self,
+        module: nn.Module,
+        *optimizers: Optimizer,
+        scheduler: Any = None,
+        move_to_device: bool = True,
+    ) -> Any:
+        """Make a model and its optimizers ready.
+
+        Args:
+            module: The model.
+            optimizers: Its optimizers, made before or after other models were set up.
+            scheduler: A learning-rate scheduler; it comes back as it is, and steps the same optimizer.
+            move_to_device: Move the model to this process's device.
+
+        Returns:
+            The wrapped model; with optimizers a tuple of it, the wrapped optimizers, and the scheduler if given.
+
+        Raises:
+            SetupError: Something was set up before, or an optimizer's parameters can't be matched.
+        """
+        model = self.setup_module(module, move_to_device=move_to_device)
+        if not optimizers and scheduler is None:
+            return model
+        wrapped = [self._setup_optimizer(optimizer) for optimizer in optimizers]
+        return (model, *wrapped) if scheduler is None else (model, *wrapped, scheduler)
+
+    def setup_module(self, module: nn.Module, move_to_device: bool = True) -> FabricModule:
+        """Make a model ready.
+
+        Raises:
+            SetupError: It was set up before, or is no module.
+        """
+        if not isinstance(module, nn.Module):
+            raise SetupError(
+                "what was given is no model",
+                where="fabric.setup",
+                got=type(module).__name__,
+                instead="a torch.nn.Module",
+            )
+        if is_wrapped(module):
+            raise SetupError(
+                "the model was set up before",
+                where="fabric.setup",
+                instead="use what setup returned",
+            )
+        declared = self.strategy.capabilities
+        before = dict(module.named_parameters(remove_duplicate=False))
+        module = self._precision.convert_module(module)
+        if move_to_device and not declared.places_module:
+            module = module.to(self.device)
+        for wrapper in self._stage("before_strategy"):
+            module = wrapper.wrap_module(module)
+        world = self.world
+        called = self._strategy.setup_module(Route(module) if declared.wraps_forward else module)
+        for wrapper in self._stage("after_strategy"):
+            called = wrapper.wrap_module(called)
+        after = dict(module.named_parameters(remove_duplicate=False))
+        self._replaced.update({old: after[name] for name, old in before.items() if after[name] is not old})
+        wrapped = FabricModule(
+            module,
+            called,
+            strategy=self._strategy,
+            precision=self._precision,
+            device=world.device if move_to_device else _device_of(module, world.device),
+            contexts=tuple(
+                wrapper.forward_context for wrapper in self._wrappers if wrapper.forward_context() is not None
+            ),
+        )
+        self._hooks.module_set_up(module=wrapped)
+        return wrapped
+
+    def setup_optimizers(self, *optimizers: Optimizer) -> Any:
+        """Make optimizers ready.
+
+        Returns:
+            The wrapped optimizer, or a tuple of them.
+
+        Raises:
+            SetupError: One was set up before, or its parameters can't be matched.
+        """
+        wrapped = tuple(self._setup_optimizer(optimizer) for optimizer in optimizers)
+        return wrapped[0] if len(wrapped) == 1 else wrapped
+
+    def _setup_optimizer(self, optimizer: Optimizer) -> FabricOptimizer:
+        if is_wrapped(optimizer):
+            raise SetupError(
+                "the optimizer was set up before",
+                where="fabric.setup",
+                instead="use what setup returned",
+            )
+        if not isinstance(optimizer, Optimizer):
+            raise SetupError(
+                "what was given is no optimizer", where="fabric.setup", got=type(optimizer).__name__,
+                instead="a torch.optim.Optimizer",
+            )  # fmt: skip
+        ready = self._strategy.setup_optimizer(optimizer, self._replaced)
+        for wrapper in self._wrappers:
+            ready = wrapper.wrap_optimizer(ready)
+        return wrap_optimizer(ready, self._strategy, self._precision)
+
+    def setup_dataloaders(
+        self, *dataloaders: Any, use_distributed_sampler: bool = True, move_to_device: bool = True
+    ) -> Any:
+        """Make data loaders ready.
+
+        Args:
+            dataloaders: The loaders.
+            use_distributed_sampler: Let each rank read its own part, where the strategy divides data.
+            move_to_device: Move batches to this process's device.
+
+        Returns:
+            The wrapped loader, or a list of them.
+
+        Raises:
+            SetupError: One was set up before, or can't be divided.
+        """
+        wrapped = []
+        for given in dataloaders:
+            if is_wrapped(given):
+                raise SetupError(
+                    "the loader was set up before",
+                    where="fabric.setup_dataloaders",
+                    instead="use it as it is",
+                )
+            loader = given
+            if use_distributed_sampler:
+                loader = shard(loader, *self._strategy.data_shard())
+            for wrapper in self._wrappers:
+                loader = wrapper.wrap_dataloader(loader)
+            wrapped.append(FabricDataLoader(loader, self.device if move_to_device else None))
+        return wrapped[0] if len(wrapped) == 1 else wrapped
+
+    def _stage(self, stage: str) -> Iterator[Wrapper]:
+        return (wrapper for wrapper in self._wrappers if wrapper.capabilities.stage == stage)
+
+    @contextmanager
+    def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Make a model on the device and in the precision that it will have.
+
+        Args:
+            empty_init: Leave the memory unset, because a checkpoint will fill it.
+        """
+        with ExitStack() as stack:
+            if not self.strategy.capabilities.places_module:
+                stack.enter_context(self.device)
+            context = self._precision.init_context()
+            if context is not None:
+                stack.enter_context(context)
+            stack.enter_context(self._strategy.init_module(bool(empty_init)))
+            yield
+
+    @contextmanager
+    def init_tensor(self) -> Iterator[None]:
+        """Make tensors on the device and in the precision's type."""
+        with ExitStack() as stack:
+            stack.enter_context(self.device)
+            context = self._precision.init_context()
+            if context is not None:
+                stack.enter_context(context)
+            yield
+
+    def to_device(self, obj: Any) -> Any:
+        """Move a model, a tensor, or every tensor of a nested value to this process's device."""
+        return obj.to(self.device) if isinstance(obj, nn.Module) else to_device(obj, self.device)
+
+    # Training
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Give the precision's forward context, for computations outside a model."""
+        return self._precision.forward_context(self.device.type) or ExitStack()
+
+    def backward(self, tensor: torch.Tensor, *args: Any, model: FabricModule | None = None, **kwargs: Any) -> None:
+        """Run the backward pass in the place of ``tensor.backward()``.
+
+        Args:
+            tensor: What to differentiate.
+            args: As for ``torch.Tensor.backward``.
+            model: The model that it came from; needed by strategies that have an engine for each model.
+            kwargs: As for ``torch.Tensor.backward``.
+        """
+        arguments = {
+            **dict(zip(("gradient", "retain_graph", "create_graph", "inputs"), args, strict=False)),
+            **kwargs,
+        }
+        self._strategy.backward(self._precision.scale_loss(tensor), arguments)
+
+    def clip_gradients(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        clip_val: float | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> torch.Tensor | None:
+        """Clip the gradients of an optimizer's parameters, by value or by norm.
+
+        Args:
+            module: The model whose parameters they are.
+            optimizer: The optimizer.
+            clip_val: Clip each element into ``[-clip_val, clip_val]``.
+            max_norm: Clip the total norm to this.
+            norm_type: The p of the p-norm.
+            error_if_nonfinite: Raise where the norm is not finite.
+
+        Returns:
+            The total norm before clipping; ``None`` when clipped by value.
+
+        Raises:
+            RequestError: Both or none of ``clip_val`` and ``max_norm`` are given.
+        """
+        if (clip_val is None) == (max_norm is None):
+            raise RequestError(
+                "exactly one way of clipping is needed",
+                where="fabric.clip_gradients",
+                got=f"clip_val={clip_val}, max_norm={max_norm}",
+                instead="clip_val=... or max_norm=...",
+            )
+        self._precision.unscale_gradients(unwrap(optimizer))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if clip_val is not None:
+            self._strategy.clip_grad_value(parameters, clip_val)
+            return None
+        if max_norm is None:
+            raise AssertionError("one of the two is given")
+        return self._strategy.clip_grad_norm(parameters, float(max_norm), float(norm_type), error_if_nonfinite)
+
+    def no_backward_sync(self, module: FabricModule, enabled: bool = True) -> AbstractContextManager[Any]:
+        """Leave each rank's gradients apart inside the context, to accumulate over several backward passes.
+
+        Args:
+            module: A model that was set up.
+            enabled: Whether to; otherwise the context changes nothing.
+
+        Raises:
+            MisuseError: The model was not set up.
+        """
+        if not isinstance(module, FabricModule):
+            raise MisuseError(
+                "the model was not set up", where="fabric.no_backward_sync", got=type(module).__name__,
+                instead="what fabric.setup returned",
+            )  # fmt: skip
+        return self._strategy.no_backward_sync(module.__dict__["_fabric_called"], enabled)
+
+    # Between ranks
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on one process of each node."""
+        if self.local_rank == 0:
+            print(*args, **kwargs)  # noqa: T201 - what it is for
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait until every rank is here."""
+        self.world  # noqa: B018 - connects a single process
+        self._strategy.barrier(name)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Give every rank the object of one."""
+        self.world  # noqa: B018
+        return self._strategy.broadcast(obj, src)
+
+    def all_reduce(self, data: Any, group: Any | None = None, reduce_op: str | None = "mean") -> Any:
+        """Reduce every tensor of a nested value over the ranks; numbers become tensors."""
+        self.world  # noqa: B018
+        return map_tensors(
+            _tensors(data, self.device),
+            lambda one: self._strategy.all_reduce(one, group, reduce_op or "sum"),
+        )
+
+    def all_gather(self, data: Any, group: Any | None = None, sync_grads: bool = False) -> Any:
+        """Gather every tensor of a nested value over the ranks.
+
+        Returns:
+            The same nesting, each tensor of shape ``(world size, *shape)``; a list of tensors where shapes differ.
+        """
+        self.world  # noqa: B018
+
+        def gather(one: torch.Tensor) -> Any:
+            parts = self._strategy.all_gather(one, group, sync_grads)
+            return torch.stack(parts) if len({part.shape for part in parts}) == 1 else parts
+
+        if self.world_size == 1:
+            return _tensors(data, self.device)
+        return map_tensors(_tensors(data, self.device), gather)
+
+    @contextmanager
+    def rank_zero_first(self, local: bool = False) -> Iterator[None]:
+        """Let rank 0 run the block before all others.
+
+        Args:
+            local: Each node's local rank 0, instead of the one global rank 0.
+
+        Raises:
+            LaunchError: On the other ranks, when rank 0 raised.
+        """
+        rank = self.local_rank if local else self.global_rank
+        if rank > 0:
+            self.barrier("rank_zero_first")
+        try:
+            yield
+        finally:
+            if rank == 0:
+                self.barrier("rank_zero_first")
+            self.barrier("rank_zero_first-end")
+
+    # State
+
+    def save(
+        self,
+        path: str | Path,
+        state: Mapping[str, Any],
+        filter: Mapping[str, Callable[[str, Any], bool]] | None = None,  # noqa: A002 - Lightning Fabric's
+    ) -> None:
+        """Save a state; every rank must call it.
+
+        Args:
+            path: Where to.
+            state: Models, optimizers, objects with ``state_dict`` and plain values, under their names.
+            filter: For a name of the state, which of its entries to save.
+
+        Raises:
+            CheckpointError: It can't be written.
+        """
+        path = Path(path)
+        checkpoint = self._checkpoint(sharded=False)
+        full = not checkpoint.capabilities.sharded
+        tree = collect(_unwrapped(state), self._strategy, full=full, keep=filter or {})
+        failure: Exception | None = None
+        if self.is_global_zero or not full:
+            try:
+                checkpoint.write(path, tree)
+            except CheckpointError as error:
+                failure = error
+        failure = self.broadcast(failure)
+        if failure is not None:
+            raise failure
+        self._hooks.checkpoint_saved(path=path)
+
+    def load(self, path: str | Path, state: dict[str, Any] | None = None, strict: bool = True) -> dict[str, Any]:
+        """Load a checkpoint into a state, in place; every rank must call it.
+
+        Args:
+            path: Where from.
+            state: What to fill; ``None`` gives back everything that the checkpoint has.
+            strict: Everything that the state asks for must be there.
+
+        Returns:
+            What the checkpoint has beyond the state.
+
+        Raises:
+            CheckpointError: There is no checkpoint, it can't be read, or it lacks something.
+        """
+        path = Path(path)
+        checkpoint = self._recognised(path)
+        full = not checkpoint.capabilities.sharded
+        tree = checkpoint.read(path, None)
+        if state is None:
+            return tree
+        state.update(restore(_unwrapped(state), tree, self._strategy, full=full, strict=strict, path=path))
+        return {name: entry for name, entry in tree.items() if name not in state}
+
+    def load_raw(self, path: str | Path, obj: Any, strict: bool = True) -> None:
+        """Load a file that holds one bare state dict into one model or optimizer."""
+        path = Path(path)
+        tree = self._recognised(path).read(path, None)
+        restore({"obj": unwrap(obj)}, {"obj": tree}, self._strategy, full=True, strict=strict, path=path)
+
+    def _checkpoint(self, *, sharded: bool) -> Checkpoint:
+        for _, checkpoint in self._checkpoints:
+            if checkpoint.capabilities.sharded == sharded:
+                return checkpoint
+        raise CheckpointError("no checkpoint format is installed that fits", where="fabric.save")
+
+    def _recognised(self, path: Path) -> Checkpoint:
+        for _, checkpoint in self._checkpoints:
+            if checkpoint.recognises(path):
+                return checkpoint
+        raise CheckpointError(
+            "there is no checkpoint" if not path.exists() else "no installed format recognises the checkpoint",
+            where=str(path),
+            got=None if not path.exists() else f"formats: {', '.join(name for name, _ in self._checkpoints)}",
+        )
+
+    # Saying what happens
+
+    def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
+        """Call a method of every callback that has it.
+
+        Raises:
+            TypeError: A callback's attribute of that name can't be called.
+        """
+        for callback in self._request.callbacks:
+            method = getattr(callback, hook_name, None)
+            if method is None:
+                continue
+            if not callable(method):
+                raise TypeError(f"{type(callback).__name__}.{hook_name} can't be called")
+            method(*args, **kwargs)
+
+    def log(self, name: str, value: Any, step: int | None = None) -> None:
+        """Give a number to the loggers."""
+        self.log_dict({name: value}, step)
+
+    def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Give numbers to the loggers, on rank 0."""
+        if not self._loggers or not self.is_global_zero:
+            return
+        numbers = {name: float(value) for name, value in metrics.items()}
+        for logger in self._loggers:
+            logger.log_metrics(numbers, step)
+
+    @staticmethod
+    def seed_everything(seed: int = 0) -> int:
+        """Seed Python, NumPy and PyTorch, the same on every rank."""
+        return seeding.seed_everything(seed)
+
+    # The end
+
+    def teardown(self) -> None:
+        """Give back all that was taken: process group, devices, loggers. May be called again."""
+        if self._world is None:
+            return
+        with ExitStack() as stack:
+            if self._launcher is not None:
+                stack.callback(self._launcher.teardown)
+            stack.callback(self._accelerator.teardown)
+            stack.callback(self._strategy.teardown)
+            for logger in self._loggers:
+                stack.callback(logger.finalize, "success")
+        self._world = None
+        self._hooks.torn_down()
+
+    def __enter__(self) -> Self:
+        """Tear down at the end of a ``with`` block."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Tear down."""
+        self.teardown()
+
+
+def _launched(fabric: Fabric, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Run a function in a rank that was started for it."""
+    try:
+        return fabric.launch(function, *args)
+    finally:
+        fabric.teardown()
+
+
+def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the user's own models and optimizers, which is what a strategy knows; loaders keep their own state."""
+    return {name: value if isinstance(value, FabricDataLoader) else unwrap(value) for name, value in state.items()}
+
+
+def _sort_plugins(plugins: Sequence[Any]) -> tuple[dict[str, PluginRef], list[object]]:
+    """Part instances of contracts, one of a kind, from extensions."""
+    given: dict[str, PluginRef] = {}
+    extensions: list[object] = []
+    for plugin in plugins:
+        if not isinstance(plugin, Plugin):
+            extensions.append(plugin)
+        elif plugin.kind in given or plugin.kind not in {"precision", "launcher", "checkpoint"}:
+            raise RequestError(
+                f"a {plugin.kind} doesn't go into plugins, or not twice",
+                where="plugins",
+                got=repr(plugin),
+                instead=f"Fabric({plugin.kind}=...)",
+            )
+        else:
+            given[plugin.kind] = PluginRef(name=type(plugin).__name__, instance=plugin)
+    return given, extensions
+
+
+def _candidates(registry: Registry, kind: str, ref: PluginRef) -> list[Candidate]:
+    """Load what a reference names: one plugin, or every offer where the choice is automatic."""
+    if ref.instance is not None:
+        contract = CONTRACTS[kind]
+        if not isinstance(ref.instance, contract):
+            raise RequestError(
+                f"{kind} was given what is no {contract.__name__}",
+                where=kind,
+                got=repr(ref.instance),
+                instead=f"a name, a mapping, or an instance of {contract.__name__}",
+            )
+        return [Candidate(kind, ref.name, "(given)", ref.instance, named=True)]
+    if ref.is_auto:
+        return [_candidate(offer, {}, named=False) for offer in registry.offers(kind)]
+    return [_candidate(registry.find(kind, ref.name, ref.distribution), ref.options, named=True)]
+
+
+def _candidate(offer: Offer, options: Mapping[str, Any], *, named: bool) -> Candidate:
+    owner = f"{offer.distribution} {offer.version}".strip()
+    try:
+        preset = offer.load()
+        given = {**preset.options, **options}
+        plugin = preset.plugin(preset.plugin.parse_options(given))
+    except FabricError as error:
+        if named:
+            raise
+        return Candidate(offer.kind, offer.name, owner, failure=error)
+    return Candidate(offer.kind, offer.name, owner, plugin, named=named)
+
+
+def _loaded(registry: Registry, kind: str, ref: PluginRef) -> list[tuple[str, Any]]:
+    """Load plugins of a kind that has no place in the plan, the highest priority first."""
+    candidates = _candidates(registry, kind, ref)
+    for candidate in candidates:
+        if candidate.failure is not None:
+            raise candidate.failure
+    if ref.is_auto:
+        candidates.sort(key=lambda one: (-one.plugin.capabilities.priority, one.name))  # type: ignore[union-attr]
+    return [(candidate.name, candidate.plugin) for candidate in candidates]
+
+
+def _device_of(module: nn.Module, default: torch.device) -> torch.device:
+    return next((parameter.device for parameter in module.parameters()), default)
+
+
+def _tensors(data: Any, device: torch.device) -> Any:
+    """Turn bare numbers into tensors."""
+    return torch.as_tensor(data, device=device) if isinstance(data, bool | int | float) else data

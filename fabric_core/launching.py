@@ -1,0 +1,105 @@
+"""From a plan to a world: the one place that reads ``os.environ``."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+from torch.distributed import PrefixStore, Store, TCPStore
+
+from fabric_core.contracts import Accelerator, Launcher, Ranks, World
+from fabric_core.errors import LaunchError
+from fabric_core.resolve import Plan
+
+__all__ = ["agree", "detect", "make_world"]
+
+
+def detect(launchers: Sequence[tuple[str, Launcher]]) -> tuple[str, Launcher, Ranks] | None:
+    """Ask the launchers, the highest priority first, whether their system started this process."""
+    environment = dict(os.environ)
+    for name, launcher in launchers:
+        ranks = launcher.detect(environment)
+        if ranks is not None:
+            return name, launcher, ranks
+    return None
+
+
+def make_world(ranks: Ranks, plan: Plan, timeout: timedelta) -> World:
+    """Find this process's device, and check that as many processes were started as the plan has.
+
+    Raises:
+        LaunchError: Another number of processes was started.
+    """
+    accelerator: Accelerator = plan.accelerator.plugin
+    if ranks.world_size != plan.world_size or ranks.local_world_size != len(plan.device_indices):
+        raise LaunchError(
+            f"{ranks.owner or 'the launcher'} started {ranks.world_size} processes"
+            f" ({ranks.local_world_size} on this node), and the plan has {plan.world_size}"
+            f" ({len(plan.device_indices)} on each of {plan.num_nodes} nodes)",
+            where="Fabric(devices=, num_nodes=)",
+            instead=f"devices={ranks.local_world_size}, num_nodes={ranks.world_size // ranks.local_world_size}",
+        )
+    device = accelerator.devices(plan.device_indices)[ranks.local_rank]
+    return World(
+        **{name: getattr(ranks, name) for name in Ranks.__dataclass_fields__},
+        device=device,
+        backend=accelerator.process_group_backend,
+        open_store=_store_opener(ranks, timeout) if ranks.main_port else None,
+        timeout=timeout,
+    )
+
+
+def _store_opener(ranks: Ranks, timeout: timedelta) -> Any:
+    @cache
+    def open_store() -> Store:
+        server = ranks.global_rank == 0 and not ranks.agent_store
+        store = TCPStore(
+            ranks.main_address,
+            ranks.main_port,
+            ranks.world_size,
+            is_master=server,
+            timeout=timeout,
+            wait_for_workers=False,
+        )
+        return PrefixStore(f"fabric/{ranks.attempt}", store)
+
+    return open_store
+
+
+def agree(world: World, plan: Plan, serial: int) -> None:
+    """Compare the plan over the ranks, before the first collective.
+
+    Args:
+        world: This process.
+        plan: This process's plan.
+        serial: Which ``Fabric`` of this process it belongs to.
+
+    Raises:
+        LaunchError: Ranks differ; raised on every rank, and names those that differ from rank 0.
+    """
+    if world.open_store is None or world.world_size == 1:
+        return
+    store = world.open_store()
+    text = json.dumps(
+        [[choice.kind, choice.name, choice.distribution, str(choice.options)] for choice in plan.choices]
+        + [plan.world_size]
+    )
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    prefix = f"plan/{serial}"
+    store.set(f"{prefix}/{world.global_rank}", f"{digest}\n{text}")
+    others = [store.get(f"{prefix}/{rank}").decode().partition("\n") for rank in range(world.world_size)]
+    first = others[0]
+    differing = [rank for rank, other in enumerate(others) if other[0] != first[0]]
+    if differing:
+        mine, its = json.loads(first[2]), json.loads(others[differing[0]][2])
+        changes = [f"{a} on rank 0, {b} on rank {differing[0]}" for a, b in zip(mine, its, strict=False) if a != b]
+        raise LaunchError(
+            f"the ranks don't agree on the plan: rank {', '.join(map(str, differing))} differs from rank 0",
+            where="Fabric(...)",
+            got="; ".join(changes) or "plans of different length",
+            instead="the same arguments, plugins and versions on every rank",
+            ranks=differing,
+        )

@@ -1,0 +1,83 @@
+"""What is saved and loaded: from a user's state to a tree of tensors and plain values, and back."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from fabric_core.contracts import Strategy
+from fabric_core.errors import CheckpointError
+
+__all__ = ["collect", "restore"]
+
+
+def collect(
+    state: Mapping[str, Any],
+    strategy: Strategy,
+    *,
+    full: bool,
+    keep: Mapping[str, Callable[[str, Any], bool]],
+) -> dict[str, Any]:
+    """Turn a user's state into a tree; every rank must call it.
+
+    Args:
+        state: The user's own models, optimizers, objects with ``state_dict``, and plain values, under their names.
+        strategy: The bound strategy.
+        full: Whole tensors; else each rank's own parts.
+        keep: For a name of the state, which of its entries to keep.
+    """
+    tree: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, nn.Module):
+            entry: Any = strategy.module_state(value, full)
+        elif isinstance(value, Optimizer):
+            entry = strategy.optimizer_state(value, full)
+        elif callable(getattr(value, "state_dict", None)):
+            entry = value.state_dict()
+        else:
+            entry = value
+        if name in keep:
+            entry = {key: part for key, part in entry.items() if keep[name](key, part)}
+        tree[name] = entry
+    return tree
+
+
+def restore(
+    state: Mapping[str, Any],
+    tree: Mapping[str, Any],
+    strategy: Strategy,
+    *,
+    full: bool,
+    strict: bool,
+    path: object,
+) -> dict[str, Any]:
+    """Fill the objects of a user's state from a tree.
+
+    Returns:
+        The plain values that the state asks for, as the tree has them.
+
+    Raises:
+        CheckpointError: An entry of the state is not in the tree, and ``strict``.
+    """
+    missing = sorted(set(state) - set(tree))
+    if missing and strict:
+        raise CheckpointError(
+            f"the checkpoint has no {', '.join(map(repr, missing))}",
+            where=str(path),
+            got=f"it has {', '.join(map(repr, sorted(tree)))}",
+            instead="ask for what it has, or strict=False",
+        )
+    plain: dict[str, Any] = {}
+    for name, value in state.items():
+        if name not in tree:
+            continue
+        if isinstance(value, nn.Module):
+            strategy.load_module_state(value, tree[name], full, strict)
+        elif isinstance(value, Optimizer):
+            strategy.load_optimizer_state(value, tree[name], full)
+        elif callable(getattr(value, "load_state_dict", None)):
+            value.load_state_dict(tree[name])
+        else:
+            plain[name] = tree[name]
+    return plain

@@ -1,0 +1,12 @@
+"""Checkpoint formats."""
+
+from typing import TYPE_CHECKING
+
+from fabric_core.lazy import lazy
+
+if TYPE_CHECKING:
+    from fabric_plugins.checkpoints.single_file import SingleFileCheckpoint
+
+__all__ = ["SingleFileCheckpoint"]
+
+__getattr__, __dir__ = lazy(__name__, {"SingleFileCheckpoint": "single_file"})

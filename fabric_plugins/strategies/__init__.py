@@ -1,0 +1,13 @@
+"""Strategies: how processes train one model together."""
+
+from typing import TYPE_CHECKING
+
+from fabric_core.lazy import lazy
+
+if TYPE_CHECKING:
+    from fabric_plugins.strategies.ddp import DDPStrategy
+    from fabric_plugins.strategies.single_device import SingleDeviceStrategy
+
+__all__ = ["DDPStrategy", "SingleDeviceStrategy"]
+
+__getattr__, __dir__ = lazy(__name__, {"DDPStrategy": "ddp", "SingleDeviceStrategy": "single_device"})

@@ -1,0 +1,148 @@
+"""What strategies with a process group share: joining, leaving and collectives."""
+
+from datetime import timedelta
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore
+
+from fabric_core.contracts import PrecisionPolicy, Strategy, World
+from fabric_core.errors import MisuseError, RequestError
+
+__all__ = ["DistributedStrategy"]
+
+_OPERATIONS: Final = {
+    "sum": dist.ReduceOp.SUM,
+    "mean": dist.ReduceOp.SUM,
+    "avg": dist.ReduceOp.SUM,
+    "max": dist.ReduceOp.MAX,
+    "min": dist.ReduceOp.MIN,
+    "product": dist.ReduceOp.PRODUCT,
+}
+
+
+class DistributedStrategy(Strategy):
+    """A process group of all ranks, and the collectives over it."""
+
+    _world: World | None = None
+    _policy: PrecisionPolicy
+    _owns_group = False
+
+    @property
+    def timeout(self) -> timedelta | None:
+        """How long a collective waits; ``None`` is the world's own."""
+        return None
+
+    @property
+    def world(self) -> World:
+        """This process among the others.
+
+        Raises:
+            MisuseError: Before ``connect``.
+        """
+        if self._world is None:
+            raise MisuseError(
+                "the processes are not connected yet",
+                where=type(self).__name__,
+                instead="call fabric.launch() first",
+            )
+        return self._world
+
+    def connect(self, world: World, policy: PrecisionPolicy) -> None:
+        """Join the default process group, or make it."""
+        self._world, self._policy = world, policy
+        if dist.is_initialized():
+            return
+        store = None if world.open_store is None else PrefixStore("default-group", world.open_store())
+        dist.init_process_group(
+            world.backend,
+            store=HashStore() if store is None else store,
+            rank=world.global_rank,
+            world_size=world.world_size,
+            timeout=self.timeout or world.timeout,
+        )
+        self._owns_group = True
+
+    def teardown(self) -> None:
+        """Leave the process group, if this strategy made it."""
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+        self._owns_group = False
+        self._world = None
+
+    def data_shard(self) -> tuple[int, int]:
+        """Every rank reads its own part."""
+        return self.world.global_rank, self.world.world_size
+
+    def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
+        """Reduce over the ranks; a mean of integers is rounded towards zero, so that the type is kept."""
+        self.world  # noqa: B018 - raises before launch
+        operation = _OPERATIONS.get(str(reduce_op).lower())
+        if operation is None:
+            raise RequestError(
+                "there is no such reduction",
+                where="all_reduce(reduce_op=)",
+                got=reduce_op,
+                instead=", ".join(_OPERATIONS),
+            )
+        result = tensor.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(result, operation, group=group)
+        if str(reduce_op).lower() in {"mean", "avg"}:
+            count = dist.get_world_size(group)
+            if result.is_floating_point() or result.is_complex():
+                result /= count
+            else:
+                result = torch.div(result, count, rounding_mode="trunc")
+        return result
+
+    def all_gather(self, tensor: torch.Tensor, group: Any | None, sync_grads: bool) -> list[torch.Tensor]:
+        """Gather over the ranks; shapes may differ."""
+        self.world  # noqa: B018 - raises before launch
+        count = dist.get_world_size(group)
+        shapes: list[Any] = [None] * count
+        dist.all_gather_object(shapes, tuple(tensor.shape), group=group)
+        if sync_grads:
+            from torch.distributed.nn.functional import all_gather
+
+            if len(set(shapes)) > 1:
+                raise MisuseError(
+                    "gradients can't flow through a gather of tensors whose shapes differ",
+                    where="all_gather(sync_grads=True)",
+                    got=str(shapes),
+                    instead="pad the tensors to one shape",
+                )
+            return list(
+                all_gather(  # type: ignore[no-untyped-call]
+                    tensor.contiguous(), group=group
+                )
+            )
+        tensor = tensor.detach().contiguous()
+        if len(set(shapes)) == 1:
+            parts = [torch.empty_like(tensor) for _ in range(count)]
+            dist.all_gather(parts, tensor, group=group)
+            return parts
+        size = max(torch.Size(shape).numel() for shape in shapes)
+        padded = tensor.new_zeros(size)
+        padded[: tensor.numel()] = tensor.flatten()
+        flat = [torch.empty_like(padded) for _ in range(count)]
+        dist.all_gather(flat, padded, group=group)
+        return [part[: torch.Size(shape).numel()].reshape(shape) for part, shape in zip(flat, shapes, strict=True)]
+
+    def broadcast(self, obj: Any, src: int) -> Any:
+        """Send any picklable object from one rank to all."""
+        if not 0 <= src < self.world.world_size:
+            raise RequestError(
+                "there is no such rank",
+                where="broadcast(src=)",
+                got=repr(src),
+                instead=f"a rank from 0 to {self.world.world_size - 1}",
+            )
+        box = [obj]
+        dist.broadcast_object_list(box, src, device=torch.device("cpu"))
+        return box[0]
+
+    def barrier(self, name: str | None) -> None:
+        """Wait until every rank is here."""
+        self.world  # noqa: B018 - raises before launch
+        dist.barrier()
