@@ -3,8 +3,6 @@
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
-
 from fabric_core.contracts import Precision, PrecisionCapabilities, PrecisionPolicy
 
 __all__ = ["FullPrecision"]
@@ -17,8 +15,8 @@ class FullPrecision(Precision):
 
     @property
     def policy(self) -> PrecisionPolicy:
-        """Parameters are left in the type that they have."""
-        return PrecisionPolicy(input_dtype=torch.float32, output_dtype=torch.float32)
+        """Everything is left in the type that it has."""
+        return PrecisionPolicy()
 
     def forward_context(self, device_type: str) -> AbstractContextManager[Any] | None:
         """Nothing to do."""

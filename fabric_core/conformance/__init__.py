@@ -1,0 +1,1 @@
+"""The conformance kit: whether a plugin keeps the contract of its kind, rule by rule."""
