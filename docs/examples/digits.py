@@ -108,9 +108,7 @@ def write_metrics(path: Path, history: Sequence[Epoch]) -> None:
         writer.writerows(history)
 
 
-def draw(
-    path: Path, history: Sequence[Epoch], images: Tensor, labels: Tensor, predictions: Tensor
-) -> None:
+def draw(path: Path, history: Sequence[Epoch], images: Tensor, labels: Tensor, predictions: Tensor) -> None:
     """Draw the learning curve, and beside it the images with what the model takes them for."""
     # Slow to import, and needed on one process only.
     from matplotlib.figure import Figure
@@ -136,7 +134,7 @@ def draw(
     for axes, image, label, prediction in zip(
         right.subplots(4, 4).flat, images, labels.tolist(), predictions.tolist(), strict=True
     ):
-        axes.imshow(image[0], cmap="gray_r")
+        axes.imshow(image[0].numpy(), cmap="gray_r")
         axes.set_axis_off()
         if prediction == label:
             axes.set_title(f"{prediction}", color="tab:green")
@@ -188,9 +186,7 @@ def train(fabric: Fabric, epochs: int, seed: int, out: Path) -> float:
             train_loss = fabric.all_reduce(loss_sum / len(loader), reduce_op="mean").item()
             accuracy = evaluate(fabric, model, data)
             history.append(Epoch(epoch, train_loss, accuracy))
-            fabric.print(
-                f"epoch {epoch:2}/{epochs}  loss {train_loss:.4f}  test accuracy {accuracy:7.2%}"
-            )
+            fabric.print(f"epoch {epoch:2}/{epochs}  loss {train_loss:.4f}  test accuracy {accuracy:7.2%}")
 
     # Every process calls save, load and the model: which of them writes, or holds which part of a
     # sharded model, is the strategy's business.
@@ -214,7 +210,7 @@ def train(fabric: Fabric, epochs: int, seed: int, out: Path) -> float:
         write_metrics(metrics, history)
         draw(picture, history, images.cpu(), labels.cpu(), predictions.cpu())
     fabric.print(
-        f"\ntest accuracy {accuracy:.2%}, and again {reloaded_accuracy:.2%} when reloaded from the "
+        f"test accuracy {accuracy:.2%}, and again {reloaded_accuracy:.2%} when reloaded from the "
         f"checkpoint\ncheckpoint    {checkpoint}\nmetrics       {metrics}\npicture       {picture}"
     )
     return accuracy
