@@ -154,6 +154,16 @@ def test_every_page_is_reachable_from_the_readme() -> None:
     assert set(PAGES) - reached == set()
 
 
+def test_the_tree_in_contributing_names_every_module_of_the_core() -> None:
+    """Who adds a module to the core says in the tree what it is for, and none stays that is gone."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = text.partition("fabric_core/  ")[2].partition("fabric_plugins/")[0]
+    named = set(re.findall(r"^  ([\w.]+)", tree, re.MULTILINE))
+    modules = {path.name for path in (ROOT / "fabric_core").glob("*.py")}
+    packages = {path.parent.name for path in (ROOT / "fabric_core").glob("*/__init__.py")}
+    assert named == (modules | packages) - {"__main__.py"}
+
+
 def test_a_block_that_is_not_run_needs_a_reason() -> None:
     """A block marked as not run is left out if it says why, and refused if it does not."""
     block = "```python\nraise SystemExit\n```\n"
