@@ -1,7 +1,7 @@
 """The façade: everything a training script calls, in the order of a script's life."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -12,15 +12,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_core import seeding
-from fabric_core.binding import bind, life_cycle
+from fabric_core.assembly import assemble
 from fabric_core.contracts import (
-    CONTRACTS,
     Accelerator,
     Checkpoint,
     Launcher,
     LaunchOrder,
     Logger,
-    Plugin,
     Precision,
     Ranks,
     Strategy,
@@ -28,11 +26,10 @@ from fabric_core.contracts import (
     Wrapper,
     map_tensors,
 )
-from fabric_core.errors import CheckpointError, FabricError, MisuseError, RequestError, SetupError
+from fabric_core.errors import CheckpointError, MisuseError, RequestError, SetupError
 from fabric_core.launching import agree, detect, make_world
-from fabric_core.registry import Offer, Registry
-from fabric_core.request import PluginRef, Request
-from fabric_core.resolve import Candidate, Plan, resolve
+from fabric_core.request import Request
+from fabric_core.resolve import Plan
 from fabric_core.state import collect, restore
 from fabric_core.wrapping import (
     FabricDataLoader,
@@ -102,36 +99,16 @@ class Fabric:
 
     def _build(self) -> None:
         self._serial = next(_serial)
-        registry = Registry()
-        request = self._request
-        given, extensions = _sort_plugins(request.plugins)
-        wanted = {
-            "accelerator": [request.accelerator],
-            "strategy": [request.strategy],
-            "precision": [given.get("precision", request.precision)],
-            "wrapper": list(request.wrappers),
-        }
-        candidates = {
-            kind: [one for ref in refs for one in _candidates(registry, kind, ref)] for kind, refs in wanted.items()
-        }
-        self._plan = resolve(request, candidates)
-        self._accelerator: Accelerator = bind(self._plan.accelerator.plugin, extensions)
-        self._strategy: Strategy = bind(self._plan.strategy.plugin, extensions)
-        self._precision: Precision = bind(self._plan.precision.plugin, extensions)
-        self._wrappers: list[Wrapper] = [bind(choice.plugin, extensions) for choice in self._plan.wrappers]
-        auto = PluginRef(name="auto")
-        self._launchers: list[tuple[str, Launcher]] = [
-            (name, bind(plugin, extensions))
-            for name, plugin in _loaded(registry, "launcher", given.get("launcher", auto))
-        ]
-        self._checkpoints: list[tuple[str, Checkpoint]] = [
-            (name, bind(plugin, extensions))
-            for name, plugin in _loaded(registry, "checkpoint", given.get("checkpoint", auto))
-        ]
-        self._loggers: list[Logger] = [
-            bind(plugin, extensions) for ref in request.loggers for _, plugin in _loaded(registry, "logger", ref)
-        ]
-        self._hooks = life_cycle(extensions)
+        parts = assemble(self._request)
+        self._plan = parts.plan
+        self._accelerator = parts.accelerator
+        self._strategy = parts.strategy
+        self._precision = parts.precision
+        self._wrappers = parts.wrappers
+        self._launchers = parts.launchers
+        self._checkpoints = parts.checkpoints
+        self._loggers = parts.loggers
+        self._hooks = parts.hooks
         self._world: World | None = None
         self._launcher: Launcher | None = None
         self._replaced: dict[torch.Tensor, torch.Tensor] = {}
@@ -759,66 +736,6 @@ def _launched(fabric: Fabric, function: Callable[..., Any], args: tuple[Any, ...
 def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
     """Give the user's own models and optimizers, which is what a strategy knows; loaders keep their own state."""
     return {name: value if isinstance(value, FabricDataLoader) else unwrap(value) for name, value in state.items()}
-
-
-def _sort_plugins(plugins: Sequence[Any]) -> tuple[dict[str, PluginRef], list[object]]:
-    """Part instances of contracts, one of a kind, from extensions."""
-    given: dict[str, PluginRef] = {}
-    extensions: list[object] = []
-    for plugin in plugins:
-        if not isinstance(plugin, Plugin):
-            extensions.append(plugin)
-        elif plugin.kind in given or plugin.kind not in {"precision", "launcher", "checkpoint"}:
-            raise RequestError(
-                f"a {plugin.kind} doesn't go into plugins, or not twice",
-                where="plugins",
-                got=repr(plugin),
-                instead=f"Fabric({plugin.kind}=...)",
-            )
-        else:
-            given[plugin.kind] = PluginRef(name=type(plugin).__name__, instance=plugin)
-    return given, extensions
-
-
-def _candidates(registry: Registry, kind: str, ref: PluginRef) -> list[Candidate]:
-    """Load what a reference names: one plugin, or every offer where the choice is automatic."""
-    if ref.instance is not None:
-        contract = CONTRACTS[kind]
-        if not isinstance(ref.instance, contract):
-            raise RequestError(
-                f"{kind} was given what is no {contract.__name__}",
-                where=kind,
-                got=repr(ref.instance),
-                instead=f"a name, a mapping, or an instance of {contract.__name__}",
-            )
-        return [Candidate(kind, ref.name, "(given)", ref.instance, named=True)]
-    if ref.is_auto:
-        return [_candidate(offer, {}, named=False) for offer in registry.offers(kind)]
-    return [_candidate(registry.find(kind, ref.name, ref.distribution), ref.options, named=True)]
-
-
-def _candidate(offer: Offer, options: Mapping[str, Any], *, named: bool) -> Candidate:
-    owner = f"{offer.distribution} {offer.version}".strip()
-    try:
-        preset = offer.load()
-        given = {**preset.options, **options}
-        plugin = preset.plugin(preset.plugin.parse_options(given))
-    except FabricError as error:
-        if named:
-            raise
-        return Candidate(offer.kind, offer.name, owner, failure=error)
-    return Candidate(offer.kind, offer.name, owner, plugin, named=named)
-
-
-def _loaded(registry: Registry, kind: str, ref: PluginRef) -> list[tuple[str, Any]]:
-    """Load plugins of a kind that has no place in the plan, the highest priority first."""
-    candidates = _candidates(registry, kind, ref)
-    for candidate in candidates:
-        if candidate.failure is not None:
-            raise candidate.failure
-    if ref.is_auto:
-        candidates.sort(key=lambda one: (-one.plugin.capabilities.priority, one.name))  # type: ignore[union-attr]
-    return [(candidate.name, candidate.plugin) for candidate in candidates]
 
 
 def _device_of(module: nn.Module, default: torch.device) -> torch.device:
