@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_core.contracts._spec import Plugin, behaviour
+from fabric_core.contracts._tree import map_tree
 from fabric_core.contracts.capabilities import PrecisionCapabilities
 
 __all__ = ["Precision", "PrecisionPolicy"]
@@ -128,17 +129,28 @@ def convert_tensors(data: Any, dtype: torch.dtype | None) -> Any:
     """
     if dtype is None:
         return data
-    return map_tensors(data, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        # Types are compared first: `to` takes a microsecond to find that there is nothing to do.
+        return tensor if tensor.dtype is dtype or not tensor.is_floating_point() else tensor.to(dtype)
+
+    return map_tree(data, convert)
 
 
-def map_tensors(data: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+def map_tensors(
+    data: Any,
+    function: Callable[[torch.Tensor], Any],
+    objects: Callable[[Any], Any] | None = None,
+) -> Any:
     """Apply a function to every tensor of a nested value.
 
     Goes into dicts, lists, tuples, named tuples, dataclasses (frozen ones too) and containers registered with
     ``torch.utils._pytree``. What holds no tensor, or whose tensors all come back unchanged, is the very same object.
-    """
-    if isinstance(data, torch.Tensor):
-        return function(data)
-    from fabric_core.contracts._tree import map_tree
 
-    return map_tree(data, function)
+    Args:
+        data: The value.
+        function: Maps a tensor; returns its argument to leave it.
+        objects: Maps an object that is no tensor, number, text, dict, list or tuple; returns its argument to let the
+            walk go into it. Without it the walk goes into all it knows.
+    """
+    return map_tree(data, function, objects)
