@@ -106,6 +106,7 @@ class ElasticLauncher(Launcher):
         """In a rank that this launcher started: share the cores, die with the agent, let the first failure speak."""
         if ranks.owner != "elastic":
             return
+        _die_with_parent()
         threads = torch.get_num_threads()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
@@ -229,6 +230,16 @@ def _speak(ranks: Ranks, error: BaseException, show: Callable[[], None]) -> None
             file=sys.stderr,
         )
     sys.stderr.flush()
+
+
+def _die_with_parent() -> None:
+    """End this rank when its agent ends, even where the agent was killed and could not end it."""
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 @contextmanager
