@@ -138,7 +138,7 @@ def _candidate(offer: Offer, options: Mapping[str, Any], *, named: bool) -> Cand
         if named:
             raise
         return Candidate(offer.kind, offer.name, owner, failure=error)
-    return Candidate(offer.kind, offer.name, owner, plugin, named=named)
+    return Candidate(offer.kind, offer.name, owner, plugin, named=named, alias=preset.alias)
 
 
 def _loaded(registry: Registry, kind: str, ref: PluginRef) -> list[tuple[str, Any]]:

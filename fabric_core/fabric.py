@@ -30,7 +30,7 @@ from fabric_core.errors import CheckpointError, MisuseError, RequestError, Setup
 from fabric_core.launching import agree, detect, make_world
 from fabric_core.request import Request
 from fabric_core.resolve import Plan
-from fabric_core.state import collect, restore
+from fabric_core.state import PRECISION, collect, restore, restore_precision
 from fabric_core.wrapping import (
     FabricDataLoader,
     FabricModule,
@@ -258,6 +258,7 @@ class Fabric:
         agree(world, self._plan, self._serial)
         self._accelerator.setup_device(world.device)
         self._strategy.connect(world, self.precision.policy)
+        self._precision.connect(self._strategy.all_reduce)
         self._hooks.launched(world=world)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -382,6 +383,7 @@ class Fabric:
         ready = self._strategy.setup_optimizer(optimizer, self._replaced)
         for wrapper in self._wrappers:
             ready = wrapper.wrap_optimizer(ready)
+        self._precision.setup_optimizer(ready)
         return wrap_optimizer(ready, self._strategy, self._precision)
 
     def setup_dataloaders(
@@ -477,7 +479,7 @@ class Fabric:
         clip_val: float | None = None,
         max_norm: float | None = None,
         norm_type: float = 2.0,
-        error_if_nonfinite: bool = True,
+        error_if_nonfinite: bool | None = None,
     ) -> torch.Tensor | None:
         """Clip the gradients of an optimizer's parameters, by value or by norm.
 
@@ -487,12 +489,14 @@ class Fabric:
             clip_val: Clip each element into ``[-clip_val, clip_val]``.
             max_norm: Clip the total norm to this.
             norm_type: The p of the p-norm.
-            error_if_nonfinite: Raise where the norm is not finite.
+            error_if_nonfinite: Raise where the norm is not finite. Not given, it is true unless the precision scales
+                the loss: then a gradient overflows now and then, and the optimizer skips that step.
 
         Returns:
             The total norm before clipping; ``None`` when clipped by value.
 
         Raises:
+            RuntimeError: The norm is not finite, and that is an error.
             RequestError: Both or none of ``clip_val`` and ``max_norm`` are given.
         """
         if (clip_val is None) == (max_norm is None):
@@ -505,10 +509,15 @@ class Fabric:
         self._precision.unscale_gradients(unwrap(optimizer))
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if clip_val is not None:
-            self._strategy.clip_grad_value(parameters, clip_val)
+            # PyTorch's function fails where there is nothing to clip.
+            with_gradients = [parameter for parameter in parameters if parameter.grad is not None]
+            if with_gradients:
+                self._strategy.clip_grad_value(with_gradients, clip_val)
             return None
         if max_norm is None:
             raise AssertionError("one of the two is given")
+        if error_if_nonfinite is None:
+            error_if_nonfinite = not self.precision.policy.loss_scaling
         return self._strategy.clip_grad_norm(parameters, float(max_norm), float(norm_type), error_if_nonfinite)
 
     def no_backward_sync(self, module: FabricModule, enabled: bool = True) -> AbstractContextManager[Any]:
@@ -610,7 +619,7 @@ class Fabric:
         path = Path(path)
         checkpoint = self._checkpoint(sharded=False)
         full = not checkpoint.capabilities.sharded
-        tree = collect(_unwrapped(state), self._strategy, full=full, keep=filter or {})
+        tree = collect(_unwrapped(state), self._strategy, self._precision, full=full, keep=filter or {})
         failure: Exception | None = None
         if self.is_global_zero or not full:
             try:
@@ -642,8 +651,10 @@ class Fabric:
         tree = checkpoint.read(path, None)
         if state is None:
             return tree
-        state.update(restore(_unwrapped(state), tree, self._strategy, full=full, strict=strict, path=path))
-        return {name: entry for name, entry in tree.items() if name not in state}
+        objects = _unwrapped(state)
+        state.update(restore(objects, tree, self._strategy, full=full, strict=strict, path=path))
+        restore_precision(tree, self._precision, path=path)
+        return {name: entry for name, entry in tree.items() if name not in {*state, PRECISION}}
 
     def load_raw(self, path: str | Path, obj: Any, strict: bool = True) -> None:
         """Load a file that holds one bare state dict into one model or optimizer."""

@@ -70,7 +70,7 @@ class Offer:
                 loaded = EntryPoint(self.name, self.value, GROUPS[self.kind]).load()
             except (Exception, SystemExit) as error:
                 raise self._quarantine(f"importing {self.value} failed: {error!r}") from error
-        preset = loaded if isinstance(loaded, Preset) else Preset(loaded)  # type: ignore[arg-type]
+        preset = loaded if isinstance(loaded, Preset) else Preset(loaded, alias=False)  # type: ignore[arg-type]
         self._check(preset.plugin)
         return preset
 

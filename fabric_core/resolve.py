@@ -33,6 +33,7 @@ class Candidate:
         plugin: The plugin, ready to be asked.
         failure: Why there is no plugin.
         named: The user named it.
+        alias: It is another name for a plugin that has a name of its own.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Candidate:
     plugin: Plugin | None = None
     failure: FabricError | None = None
     named: bool = False
+    alias: bool = False
 
 
 @dataclass(frozen=True)
@@ -238,8 +240,8 @@ def _choose(candidates: Sequence[Candidate], kind: str, clash: Any, why: str) ->
         if candidate.failure is not None:
             raise candidate.failure
         reason = clash(candidate.plugin)
-        if reason is None and not candidate.named and _priority(candidate) < 0:
-            reason = "it is never chosen automatically"
+        if reason is None and not candidate.named and (candidate.alias or _priority(candidate) < 0):
+            reason = "it is another name for a plugin" if candidate.alias else "it is never chosen automatically"
         if reason is None:
             fitting.append(candidate)
         else:

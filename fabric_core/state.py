@@ -1,20 +1,24 @@
 """What is saved and loaded: from a user's state to a tree of tensors and plain values, and back."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_core.contracts import Strategy
+from fabric_core.contracts import Precision, Strategy
 from fabric_core.errors import CheckpointError
 
-__all__ = ["collect", "restore"]
+__all__ = ["PRECISION", "collect", "restore", "restore_precision"]
+
+PRECISION: Final = "fabric.precision"
+"""The entry of the tree that holds the precision's state, where it has one, such as the loss scale."""
 
 
 def collect(
     state: Mapping[str, Any],
     strategy: Strategy,
+    precision: Precision,
     *,
     full: bool,
     keep: Mapping[str, Callable[[str, Any], bool]],
@@ -24,9 +28,15 @@ def collect(
     Args:
         state: The user's own models, optimizers, objects with ``state_dict``, and plain values, under their names.
         strategy: The bound strategy.
+        precision: The bound precision, whose own state becomes the entry ``PRECISION``.
         full: Whole tensors; else each rank's own parts.
         keep: For a name of the state, which of its entries to keep.
+
+    Raises:
+        CheckpointError: The state uses the reserved name.
     """
+    if PRECISION in state:
+        raise CheckpointError(f"the name {PRECISION!r} is reserved", where="fabric.save", instead="another name")
     tree: dict[str, Any] = {}
     for name, value in state.items():
         if isinstance(value, nn.Module):
@@ -40,6 +50,9 @@ def collect(
         if name in keep:
             entry = {key: part for key, part in entry.items() if keep[name](key, part)}
         tree[name] = entry
+    own = precision.state_dict()
+    if own:
+        tree[PRECISION] = own
     return tree
 
 
@@ -81,3 +94,22 @@ def restore(
         else:
             plain[name] = tree[name]
     return plain
+
+
+def restore_precision(tree: Mapping[str, Any], precision: Precision, *, path: object) -> None:
+    """Give a precision its state back; a checkpoint without one, or a precision without one, is none the worse.
+
+    Raises:
+        CheckpointError: The state is another precision's.
+    """
+    if PRECISION not in tree or not precision.state_dict():
+        return
+    try:
+        precision.load_state_dict(tree[PRECISION])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            "the state of the precision is not of the precision that is used now",
+            where=f"{path}, entry {PRECISION!r}",
+            got=repr(tree[PRECISION]),
+            instead="the precision that the checkpoint was saved with",
+        ) from error

@@ -118,10 +118,12 @@ class Preset:
     Args:
         plugin: The plugin class.
         options: The options that the alias sets; a user's own options win over them.
+        alias: It is another name for what has a name of its own, so it is never chosen automatically.
     """
 
     plugin: type[Plugin]
     options: Mapping[str, Any] = field(default_factory=dict)
+    alias: bool = True
 
     @classmethod
     def of(cls, plugin: type[Plugin], **options: Any) -> Self:

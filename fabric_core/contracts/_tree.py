@@ -1,6 +1,8 @@
 """A walk over nested values that copies only what changes."""
 
+import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -62,16 +64,30 @@ def _map_object(data: Any, function: Callable[[torch.Tensor], Any], objects: Cal
         mapped = objects(data)
         if mapped is not data:
             return mapped
+    # An unregistered container is a leaf of pytree, whose registry has no public face in Python. Registered ones come
+    # first, for they know best how they are made (those of transformers are dataclasses and dicts at once).
+    if not _pytree._is_leaf(data):  # noqa: SLF001
+        old, structure = _pytree.tree_flatten(data, is_leaf=lambda value: value is not data)
+        new = [map_tree(leaf, function, objects) for leaf in old]
+        same = all(after is before for after, before in zip(new, old, strict=True))
+        return data if same else _pytree.tree_unflatten(new, structure)
+    if isinstance(data, dict | UserDict):
+        return _map_mapping(data, function, objects)
     if dataclasses.is_dataclass(data) and not isinstance(data, type):
         return _map_dataclass(data, function, objects)
-    # An unregistered container is a leaf of pytree, whose registry has no public face in Python.
-    if _pytree._is_leaf(data):  # noqa: SLF001
-        return data
-    old, structure = _pytree.tree_flatten(data, is_leaf=lambda value: value is not data)
-    new = [map_tree(leaf, function, objects) for leaf in old]
-    if all(after is before for after, before in zip(new, old, strict=True)):
-        return data
-    return _pytree.tree_unflatten(new, structure)
+    return data
+
+
+def _map_mapping(data: Any, function: Callable[[torch.Tensor], Any], objects: Callable[[Any], Any] | None) -> Any:
+    """Map a subclass of ``dict`` or ``UserDict``: their shallow copies have entries and attributes of their own."""
+    result = data
+    for key, old in data.items():
+        new = map_tree(old, function, objects)
+        if new is not old:
+            if result is data:
+                result = copy.copy(data)
+            result[key] = new
+    return result
 
 
 def _map_dataclass(data: Any, function: Callable[[torch.Tensor], Any], objects: Callable[[Any], Any] | None) -> Any:
@@ -86,13 +102,13 @@ def _map_dataclass(data: Any, function: Callable[[torch.Tensor], Any], objects: 
     if not changed:
         return data
     # Not `dataclasses.replace`: it calls `__init__` and `__post_init__`, which may compute or refuse.
-    copy = object.__new__(type(data))
+    result = object.__new__(type(data))
     for owner in type(data).__mro__:
         for slot in getattr(owner, "__slots__", ()):
             if slot not in {"__dict__", "__weakref__"} and hasattr(data, slot):
-                object.__setattr__(copy, slot, getattr(data, slot))
+                object.__setattr__(result, slot, getattr(data, slot))
     if hasattr(data, "__dict__"):
-        copy.__dict__.update(data.__dict__)
+        result.__dict__.update(data.__dict__)
     for name, value in changed.items():
-        object.__setattr__(copy, name, value)
-    return copy
+        object.__setattr__(result, name, value)
+    return result

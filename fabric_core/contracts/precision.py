@@ -58,6 +58,14 @@ class Precision(Plugin, ABC):
         """What the precision asks for. The same for the life of the object."""
 
     @behaviour
+    def connect(self, all_reduce: Callable[[torch.Tensor, Any | None, str], torch.Tensor]) -> None:
+        """Learn how to ask the other ranks; called once, after the strategy has joined them.
+
+        Args:
+            all_reduce: The strategy's behaviour of that name, for what the ranks must decide together.
+        """
+
+    @behaviour
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Convert a module's parameters and buffers, in place where possible, before it is moved or sharded."""
         dtype = self.policy.param_dtype
@@ -91,6 +99,10 @@ class Precision(Plugin, ABC):
         return None
 
     @behaviour
+    def setup_optimizer(self, optimizer: Optimizer) -> None:
+        """Take note of an optimizer that was set up; it is the object that later calls name."""
+
+    @behaviour
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """Scale a loss before ``backward``."""
         return loss
@@ -100,17 +112,23 @@ class Precision(Plugin, ABC):
         """Bring the gradients of an optimizer's parameters to their true size; a second call in a step is harmless."""
 
     @behaviour
-    def optimizer_step(self, optimizer: Optimizer, step: Callable[[], Any]) -> Any:
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        step: Callable[[Callable[[], Any] | None], Any],
+        closure: Callable[[], Any] | None,
+    ) -> Any:
         """Decide whether and how an optimizer steps.
 
         Args:
-            optimizer: The optimizer whose step this is; the user's own object.
-            step: Performs the strategy's step, closure included.
+            optimizer: The optimizer whose step this is.
+            step: Performs the strategy's step; it takes the closure, or ``None``.
+            closure: The user's closure, which runs forward and backward and returns the loss; ``None`` without one.
 
         Returns:
             What ``step`` returned, or ``None`` where the step was skipped.
         """
-        return step()
+        return step(closure)
 
     @behaviour
     def state_dict(self) -> dict[str, Any]:
@@ -144,8 +162,9 @@ def map_tensors(
 ) -> Any:
     """Apply a function to every tensor of a nested value.
 
-    Goes into dicts, lists, tuples, named tuples, dataclasses (frozen ones too) and containers registered with
-    ``torch.utils._pytree``. What holds no tensor, or whose tensors all come back unchanged, is the very same object.
+    Goes into dicts, lists, tuples, named tuples, dataclasses (frozen ones too), subclasses of ``dict`` and of
+    ``UserDict``, and containers registered with ``torch.utils._pytree``. What holds no tensor, or whose tensors all
+    come back unchanged, is the very same object.
 
     Args:
         data: The value.

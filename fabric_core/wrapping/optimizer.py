@@ -1,6 +1,7 @@
 """The wrapped optimizer: its step passes through strategy and precision."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from torch.optim import Optimizer
@@ -29,7 +30,7 @@ class FabricOptimizer:
         """Step through precision and strategy; returns what the original's does, or ``None`` if skipped."""
         own = self.__dict__
         inner, strategy = own["_fabric_inner"], own["_fabric_strategy"]
-        return own["_fabric_precision"].optimizer_step(inner, lambda: strategy.optimizer_step(inner, closure))
+        return own["_fabric_precision"].optimizer_step(inner, partial(strategy.optimizer_step, inner), closure)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_fabric_inner"], name)

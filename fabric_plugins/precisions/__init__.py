@@ -6,8 +6,26 @@ from fabric_core.lazy import lazy
 
 if TYPE_CHECKING:
     from fabric_plugins.precisions.full import FullPrecision
-    from fabric_plugins.precisions.mixed import BFloat16MixedPrecision
+    from fabric_plugins.precisions.mixed import BFloat16MixedPrecision, Float16MixedPrecision
+    from fabric_plugins.precisions.true import BFloat16Precision, DoublePrecision, Float16Precision
 
-__all__ = ["BFloat16MixedPrecision", "FullPrecision"]
+__all__ = [
+    "BFloat16MixedPrecision",
+    "BFloat16Precision",
+    "DoublePrecision",
+    "Float16MixedPrecision",
+    "Float16Precision",
+    "FullPrecision",
+]
 
-__getattr__, __dir__ = lazy(__name__, {"FullPrecision": "full", "BFloat16MixedPrecision": "mixed"})
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "FullPrecision": "full",
+        "DoublePrecision": "true",
+        "BFloat16Precision": "true",
+        "Float16Precision": "true",
+        "BFloat16MixedPrecision": "mixed",
+        "Float16MixedPrecision": "mixed",
+    },
+)

@@ -1,15 +1,12 @@
-"""Full precision: every number in one type."""
+"""Full precision: every number in the type that it has."""
 
-from contextlib import AbstractContextManager
-from typing import Any
+from fabric_core.contracts import Precision, PrecisionCapabilities, PrecisionPolicy, Preset
 
-from fabric_core.contracts import Precision, PrecisionCapabilities, PrecisionPolicy
-
-__all__ = ["FullPrecision"]
+__all__ = ["ALIAS", "FullPrecision"]
 
 
 class FullPrecision(Precision):
-    """Everything in 32 bits, as PyTorch does by itself."""
+    """Everything in 32 bits, as PyTorch does by itself: nothing is converted."""
 
     capabilities = PrecisionCapabilities(priority=10)
 
@@ -18,6 +15,6 @@ class FullPrecision(Precision):
         """Everything is left in the type that it has."""
         return PrecisionPolicy()
 
-    def forward_context(self, device_type: str) -> AbstractContextManager[Any] | None:
-        """Nothing to do."""
-        return None
+
+ALIAS = Preset.of(FullPrecision)
+"""What the name ``32`` means."""

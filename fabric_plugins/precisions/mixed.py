@@ -1,32 +1,306 @@
-"""Mixed precision: parameters in 32 bits, matrix work in 16."""
+"""Mixed precision: parameters in 32 bits, matrix work in 16.
 
+[Note: outstanding gradients] A gradient is outstanding from the backward pass that adds to it until its optimizer
+steps. The law that makes every order of calls right: whenever a loss is scaled, every outstanding gradient is, or is
+brought, at the scale of that loss. So gradients accumulate over several backward passes although they were looked at,
+or another optimizer ended an iteration, in between. The factors are powers of two by default, so nothing is rounded.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Final
+from types import SimpleNamespace
+from typing import Any, ClassVar, Final, cast
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+from pydantic import Field
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
-from fabric_core.contracts import Precision, PrecisionCapabilities, PrecisionPolicy
+from fabric_core.contracts import PluginOptions, Precision, PrecisionPolicy, Preset
+from fabric_core.errors import MisuseError
 
-__all__ = ["BFloat16MixedPrecision"]
+__all__ = [
+    "BFLOAT16_ALIAS",
+    "FLOAT16_ALIAS",
+    "BFloat16MixedPrecision",
+    "Float16MixedOptions",
+    "Float16MixedPrecision",
+    "MixedOptions",
+]
 
-_BFLOAT16: Final = PrecisionPolicy(
-    compute_dtype=torch.bfloat16,
-    input_dtype=torch.float32,
-    output_dtype=torch.float32,
-    autocast=True,
-)
+
+class MixedOptions(PluginOptions):
+    """The options of mixed precisions."""
+
+    cast_inputs: bool = True
+    """Convert floating-point inputs to 32 bits; otherwise they are left to autocast, or to the strategy."""
 
 
-class BFloat16MixedPrecision(Precision):
-    """Parameters in 32 bits, matrix work in bfloat16 through autocast; the loss needs no scaling."""
+class _MixedPrecision(Precision):
+    """Parameters in 32 bits, matrix work in 16 through autocast, outputs in 32 bits."""
 
-    capabilities = PrecisionCapabilities(priority=0)
+    Options = MixedOptions
+    options: MixedOptions
+    dtype: ClassVar[torch.dtype]
+    loss_scaling: ClassVar[bool]
 
     @property
     def policy(self) -> PrecisionPolicy:
-        """Autocast to bfloat16; outputs come back in 32 bits."""
-        return _BFLOAT16
+        """Autocast; gradients are reduced in 32 bits, outputs come back in 32 bits."""
+        return PrecisionPolicy(
+            compute_dtype=self.dtype,
+            reduce_dtype=torch.float32,
+            input_dtype=torch.float32 if self.options.cast_inputs else None,
+            output_dtype=torch.float32,
+            autocast=True,
+            loss_scaling=self.loss_scaling,
+        )
 
     def forward_context(self, device_type: str) -> AbstractContextManager[Any] | None:
         """Autocast."""
-        return torch.autocast(device_type, torch.bfloat16)
+        return torch.autocast(device_type, self.dtype)
+
+
+class BFloat16MixedPrecision(_MixedPrecision):
+    """Parameters in 32 bits, matrix work in bfloat16; the loss needs no scaling."""
+
+    dtype = torch.bfloat16
+    loss_scaling = False
+
+
+class Float16MixedOptions(MixedOptions):
+    """The options of ``16-mixed``; the scaling's are ``torch.amp.GradScaler``'s under their own names."""
+
+    init_scale: float = Field(default=2.0**16, gt=0)
+    """The scale at the start."""
+    growth_factor: float = Field(default=2.0, gt=1)
+    """What the scale is multiplied by after ``growth_interval`` iterations without an overflow."""
+    backoff_factor: float = Field(default=0.5, gt=0, lt=1)
+    """What the scale is multiplied by after an iteration with an overflow."""
+    growth_interval: int = Field(default=2000, ge=1)
+    """How many iterations without an overflow let the scale grow."""
+
+
+_OVERFLOW: Final = 1.0
+_NO_GRADIENTS: Final = -1.0
+"""What a rank found in its gradients, beside 0 for finite ones; over the ranks, the largest counts."""
+
+
+class Float16MixedPrecision(_MixedPrecision):
+    """Parameters in 32 bits, matrix work in float16, with dynamic loss scaling by ``torch.amp.GradScaler``.
+
+    An iteration is one or more calls of ``fabric.backward`` and the steps of optimizers that follow. The next
+    ``fabric.backward``, or asking for the state, ends it: the scale is updated once, however many optimizers stepped.
+    An overflow on one rank skips the step on all. What holds in between tells [Note: outstanding gradients].
+    """
+
+    Options = Float16MixedOptions
+    options: Float16MixedOptions
+    dtype = torch.float16
+    loss_scaling = True
+
+    def __init__(self, options: PluginOptions | None = None, /, **given: Any) -> None:
+        super().__init__(options, **given)
+        self._scaler = _Scaler(
+            "cpu",  # whatever it is told here, it keeps its numbers where the first loss is
+            init_scale=self.options.init_scale,
+            growth_factor=self.options.growth_factor,
+            backoff_factor=self.options.backoff_factor,
+            growth_interval=self.options.growth_interval,
+        )
+        self._all_reduce: Callable[[torch.Tensor, Any | None, str], torch.Tensor] | None = None
+        self._losses = 0
+        """How many losses were scaled."""
+        self._stepped_at: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        """For each optimizer, how many losses were scaled when it last stepped."""
+        self._unscaled: WeakSet[Optimizer] = WeakSet()
+        """The optimizers whose outstanding gradients have their true size."""
+        self._found: WeakKeyDictionary[Optimizer, torch.Tensor] = WeakKeyDictionary()
+        """What was found in the outstanding gradients of an optimizer in this iteration, on this rank."""
+        self._overflowed: bool | None = None
+        """Whether a step of this iteration was skipped; ``None`` before the first step with gradients."""
+
+    def connect(self, all_reduce: Callable[[torch.Tensor, Any | None, str], torch.Tensor]) -> None:
+        """Keep the way to the other ranks."""
+        self._all_reduce = all_reduce
+
+    def setup_optimizer(self, optimizer: Optimizer) -> None:
+        """Know it before its first step, because its gradients may be outstanding by then."""
+        self._stepped_at.setdefault(optimizer, 0)
+
+    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """End the iteration whose steps were taken, and scale the loss."""
+        if self._overflowed is not None:
+            self._end_iteration()
+        elif self._unscaled:
+            self._rescale(lambda: None)
+        self._losses += 1
+        return self._scaler.scale(loss)
+
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """Divide the gradients by the scale, once, and look for an overflow."""
+        if optimizer in self._unscaled or not self._is_outstanding(optimizer):
+            return
+        found = self._scaler.look(optimizer)
+        earlier = self._found.get(optimizer)
+        self._found[optimizer] = found if earlier is None else torch.maximum(found, earlier)
+        self._unscaled.add(optimizer)
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        step: Callable[[Callable[[], Any] | None], Any],
+        closure: Callable[[], Any] | None,
+    ) -> Any:
+        """Step, unless a gradient overflowed on any rank.
+
+        A closure is evaluated before the step, which begins with what that gave. An optimizer that evaluates it again
+        and again within a step is given unscaled gradients each time.
+
+        Raises:
+            MisuseError: The gradients come from no scaled loss, or overflowed in a later evaluation of the closure.
+        """
+        if closure is None:
+            return step(None) if self._may_step(optimizer) else None
+        evaluate = closure
+        with torch.enable_grad():
+            first = [evaluate()]
+        if not self._may_step(optimizer):
+            return None
+
+        def evaluated() -> Any:
+            if first:
+                return first.pop()
+            loss = evaluate()
+            if not self._may_step(optimizer):
+                raise MisuseError(
+                    "gradients overflowed after the optimizer had begun its step",
+                    where=f"the closure of {type(optimizer).__name__}.step",
+                    got=f"the loss scale {self._scaler.get_scale()}",
+                    instead="a precision without loss scaling, or a smaller init_scale",
+                )
+            self._overflowed = None
+            return loss
+
+        # Further evaluations belong to this iteration: as long as no step counts as taken, none ends it.
+        self._overflowed = None
+        try:
+            return step(evaluated)
+        finally:
+            self._overflowed = bool(self._overflowed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """End the iteration, and give the state in the form of ``torch.amp.GradScaler.state_dict``."""
+        if self._overflowed is not None:
+            self._end_iteration()
+        return self._scaler.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the scale, and how long it has been growing; factors and interval are this object's own options."""
+        own = self.options.model_dump(include={"growth_factor", "backoff_factor", "growth_interval"})
+        self._rescale(lambda: self._scaler.load_state_dict({**state, **own}))
+        self._overflowed = None
+
+    def _is_outstanding(self, optimizer: Optimizer) -> bool:
+        return self._stepped_at.get(optimizer, 0) != self._losses
+
+    def _may_step(self, optimizer: Optimizer) -> bool:
+        """Say whether no gradient overflowed, on any rank; count the step as taken."""
+        if not self._is_outstanding(optimizer):
+            if next(_gradients(optimizer), None) is not None:
+                raise MisuseError(
+                    "the gradients don't come from a scaled loss, or the optimizer has stepped on them before",
+                    where=f"{type(optimizer).__name__}.step",
+                    instead="fabric.backward(loss) before each step, in the place of loss.backward()",
+                )
+            return True
+        self.unscale_gradients(optimizer)
+        found = self._found.pop(optimizer)
+        if self._all_reduce is not None:
+            found = self._all_reduce(found, None, "max")
+        verdict = found.item()
+        self._unscaled.discard(optimizer)
+        self._stepped_at[optimizer] = self._losses
+        if verdict != _NO_GRADIENTS:
+            self._overflowed = bool(self._overflowed) or verdict >= _OVERFLOW
+        return verdict < _OVERFLOW
+
+    def _end_iteration(self) -> None:
+        overflowed = bool(self._overflowed)
+        self._overflowed = None
+        self._rescale(lambda: self._scaler.settle(overflowed=overflowed))
+        self._found.clear()
+
+    def _rescale(self, change: Callable[[], None]) -> None:
+        """Change the scale, and bring outstanding gradients to the new one ([Note: outstanding gradients])."""
+        before = self._scaler.current()
+        change()
+        after = self._scaler.current()
+        if before is not None and after is not None:
+            for optimizer in self._stepped_at:
+                if self._is_outstanding(optimizer):
+                    factor = after if optimizer in self._unscaled else after / before
+                    for gradient in _gradients(optimizer):
+                        gradient.mul_(factor.to(gradient.device))
+        self._unscaled.clear()
+
+
+class _Scaler(GradScaler):
+    """PyTorch's scaler; it looks at a rank's own part of each gradient, whatever mesh the whole is spread over."""
+
+    def look(self, optimizer: Optimizer) -> torch.Tensor:
+        """Divide the gradients by the scale, and give what was found in them, as a scalar."""
+        self._per_optimizer_states.clear()
+        self.unscale_(optimizer)
+        found = list(self._found_inf_per_device(optimizer).values())
+        if not found:
+            return self._scalar(_NO_GRADIENTS)
+        return torch.stack([one.to(found[0].device) for one in found]).amax()
+
+    def settle(self, *, overflowed: bool) -> None:
+        """Update the scale after an iteration."""
+        found = self._scalar(float(overflowed))
+        self._per_optimizer_states.clear()
+        self._per_optimizer_states[0]["found_inf_per_device"] = {found.device: found}
+        self.update()
+
+    def current(self) -> torch.Tensor | None:
+        """Give the scale as a scalar of its own; ``None`` before the first loss."""
+        return None if self._scale is None else self._scale.clone()
+
+    def _scalar(self, value: float) -> torch.Tensor:
+        if self._scale is None:
+            raise AssertionError("no loss was scaled yet")
+        return torch.full_like(self._scale, value)
+
+    def _unscale_grads_(self, optimizer: Optimizer, *args: Any) -> dict[torch.device, torch.Tensor]:
+        carriers = []
+        for gradient in _gradients(optimizer):
+            carrier = gradient.detach()
+            carrier.grad = gradient
+            carriers.append(carrier)
+        local = cast("Optimizer", SimpleNamespace(param_groups=[{"params": carriers}]))
+        return super()._unscale_grads_(local, *args)
+
+
+def _gradients(optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    """Give this rank's own part of each gradient that there is."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if type(gradient) is not torch.Tensor:
+                from torch.distributed.tensor import DTensor
+
+                if isinstance(gradient, DTensor):
+                    gradient = gradient.to_local()
+            yield gradient
+
+
+BFLOAT16_ALIAS: Final = Preset.of(BFloat16MixedPrecision)
+"""What the name ``bf16`` means."""
+
+FLOAT16_ALIAS: Final = Preset.of(Float16MixedPrecision)
+"""What the name ``16`` means."""
