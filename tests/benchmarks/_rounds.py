@@ -1,0 +1,45 @@
+"""Interleaved measuring: every contestant runs once a round, so that a slow moment hits all alike."""
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+__all__ = ["command_seconds", "medians", "table"]
+
+
+def medians(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Measure every contestant once a round, in turn.
+
+    Args:
+        contestants: For each name a function that gives one measurement.
+        rounds: How many rounds count; one more goes before to warm up.
+
+    Returns:
+        The median of each.
+    """
+    values: dict[str, list[float]] = {name: [] for name in contestants}
+    for round_ in range(rounds + 1):
+        for name, measure in contestants.items():
+            value = measure()
+            if round_ > 0:
+                values[name].append(value)
+    return {name: statistics.median(list_) for name, list_ in values.items()}
+
+
+def command_seconds(*arguments: str) -> float:
+    """Run this interpreter in a fresh process and give the wall time in seconds; a failure is shown and raised."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    if done.returncode != 0:
+        raise RuntimeError(f"the benchmarked command failed:\n{done.stderr}")
+    return seconds
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Give a Markdown table under a title."""
+    lines = [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, ""])

@@ -1,0 +1,29 @@
+"""The core stands alone."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+_ALONE = """
+import importlib.metadata as metadata, sys
+import pytest
+
+# As in an environment that has the core and no plugin at all.
+sys.modules["fabric_plugins"] = None
+every = metadata.entry_points
+metadata.entry_points = lambda **chosen: metadata.EntryPoints(
+    point for point in every(**chosen) if not point.value.startswith("fabric_plugins")
+)
+sys.exit(pytest.main(["tests/core", "-q", "-x", "-p", "no:cacheprovider"]))
+"""
+
+
+def test_core_passes_its_tests_without_any_plugin() -> None:
+    """With ``fabric_plugins`` not importable and its entry points gone, the core's own tests pass."""
+    done = subprocess.run(
+        [sys.executable, "-c", _ALONE], cwd=ROOT, capture_output=True, text=True, check=False, timeout=110
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
