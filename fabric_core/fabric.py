@@ -28,6 +28,7 @@ from fabric_core.contracts import (
 )
 from fabric_core.errors import CheckpointError, MisuseError, RequestError, SetupError
 from fabric_core.launching import agree, detect, make_world
+from fabric_core.registry import register, registrations
 from fabric_core.request import Request
 from fabric_core.resolve import Plan
 from fabric_core.state import PRECISION, collect, restore, restore_precision
@@ -98,6 +99,7 @@ class Fabric:
         self._build()
 
     def _build(self) -> None:
+        own = set(vars(self))
         self._serial = next(_serial)
         parts = assemble(self._request)
         self._plan = parts.plan
@@ -112,6 +114,7 @@ class Fabric:
         self._world: World | None = None
         self._launcher: Launcher | None = None
         self._replaced: dict[torch.Tensor, torch.Tensor] = {}
+        self._built = set(vars(self)) - own
         self._hooks.configured(plan=self._plan)
 
     # What was chosen
@@ -208,15 +211,16 @@ class Fabric:
 
     # Starting
 
-    def launch(self, function: Callable[..., Any] | None = None, /, *args: Any) -> Any:
+    def launch(self, function: Callable[..., Any] | None = None, /, *args: Any, **kwargs: Any) -> Any:
         """Start the processes that the plan has, or join those that something else started.
 
         Without a function, each rank re-runs the command that was typed and comes back from here as itself; the process
         that the user started waits and exits with their exit code. With one device no process is started.
 
         Args:
-            function: What to run in each rank instead; it is given this object of that rank, then ``args``.
+            function: What to run in each rank instead; it is given this object of that rank, then the rest.
             args: The function's further positional arguments.
+            kwargs: The function's keyword arguments.
 
         Returns:
             What the function returned on rank 0; without a function ``None``.
@@ -231,12 +235,12 @@ class Fabric:
                 self._launcher = found[1]
                 self._join(found[2])
             elif self._plan.world_size > 1:
-                return self._start(function, args)
+                return self._start(function, args, kwargs)
             else:
                 self._join(Ranks())
-        return None if function is None else function(self, *args)
+        return None if function is None else function(self, *args, **kwargs)
 
-    def _start(self, function: Callable[..., Any] | None, args: tuple[Any, ...]) -> Any:
+    def _start(self, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if not self._launchers:
             raise SetupError("no launcher is installed", where="fabric.launch()", instead="install one")
         _, launcher = self._launchers[0]
@@ -246,7 +250,7 @@ class Fabric:
                 nodes=self._plan.num_nodes,
                 start_method=self.strategy.start_method,
                 function=None if function is None else _launched,
-                args=() if function is None else (self, function, args),
+                args=() if function is None else (self, function, args, kwargs),
             )
         )
 
@@ -262,12 +266,15 @@ class Fabric:
         self._hooks.launched(world=world)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Travel to another process as the request, which is resolved again there."""
-        return {"request": self._request}
+        """Travel to another process as the request, which is resolved again there, and what a subclass added."""
+        own = {name: value for name, value in vars(self).items() if name not in {*self._built, "_built"}}
+        return {"own": own, "registrations": registrations()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Resolve the request in this process."""
-        self._request = state["request"]
+        for offer in state["registrations"]:
+            register(offer.kind, offer.name, offer.loaded, override=True)
+        self.__dict__.update(state["own"])
         self._build()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -736,10 +743,10 @@ class Fabric:
         self.teardown()
 
 
-def _launched(fabric: Fabric, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _launched(fabric: Fabric, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run a function in a rank that was started for it."""
     try:
-        return fabric.launch(function, *args)
+        return fabric.launch(function, *args, **kwargs)
     finally:
         fabric.teardown()
 

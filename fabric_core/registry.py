@@ -17,7 +17,7 @@ from fabric_core.errors import (
     UnknownPluginError,
 )
 
-__all__ = ["GROUPS", "IN_PROCESS", "Offer", "Registry", "register", "registered"]
+__all__ = ["GROUPS", "IN_PROCESS", "Offer", "Registry", "register", "registered", "registrations"]
 
 GROUPS: Final[Mapping[str, str]] = {
     "accelerator": "fabric.accelerators",
@@ -135,6 +135,12 @@ def register(kind: str, name: str, plugin: type[Plugin] | Preset, *, override: b
                 instead="another name, or override=True",
             )
         _registrations[kind, name] = offer
+
+
+def registrations() -> list[Offer]:
+    """List what is registered in this process, for a process that is to offer the same."""
+    with _lock:
+        return list(_registrations.values())
 
 
 @contextmanager

@@ -14,7 +14,10 @@ import pytest
 import torch
 
 from fabric_core import Fabric
+from fabric_core.contracts import StrategyCapabilities
 from fabric_core.errors import LaunchError, MisuseError, RankFailedError
+from fabric_core.registry import registered
+from fabric_plugins.strategies import SingleDeviceStrategy
 
 _SCRIPT = """
 import json, os, sys, torch
@@ -215,6 +218,31 @@ def _large(fabric: Fabric, megabytes: int) -> torch.Tensor:
     return torch.full((megabytes, 2**18), float(fabric.world_size))
 
 
+class Patient(SingleDeviceStrategy):
+    """A strategy that only this module knows, for any number of processes that ignore each other."""
+
+    capabilities = StrategyCapabilities()
+
+
+class Trainer(Fabric):
+    """A subclass with a setting of its own."""
+
+    lr = 0.0
+
+
+def _settings(fabric: Trainer) -> tuple[str, str, float]:
+    return type(fabric).__name__, type(fabric.strategy).__name__, fabric.lr
+
+
+@pytest.mark.slow
+def test_registrations_and_subclass_attributes_travel() -> None:
+    """In a rank a plugin registered in this process is found, and a subclass has its attributes."""
+    with registered("strategy", "patient", Patient):
+        trainer = Trainer(accelerator="cpu", strategy="patient", devices=2)
+        trainer.lr = 0.25
+        assert trainer.launch(_settings) == ("Trainer", "Patient", 0.25)
+
+
 def _fail_on_one(fabric: Fabric) -> None:
     if fabric.global_rank == 1:
         raise KeyError("only on rank 1")
@@ -225,7 +253,7 @@ def test_function_returns_the_result_of_rank_zero_however_large() -> None:
     """A result larger than any pipe comes back; environment, signal handlers and this object stay as they were."""
     before = dict(os.environ), signal.getsignal(signal.SIGTERM)
     fabric = Fabric(accelerator="cpu", strategy="ddp:start_method=forkserver", devices=2)
-    result = fabric.launch(_large, 64)
+    result = fabric.launch(_large, megabytes=64)
     assert result.shape == (64, 2**18)
     assert (result == 2).all()
     assert (dict(os.environ), signal.getsignal(signal.SIGTERM)) == before
@@ -243,7 +271,11 @@ def test_function_that_fails_on_a_rank_raises_here(capfd: pytest.CaptureFixture[
 def test_one_device_starts_no_process() -> None:
     """With one device the function runs here."""
     with Fabric(accelerator="cpu", devices=1) as fabric:
-        assert fabric.launch(lambda fabric, more: (os.getpid(), fabric.world_size, more), "x") == (os.getpid(), 1, "x")
+        assert fabric.launch(lambda fabric, more: (os.getpid(), fabric.world_size, more), more="x") == (
+            os.getpid(),
+            1,
+            "x",
+        )
         assert fabric.launch() is None
 
 
