@@ -66,7 +66,7 @@ def _map_object(data: Any, function: Callable[[torch.Tensor], Any], objects: Cal
             return mapped
     # An unregistered container is a leaf of pytree, whose registry has no public face in Python. Registered ones come
     # first, for they know best how they are made (those of transformers are dataclasses and dicts at once).
-    if not _pytree._is_leaf(data):  # noqa: SLF001
+    if not _pytree.tree_is_leaf(data):
         old, structure = _pytree.tree_flatten(data, is_leaf=lambda value: value is not data)
         new = [map_tree(leaf, function, objects) for leaf in old]
         same = all(after is before for after, before in zip(new, old, strict=True))

@@ -1,0 +1,152 @@
+"""Where rules are checked: the driver's bench, and each rank's place at it."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+
+from fabric_core.conformance.pool import RankPool, RankRaised
+from fabric_core.conformance.rule import Broken
+from fabric_core.conformance.subject import Subject
+from fabric_core.contracts import Plugin
+from fabric_core.fabric import Fabric
+
+__all__ = ["Bench", "Place"]
+
+_TIMEOUT: Final = 20.0
+"""How many seconds one measurement may take; ``FABRIC_TIMEOUT_SCALE`` multiplies it."""
+
+
+class Bench:
+    """The driver's side: runs measurements on ranks that stay up for one plugin.
+
+    Args:
+        subject: The plugin under test.
+        device: The name of the accelerator to run on; ``None`` is the kit's own, the CPU.
+        timeout: How many seconds one measurement may take.
+    """
+
+    def __init__(self, subject: Subject, *, device: str | None = None, timeout: float = _TIMEOUT) -> None:
+        self.subject = subject
+        self.device = device
+        self.world_size = 1
+        self._timeout = timeout
+        self._pools: dict[int, RankPool] = {}
+        self._declared: dict[str, Any] | None = None
+
+    @property
+    def declared(self) -> dict[str, Any]:
+        """What the plugin declares."""
+        if self._declared is None:
+            self._declared = self.subject.declared()
+        return self._declared
+
+    def plugin(self) -> Any:
+        """Make a new plugin in the driver."""
+        return self.subject.make()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Run ``function(place, *args)`` on every rank.
+
+        Returns:
+            What each rank returned.
+
+        Raises:
+            Broken: A rank raised.
+        """
+        pool = self._pools.setdefault(self.world_size, RankPool(self.world_size, timeout=self._timeout))
+        return _run(pool, Place(self.subject, self.device), function, args)
+
+    def fresh(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run ``function(place, *args)`` in a new process that has only PyTorch and the core imported."""
+        with RankPool(1, timeout=self._timeout) as pool:
+            return _run(pool, Place(self.subject, self.device), function, args)[0]
+
+    def close(self) -> None:
+        """End the ranks."""
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+
+
+def _run(pool: RankPool, place: "Place", function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+    try:
+        return pool.run(_measure, function, place, args)
+    except RankRaised as error:
+        last = error.trace.strip().splitlines()[-1]
+        raise Broken(f"rank {error.rank} raised {last}\n{error.trace}") from None
+
+
+def _measure(function: Callable[..., Any], place: "Place", args: tuple[Any, ...]) -> Any:
+    """Run a measurement in a rank, and clear away what a wrong plugin left, so that the next one starts clean."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    try:
+        return function(place, *args)
+    finally:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None)
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(True)
+        for device_type in ("cpu", "cuda"):
+            torch.set_autocast_enabled(device_type, False)
+
+
+class Place:
+    """A rank's side: makes the plugin, and a ``Fabric`` whose other parts are the kit's references.
+
+    Args:
+        subject: The plugin under test.
+        device: The name of the accelerator to run on; ``None`` is the kit's own, the CPU.
+    """
+
+    def __init__(self, subject: Subject, device: str | None) -> None:
+        self.subject = subject
+        self._device = device
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return int(os.environ["RANK"])
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return int(os.environ["WORLD_SIZE"])
+
+    def plugin(self) -> Any:
+        """Make a new plugin."""
+        return self.subject.make()
+
+    @contextmanager
+    def fabric(self, **parts: Plugin) -> Iterator[Fabric]:
+        """Build a ``Fabric`` and launch it; torn down at the end.
+
+        Args:
+            parts: Plugins by their kind, in the place of the kit's references.
+        """
+        fabric = self.unlaunched(**parts)
+        with fabric:
+            fabric.launch()
+            yield fabric
+
+    def unlaunched(self, **parts: Plugin) -> Fabric:
+        """Build a ``Fabric``."""
+        from fabric_core.conformance import references as kit
+
+        parts = {self.subject.kind: self.plugin(), **parts} if self.subject.kind not in parts else dict(parts)
+        wrapper, logger = parts.pop("wrapper", None), parts.pop("logger", None)
+        return Fabric(
+            accelerator=parts.pop("accelerator", None) or self._device or kit.Host(),
+            strategy=parts.pop("strategy", None) or (kit.Averaging() if self.world_size > 1 else kit.Alone()),
+            precision=parts.pop("precision", None) or kit.Full(),
+            devices=self.world_size,
+            wrappers=None if wrapper is None else [wrapper],
+            loggers=None if logger is None else [logger],
+            plugins=[parts.pop("launcher", None) or kit.Surroundings(), parts.pop("checkpoint", None) or kit.OneFile()],
+        )

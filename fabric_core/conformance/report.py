@@ -1,0 +1,267 @@
+"""The report: JSON with a published schema, Markdown for people, and a badge."""
+
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from fabric_core.conformance.bench import Bench
+from fabric_core.conformance.rule import Level, Rule
+from fabric_core.conformance.runner import Outcome, Verdict, judge
+from fabric_core.conformance.subject import Subject
+from fabric_core.contracts import API_VERSION
+from fabric_core.errors import RequestError
+
+__all__ = ["SCHEMA", "Report", "check_expected", "profile_of", "run_rules"]
+
+_PROFILES: Final = ("Core", "Distributed", "Sharded")
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a plugin went, rule by rule.
+
+    Args:
+        subject: The plugin.
+        verdicts: How each rule went.
+        expected: The rules that its author says it breaks, with the reasons.
+        world_sizes: The numbers of processes that were asked for.
+        device: The accelerator that it ran on.
+        seed: The seed of the examples; ``None`` is the fixed choice.
+        versions: What it ran with.
+    """
+
+    subject: Subject
+    verdicts: Sequence[Verdict]
+    expected: Mapping[str, str] = field(default_factory=dict)
+    world_sizes: Sequence[int] = (1, 2)
+    device: str | None = None
+    seed: int | None = None
+    versions: Mapping[str, str] = field(
+        default_factory=lambda: _versions()  # noqa: PLW0108 - defined below
+    )
+
+    def status(self, verdict: Verdict) -> str:
+        """Say how a rule counts: as its outcome, or ``"expected"`` or ``"unexpectedly kept"`` where it is in xfail."""
+        if verdict.rule in self.expected:
+            if verdict.failed:
+                return "expected"
+            if verdict.outcome == Outcome.KEPT:
+                return "unexpectedly kept"
+        return str(verdict.outcome)
+
+    @property
+    def failures(self) -> list[Verdict]:
+        """The rules that are broken and not expected to be, or expected to be and kept."""
+        return [one for one in self.verdicts if self.status(one) in {"broken", "hangs", "unexpectedly kept"}]
+
+    @property
+    def passed(self) -> bool:
+        """Whether there is no failure."""
+        return not self.failures
+
+    def profiles(self) -> dict[str, bool]:
+        """Say for each profile of which rules were checked whether every one of them is kept, xfail not counted."""
+        from fabric_core.conformance.rules import RULES_BY_ID
+
+        kept: dict[str, bool] = {}
+        for verdict in self.verdicts:
+            if verdict.outcome in {Outcome.SKIPPED, Outcome.UNTESTED}:
+                continue
+            rule = RULES_BY_ID[verdict.rule]
+            if rule.level != Level.SHOULD:
+                profile = profile_of(rule)
+                kept[profile] = kept.get(profile, True) and not verdict.failed
+        return {name: kept[name] for name in _PROFILES if name in kept}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the report as JSON data, as ``SCHEMA`` describes it."""
+        counts: dict[str, int] = {}
+        for verdict in self.verdicts:
+            status = self.status(verdict)
+            counts[status] = counts.get(status, 0) + 1
+        return {
+            "plugin": {**asdict(self.subject), "options": {k: repr(v) for k, v in self.subject.options.items()}},
+            "contract": API_VERSION,
+            "versions": dict(self.versions),
+            "device": self.device or "the kit's own accelerator",
+            "world_sizes": list(self.world_sizes),
+            "seed": self.seed,
+            "passed": self.passed,
+            "profiles": self.profiles(),
+            "counts": counts,
+            "expected": dict(self.expected),
+            "rules": [
+                {**asdict(verdict), "outcome": str(verdict.outcome), "status": self.status(verdict),
+                 "seconds": round(verdict.seconds, 3)}
+                for verdict in self.verdicts
+            ],
+        }  # fmt: skip
+
+    def badge(self) -> dict[str, Any]:
+        """Give the badge, as shields.io's endpoint badge reads it."""
+        kept = [name for name, whole in self.profiles().items() if whole]
+        text = " + ".join(kept) if kept and self.passed else f"{len(self.failures)} rules broken"
+        return {"schemaVersion": 1, "label": "fabric contract", "message": text,
+                "color": "brightgreen" if self.passed else "red"}  # fmt: skip
+
+    def markdown(self) -> str:
+        """Give the report for people."""
+        from fabric_core.conformance.rules import RULES_BY_ID
+
+        data = self.as_dict()
+        named = f"{self.subject.kind} `{self.subject.name}`"
+        lines = [
+            f"# {named[0].upper()}{named[1:]}: {'keeps the contract' if self.passed else 'breaks the contract'}",
+            "",
+            f"{self.subject.distribution or self.subject.value} {self.subject.version}".strip()
+            + f", contract {API_VERSION}, on {data['device']}, with "
+            + ", ".join(f"{name} {number}" for name, number in self.versions.items())
+            + ".",
+            "",
+            ", ".join(f"{count} {status}" for status, count in sorted(data["counts"].items())) + ".",
+            "",
+            *(f"- Profile {name}: {'kept' if whole else 'broken'}" for name, whole in self.profiles().items()),
+            "",
+            "| rule | level | status | sentence |",
+            "|---|---|---|---|",
+        ]
+        for verdict in self.verdicts:
+            rule = RULES_BY_ID[verdict.rule]
+            lines.append(f"| {rule.id} | {rule.level} | {self.status(verdict)} | {rule.sentence} |")
+        for verdict in self.failures:
+            lines += ["", f"## {verdict.rule}", "", "```text", verdict.message or "expected to fail, and kept", "```"]
+        return "\n".join(lines) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Write the JSON report, and beside it the Markdown (``.md``) and the badge (``.badge.json``)."""
+        path.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
+        path.with_suffix(".badge.json").write_text(json.dumps(self.badge()) + "\n", encoding="utf-8")
+
+
+def profile_of(rule: Rule) -> str:
+    """Name the profile that a rule belongs to."""
+    if "sharded" in rule.needs:
+        return "Sharded"
+    return "Core" if 1 in rule.world_sizes else "Distributed"
+
+
+def check_expected(expected: Mapping[str, str], rules: Iterable[Rule]) -> dict[str, str]:
+    """Refuse an xfail that names no rule of the kind, or gives no reason.
+
+    Raises:
+        RequestError: It does.
+    """
+    known = {rule.id for rule in rules}
+    for name, reason in expected.items():
+        if name not in known:
+            raise RequestError("xfail names no rule of this kind", where="xfail", got=name,
+                               instead=f"one of {min(known)} to {max(known)}")  # fmt: skip
+        if not reason.strip():
+            raise RequestError("xfail gives no reason", where=f"xfail[{name!r}]",
+                               instead="say why, best with a link to the issue")  # fmt: skip
+    return dict(expected)
+
+
+def run_rules(
+    subject: Subject,
+    *,
+    world_sizes: Sequence[int] = (1, 2),
+    device: str | None = None,
+    expected: Mapping[str, str] | None = None,
+    only: Sequence[str] | None = None,
+    seed: int | None = None,
+    shrink: bool = True,
+    timeout: float = 20.0,
+) -> Report:
+    """Judge a plugin by every rule of its kind.
+
+    Args:
+        subject: The plugin.
+        world_sizes: The numbers of processes.
+        device: The name of the accelerator to run on; ``None`` is the kit's own, the CPU.
+        expected: Rules that it is known to break, with the reasons.
+        only: The ids of the rules to judge by; ``None`` is all.
+        seed: The seed of the examples; ``None`` draws the same ones always.
+        shrink: Look for a smaller example where one fails.
+        timeout: How many seconds one measurement may take.
+
+    Raises:
+        RequestError: ``expected`` names no rule, or gives no reason.
+    """
+    from fabric_core.conformance.rules import rules_for
+
+    rules = rules_for(subject.kind)
+    expected = check_expected(expected or {}, rules)
+    bench = Bench(subject, device=device, timeout=timeout)
+    try:
+        verdicts = [
+            judge(rule, bench, world_sizes=world_sizes, seed=seed, shrink=shrink)
+            for rule in rules
+            if only is None or rule.id in only
+        ]
+    finally:
+        bench.close()
+    return Report(subject, verdicts, expected, world_sizes, device, seed)
+
+
+def _versions() -> dict[str, str]:
+    try:
+        core = version("fabric-registry")
+    except PackageNotFoundError:
+        core = "unknown"
+    return {"fabric-registry": core, "torch": torch.__version__, "python": platform.python_version()}
+
+
+_TEXT: Final = {"type": "string"}
+_NUMBER: Final = {"type": "number"}
+
+SCHEMA: Final[Mapping[str, Any]] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "A conformance report",
+    "type": "object",
+    "required": ["plugin", "contract", "versions", "device", "world_sizes", "seed", "passed", "profiles", "counts",
+                 "expected", "rules"],
+    "additionalProperties": False,
+    "properties": {
+        "plugin": {
+            "type": "object",
+            "required": ["kind", "name", "value", "distribution", "version", "options"],
+            "additionalProperties": False,
+            "properties": {
+                **dict.fromkeys(("kind", "name", "value", "distribution", "version"), _TEXT),
+                "options": {"type": "object", "additionalProperties": _TEXT},
+            },
+        },
+        "contract": {"type": "integer"},
+        "versions": {"type": "object", "additionalProperties": _TEXT},
+        "device": _TEXT,
+        "world_sizes": {"type": "array", "items": {"type": "integer"}},
+        "seed": {"type": ["integer", "null"]},
+        "passed": {"type": "boolean"},
+        "profiles": {"type": "object", "additionalProperties": {"type": "boolean"}},
+        "counts": {"type": "object", "additionalProperties": {"type": "integer"}},
+        "expected": {"type": "object", "additionalProperties": _TEXT},
+        "rules": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["rule", "outcome", "status", "message", "world_size", "example", "seconds"],
+                "additionalProperties": False,
+                "properties": {
+                    **dict.fromkeys(("rule", "outcome", "status", "message"), _TEXT),
+                    "world_size": {"type": "integer"},
+                    "example": {"type": ["string", "null"]},
+                    "seconds": _NUMBER,
+                },
+            },
+        },
+    },
+}  # fmt: skip
+"""The JSON schema of the report."""

@@ -1,0 +1,761 @@
+"""Rules for precisions: what they say in their policy is what happens, and nothing else does."""
+
+import contextlib
+import io
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from fabric_core.conformance import cases
+from fabric_core.conformance.bench import Bench, Place
+from fabric_core.conformance.rule import Broken, Level, Table
+from fabric_core.contracts import PrecisionPolicy
+from fabric_core.wrapping import unwrap
+
+TABLE: Final = Table("precision")
+
+_DTYPES: Final = ("param_dtype", "compute_dtype", "reduce_dtype", "input_dtype", "output_dtype")
+_CASE: Final = cases.Training(steps=4, rows=2, buffers=True)
+_TWO: Final = 2
+
+
+def _modes() -> dict[str, Any]:
+    return {
+        "the default type": torch.get_default_dtype(),
+        "the default device": torch.get_default_device(),
+        "grad mode": torch.is_grad_enabled(),
+        "autocast": [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")],
+        "autocast's type": [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")],
+        "matmul precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def _differences(before: dict[str, Any]) -> list[str]:
+    return [name for name, value in _modes().items() if value != before[name]]
+
+
+@TABLE.rule(
+    "PRE-201",
+    "Its policy is the same whenever it is asked.",
+    reason="A strategy reads it once, at setup; the plan shows it.",
+    advice="return one constant PrecisionPolicy, made from the options alone",
+)
+def _policy_is_constant(bench: Bench) -> None:
+    plugin = bench.plugin()
+    first = plugin.policy
+    with contextlib.ExitStack() as stack:
+        context = plugin.forward_context("cpu")
+        if context is not None:
+            stack.enter_context(context)
+        if plugin.policy != first or bench.plugin().policy != first:
+            raise Broken(f"first {first}, then {plugin.policy}")
+
+
+@TABLE.rule(
+    "PRE-202",
+    "The types of its policy are floating-point types or None.",
+    reason="Parameters, products and gradients are real numbers.",
+    advice="give torch.dtype objects, not their names",
+)
+def _policy_types(bench: Bench) -> None:
+    policy = bench.plugin().policy
+    if not isinstance(policy, PrecisionPolicy):
+        raise Broken(f"policy is a {type(policy).__name__}")
+    for name in _DTYPES:
+        value = getattr(policy, name)
+        if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+            raise Broken(f"{name} is {value!r}")
+
+
+def _converted(bench: Bench) -> tuple[cases.Net, cases.Net, Any]:
+    model = cases.build(cases.Training(frozen=True, tied=True, buffers=True), torch.float32)
+    plain = cases.build(cases.Training(frozen=True, tied=True, buffers=True), torch.float32)
+    plugin = bench.plugin()
+    return plain, plugin.convert_module(model), plugin
+
+
+@TABLE.rule(
+    "PRE-203",
+    "`convert_module` leaves parameters in the policy's param_dtype, or as they are where it has none.",
+    reason="Memory is planned by it, and a sharding strategy allocates by it.",
+    advice="convert in convert_module what the policy says, and say in the policy what you convert",
+)
+def _parameters(bench: Bench) -> None:
+    plain, model, plugin = _converted(bench)
+    for (name, parameter), (_, before) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        expected = plugin.policy.param_dtype or before.dtype
+        if parameter.dtype != expected:
+            raise Broken(f"{name} is {parameter.dtype}, and the policy means {expected}")
+
+
+@TABLE.rule(
+    "PRE-204",
+    "`convert_module` leaves buffers of integers alone.",
+    reason="Counters and indices break silently as floating-point numbers.",
+    advice="use module.to(dtype), which leaves integers alone, or check is_floating_point()",
+)
+def _integer_buffers(bench: Bench) -> None:
+    _, model, _ = _converted(bench)
+    if model.counter.dtype != torch.int64 or model.counter.tolist() != [3, 5]:
+        raise Broken(f"an int64 buffer becomes {model.counter!r}")
+
+
+@TABLE.rule(
+    "PRE-205",
+    "`convert_module` keeps the values, as far as the type holds them.",
+    reason="A model that was loaded before setup must be the one that is trained.",
+    advice="convert the tensors; make no new ones",
+)
+def _values(bench: Bench) -> None:
+    plain, model, plugin = _converted(bench)
+    dtype = plugin.policy.param_dtype or torch.float32
+    for (name, one), (_, other) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        if not torch.equal(one.detach(), other.detach().to(dtype)):
+            raise Broken(f"{name} has other values")
+
+
+@TABLE.rule(
+    "PRE-206",
+    "`convert_module` keeps what is frozen frozen, what is shared shared, and every name.",
+    reason="Converting is no training: an optimizer made before or after sees the same parameters.",
+    advice="convert in place: module.to(dtype)",
+)
+def _structure_of_modules(bench: Bench) -> None:
+    plain, model, _ = _converted(bench)
+    if [(name, one.requires_grad) for name, one in model.named_parameters()] != [
+        (name, one.requires_grad) for name, one in plain.named_parameters()
+    ]:
+        raise Broken("names or requires_grad differ")
+    if model.again.weight is not model.hidden[0].weight:
+        raise Broken("a weight that two layers shared is two weights")
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
+def _flat(data: Any) -> tuple[list[Any], Any]:
+    # The kit's dataclass is no registered container; it is opened by hand.
+    opened = _pytree.tree_map_only(cases.Record, lambda one: {"value": _open(one.value), "label": one.label}, data)
+    return _pytree.tree_flatten(opened)
+
+
+def _open(data: Any) -> Any:
+    return _pytree.tree_map_only(cases.Record, lambda one: {"value": _open(one.value), "label": one.label}, data)
+
+
+def _conversion(
+    bench: Bench, payload: cases.Payload, convert: Callable[[Any, Any], Any]
+) -> tuple[Any, Any, list[tuple[Any, Any]]]:
+    data = payload.make()
+    result = convert(bench.plugin(), data)
+    before, structure = _flat(data)
+    after, again = _flat(result)
+    if structure != again or type(result) is not type(data):
+        raise Broken(f"{data!r} becomes {result!r}: another structure")
+    return data, result, list(zip(before, after, strict=True))
+
+
+def _payloads() -> Any:
+    return cases.payloads()
+
+
+def _check_floats(bench: Bench, payload: cases.Payload, which: str) -> None:
+    dtype = getattr(bench.plugin().policy, f"{which}_dtype")
+    _, _, leaves = _conversion(bench, payload, lambda plugin, data: getattr(plugin, f"convert_{which}")(data))
+    for before, after in leaves:
+        if _is_float(before) and after.dtype != (dtype or before.dtype):
+            raise Broken(f"a tensor of {before.dtype} becomes {after.dtype}, and the policy means {dtype}")
+
+
+def _check_others(bench: Bench, payload: cases.Payload, which: str) -> None:
+    _, _, leaves = _conversion(bench, payload, lambda plugin, data: getattr(plugin, f"convert_{which}")(data))
+    for before, after in leaves:
+        if not _is_float(before) and after is not before:
+            raise Broken(f"{before!r} becomes {after!r}")
+
+
+def _check_same(bench: Bench, payload: cases.Payload, which: str) -> None:
+    dtype = getattr(bench.plugin().policy, f"{which}_dtype")
+    data, result, leaves = _conversion(bench, payload, lambda plugin, data: getattr(plugin, f"convert_{which}")(data))
+    if all(not _is_float(one) or one.dtype == (dtype or one.dtype) for one, _ in leaves) and result is not data:
+        raise Broken(f"nothing in {data!r} had to change, and another object comes back")
+
+
+@TABLE.rule(
+    "PRE-207",
+    "`convert_input` converts every floating-point tensor to the policy's input_dtype, however deep it lies.",
+    reason="A batch may be a tuple, a dict, a dataclass; one that is left out fails in the first matrix product.",
+    advice="use fabric_core.contracts.convert_tensors",
+    examples=_payloads,
+    count=40,
+)
+def _inputs(bench: Bench, payload: cases.Payload) -> None:
+    _check_floats(bench, payload, "input")
+
+
+@TABLE.rule(
+    "PRE-208",
+    "`convert_input` leaves integers, booleans, complex numbers and all that is no tensor alone.",
+    reason="Token ids and masks are not quantities.",
+    advice="convert where tensor.is_floating_point(), and nothing else",
+    examples=_payloads,
+    count=40,
+)
+def _other_inputs(bench: Bench, payload: cases.Payload) -> None:
+    _check_others(bench, payload, "input")
+
+
+@TABLE.rule(
+    "PRE-209",
+    "`convert_input` gives back the very same object where nothing had to change.",
+    reason="Copying every batch costs time, and breaks a batch that is compared by identity.",
+    advice="use fabric_core.contracts.convert_tensors",
+    examples=_payloads,
+    count=40,
+)
+def _same_input(bench: Bench, payload: cases.Payload) -> None:
+    _check_same(bench, payload, "input")
+
+
+@TABLE.rule(
+    "PRE-210",
+    "`convert_output` converts every floating-point tensor to the policy's output_dtype, however deep it lies.",
+    reason="The loss is computed from it, in the type that the policy promises.",
+    advice="use fabric_core.contracts.convert_tensors",
+    examples=_payloads,
+    count=40,
+)
+def _outputs(bench: Bench, payload: cases.Payload) -> None:
+    _check_floats(bench, payload, "output")
+
+
+@TABLE.rule(
+    "PRE-211",
+    "`convert_output` leaves integers, booleans, complex numbers and all that is no tensor alone.",
+    reason="Predicted classes are not quantities.",
+    advice="convert where tensor.is_floating_point(), and nothing else",
+    examples=_payloads,
+    count=40,
+)
+def _other_outputs(bench: Bench, payload: cases.Payload) -> None:
+    _check_others(bench, payload, "output")
+
+
+@TABLE.rule(
+    "PRE-212",
+    "`convert_output` gives back the very same object where nothing had to change.",
+    reason="A model may return an object that its caller knows.",
+    advice="use fabric_core.contracts.convert_tensors",
+    examples=_payloads,
+    count=40,
+)
+def _same_output(bench: Bench, payload: cases.Payload) -> None:
+    _check_same(bench, payload, "output")
+
+
+def _forward(place: Place, fails: bool) -> dict[str, Any]:
+    """Run a model once through the façade; say which types were seen, and what it left behind."""
+    with place.fabric() as fabric:
+        model = cases.build(_CASE, torch.float32)
+        wrapped = fabric.setup(model)
+        x, _ = next(cases.batches(_CASE, torch.float32))
+        x = x.to(fabric.device)
+        before = _modes()
+        if fails:
+            with contextlib.suppress(TypeError):
+                wrapped(x, scale=None)
+            return {"left": _differences(before)}
+        y = wrapped(x)
+        return {"inside": model.seen[0], "out": y.dtype, "left": _differences(before)}
+
+
+def _inside(policy: PrecisionPolicy) -> torch.dtype:
+    return policy.compute_dtype or policy.param_dtype or torch.float32
+
+
+@TABLE.rule(
+    "PRE-213",
+    "Inside the model a matrix product comes out in compute_dtype, or in the parameters' type where there is none.",
+    reason="The policy is what a sharding strategy carries out; without one the acts must do the same.",
+    advice="let forward_context and convert_module do what compute_dtype says, and say there what they do",
+)
+def _computes(bench: Bench) -> None:
+    expected = _inside(bench.plugin().policy)
+    seen = bench.run(_forward, False)[0]["inside"]
+    if seen != expected:
+        raise Broken(f"a linear layer gives {seen}, and the policy means {expected}")
+
+
+@TABLE.rule(
+    "PRE-214",
+    "What the model returns has the type output_dtype, or the type that it was computed in where there is none.",
+    reason="A loss in 16 bits loses what the parameters keep.",
+    advice="set output_dtype, or leave convert_output as the contract has it",
+)
+def _returns(bench: Bench) -> None:
+    policy = bench.plugin().policy
+    seen = bench.run(_forward, False)[0]
+    # A product with a buffer promotes to the wider of two types.
+    if seen["out"] not in {policy.output_dtype or seen["inside"], policy.output_dtype or torch.float32}:
+        raise Broken(f"it has {seen['out']}, and the policy means {policy.output_dtype or seen['inside']}")
+
+
+@TABLE.rule(
+    "PRE-215",
+    "A run of the model leaves default type, autocast and modes as they were.",
+    reason="The script's own computations between runs must not change their type.",
+    advice="put it into a context, and undo it in its end",
+)
+def _leaves_nothing(bench: Bench) -> None:
+    left = bench.run(_forward, False)[0]["left"]
+    if left:
+        raise Broken(f"it leaves {', '.join(left)} changed")
+
+
+@TABLE.rule(
+    "PRE-216",
+    "A run that raises leaves default type, autocast and modes as they were.",
+    reason="A user may catch the error and go on.",
+    advice="undo in `finally`",
+)
+def _leaves_nothing_on_errors(bench: Bench) -> None:
+    left = bench.run(_forward, True)[0]["left"]
+    if left:
+        raise Broken(f"after an exception {', '.join(left)} is changed")
+
+
+def _nest(place: Place, device_type: str) -> list[str]:
+    plugin = place.plugin()
+    before = _modes()
+    first, second = plugin.forward_context(device_type), plugin.forward_context(device_type)
+    if (first is None) != (second is None):
+        return ["None only sometimes"]
+    if first is None:
+        return []
+    if first is second:
+        return ["the same context twice"]
+    with first:
+        inside = _modes()
+        with second:
+            pass
+        if _differences(inside):
+            return ["the end of an inner context ends the outer one"]
+    return _differences(before)
+
+
+@TABLE.rule(
+    "PRE-217",
+    "`forward_context` gives a new context each time, always or never, and contexts nest.",
+    reason="A model calls another one; both were set up.",
+    advice="make the context in forward_context, and keep nothing on self",
+)
+def _contexts_nest(bench: Bench) -> None:
+    faults = bench.run(_nest, "cpu")[0]
+    if faults:
+        raise Broken(", ".join(faults))
+
+
+def _autocast(place: Place) -> tuple[bool, torch.dtype, dict[str, Any], dict[str, Any]]:
+    plugin = place.plugin()
+    outside = _modes()
+    context = plugin.forward_context("cpu")
+    with contextlib.nullcontext() if context is None else context:
+        return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), outside, _modes()
+
+
+@TABLE.rule(
+    "PRE-218",
+    "Where the policy says autocast, the forward context autocasts to compute_dtype, and does nothing else.",
+    reason="A strategy that carries compute types itself leaves the context out.",
+    advice="return torch.autocast(device_type, compute_dtype)",
+    needs=("autocast",),
+)
+def _autocasts(bench: Bench) -> None:
+    enabled, dtype, outside, inside = bench.run(_autocast)[0]
+    expected = bench.plugin().policy.compute_dtype
+    if not enabled or dtype != expected:
+        raise Broken(f"autocast is {'on' if enabled else 'off'} with {dtype}, and the policy means {expected}")
+    other = [name for name in outside if not name.startswith("autocast") and inside[name] != outside[name]]
+    if other:
+        raise Broken(f"it changes {', '.join(other)} too")
+
+
+@TABLE.rule(
+    "PRE-219",
+    "Where the policy doesn't say autocast, nothing autocasts.",
+    reason="A strategy believes the policy, and would not take the context's place.",
+    advice="set autocast=True in the policy",
+    lacks=("autocast",),
+)
+def _does_not_autocast(bench: Bench) -> None:
+    enabled, dtype, _, _ = bench.run(_autocast)[0]
+    if enabled:
+        raise Broken(f"the forward context autocasts to {dtype}")
+
+
+def _make(place: Place, fails: bool) -> tuple[torch.dtype, torch.dtype, list[str]]:
+    plugin = place.plugin()
+    before = _modes()
+    context = plugin.init_context()
+    made = nn.Linear(1, 1)
+    counted = torch.zeros(1, dtype=torch.int64)
+    with contextlib.suppress(ZeroDivisionError), contextlib.nullcontext() if context is None else context:
+        made = nn.Linear(1, 1)
+        counted = torch.tensor([1, 2])
+        if fails:
+            raise ZeroDivisionError
+    return made.weight.dtype, counted.dtype, _differences(before)
+
+
+@TABLE.rule(
+    "PRE-220",
+    "A model made in `init_context` has parameters of param_dtype, or PyTorch's default where there is none.",
+    reason="A large model must not be made in 32 bits first, and converted after.",
+    advice="set the default type in the context",
+)
+def _init(bench: Bench) -> None:
+    expected = bench.plugin().policy.param_dtype or torch.float32
+    dtype, integer, _ = bench.run(_make, False)[0]
+    if dtype != expected or integer != torch.int64:
+        raise Broken(f"a linear layer has {dtype}, integers {integer}; the policy means {expected}")
+
+
+@TABLE.rule(
+    "PRE-221",
+    "`init_context` leaves the default type and device as they were, also when the block raises.",
+    reason="What the script makes after it is its own.",
+    advice="undo in `finally`",
+)
+def _init_leaves_nothing(bench: Bench) -> None:
+    for fails in (False, True):
+        _, _, left = bench.run(_make, fails)[0]
+        if left:
+            raise Broken(f"it leaves {', '.join(left)} changed{' after an exception' if fails else ''}")
+
+
+def _gradients(place: Place, clip: float | None = None, unscale: int = 1) -> dict[str, Any]:
+    """Run one backward pass; give the gradients as they come out of unscaling, and as plain PyTorch has them."""
+    with place.fabric() as fabric:
+        model = cases.build(_CASE, torch.float32)
+        optimizer = cases.optimizer_for(_CASE, model.parameters())
+        wrapped, stepper = fabric.setup(model, optimizer)
+        x, y = next(cases.batches(_CASE, torch.float32))
+        out = wrapped(x.to(fabric.device))
+        fabric.backward(nn.functional.mse_loss(out, y.to(out)))
+        raw = [parameter.grad.detach().clone() for parameter in model.parameters() if parameter.grad is not None]
+        norm = None
+        if clip is not None:
+            norm = fabric.clip_gradients(wrapped, stepper, max_norm=clip)
+        else:
+            for _ in range(unscale):
+                fabric.precision.unscale_gradients(unwrap(stepper))
+        got = [parameter.grad.double().cpu() for parameter in model.parameters() if parameter.grad is not None]
+        plain = cases.build(_CASE, torch.float32)
+        nn.functional.mse_loss(plain(x), y).backward()
+        expected = [parameter.grad.double() for parameter in plain.parameters() if parameter.grad is not None]
+        return {
+            "raw": raw,
+            "got": got,
+            "expected": expected,
+            "norm": None if norm is None else float(norm),
+            "types": sorted(
+                {(str(one.dtype), str(two.dtype)) for one, two in zip(raw, model.parameters(), strict=True)}
+            ),
+        }
+
+
+def _tolerance(policy: PrecisionPolicy) -> float:
+    """How far numbers may be off that went through the coarsest of the policy's types."""
+    dtypes = [getattr(policy, name) for name in _DTYPES]
+    return 32 * max([torch.finfo(torch.float32).eps, *(torch.finfo(dtype).eps for dtype in dtypes if dtype)])
+
+
+def _off(got: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    whole = torch.cat([one.flatten() for one in expected])
+    gap: float = (torch.cat([one.flatten() for one in got]) - whole).norm().item() / whole.norm().item()
+    return gap
+
+
+@TABLE.rule(
+    "PRE-222",
+    "After `unscale_gradients` the gradients are those of plain PyTorch, to the policy's accuracy.",
+    reason="Whoever looks at gradients must see their true size.",
+    advice="divide by exactly what scale_loss multiplied by",
+)
+def _true_gradients(bench: Bench) -> None:
+    seen = bench.run(_gradients)[0]
+    off = _off(seen["got"], seen["expected"])
+    if not off <= _tolerance(bench.plugin().policy):
+        raise Broken(f"they are off by {off:.2g} of their norm")
+
+
+@TABLE.rule(
+    "PRE-223",
+    "A second `unscale_gradients` in the same step changes nothing.",
+    reason="Clipping unscales, and so does the step.",
+    advice="remember for which optimizers it was done in this step",
+)
+def _unscale_twice(bench: Bench) -> None:
+    seen = bench.run(_gradients, None, 2)[0]
+    off = _off(seen["got"], seen["expected"])
+    if not off <= _tolerance(bench.plugin().policy):
+        raise Broken(f"after two calls they are off by {off:.2g} of their norm")
+
+
+@TABLE.rule(
+    "PRE-224",
+    "Clipping sees unscaled gradients: `fabric.clip_gradients` gives the norm that plain PyTorch has.",
+    reason="A threshold of 1.0 must mean 1.0.",
+    advice="do the unscaling in unscale_gradients, not only in optimizer_step",
+)
+def _clip(bench: Bench) -> None:
+    seen = bench.run(_gradients, 1000.0)[0]
+    expected = torch.cat([one.flatten() for one in seen["expected"]]).norm().item()
+    if not abs(seen["norm"] - expected) <= _tolerance(bench.plugin().policy) * expected:
+        raise Broken(f"the norm is {seen['norm']:.6g}, and plain PyTorch's {expected:.6g}")
+
+
+@TABLE.rule(
+    "PRE-225",
+    "A gradient has its parameter's type.",
+    reason="Optimizers refuse others, and strategies reduce by it.",
+    advice="leave gradients to autograd",
+)
+def _gradient_types(bench: Bench) -> None:
+    seen = bench.run(_gradients)[0]
+    if any(one != two for one, two in seen["types"]):
+        raise Broken(f"gradients and parameters have {seen['types']}")
+
+
+@TABLE.rule(
+    "PRE-226",
+    "Where the policy says loss_scaling, the loss that is differentiated is another than the user's.",
+    reason="A strategy that can't take a scaled loss is refused because of it.",
+    advice="scale in scale_loss, or take loss_scaling out of the policy",
+    needs=("loss_scaling",),
+)
+def _scales(bench: Bench) -> None:
+    loss = torch.ones(())
+    if bench.plugin().scale_loss(loss).item() == 1.0:
+        raise Broken("scale_loss(1.0) is 1.0")
+
+
+@TABLE.rule(
+    "PRE-227",
+    "Where the policy doesn't say loss_scaling, the loss is differentiated as it is.",
+    reason="A strategy that takes over the backward pass trusts the policy.",
+    advice="set loss_scaling=True in the policy",
+    lacks=("loss_scaling",),
+)
+def _does_not_scale(bench: Bench) -> None:
+    loss = torch.tensor(3.0)
+    scaled = bench.plugin().scale_loss(loss)
+    if scaled.item() != 3.0:
+        raise Broken(f"scale_loss(3.0) is {scaled.item()}")
+
+
+def _steps(place: Place, models: int, broken: tuple[int, ...]) -> dict[str, Any]:
+    """Step once with each of some optimizers; the gradients of the broken ones hold an infinity.
+
+    Then look at the scale, which is what a loss of one becomes.
+    """
+    with place.fabric() as fabric:
+        pairs = [
+            fabric.setup(model, cases.optimizer_for(_CASE, model.parameters()))
+            for model in (cases.build(_CASE, torch.float32) for _ in range(models))
+        ]
+        x, y = (one.to(fabric.device) for one in next(cases.batches(_CASE, torch.float32)))
+        scale = fabric.precision.scale_loss(torch.ones((), device=fabric.device)).item()
+        for model, _ in pairs:
+            out = model(x)
+            fabric.backward(nn.functional.mse_loss(out, y.to(out)))
+        before = [cases.copied(model.module) for model, _ in pairs]
+        for index in broken:
+            next(iter(pairs[index][0].parameters())).grad.view(-1)[0] = float("inf")
+        for _, stepper in pairs:
+            stepper.step()
+            stepper.zero_grad()
+        after = fabric.precision.scale_loss(torch.ones((), device=fabric.device)).item()
+        return {
+            "moved": [
+                cases.distance(old, cases.copied(new.module)) for old, (new, _) in zip(before, pairs, strict=True)
+            ],
+            "factor": after / scale,
+            "state": fabric.precision.state_dict(),
+            "scale": after,
+        }
+
+
+@TABLE.rule(
+    "PRE-228",
+    "A step with finite gradients is made.",
+    reason="What is skipped without need isn't learnt.",
+    advice="call step() in optimizer_step, and return what it returns",
+)
+def _makes_steps(bench: Bench) -> None:
+    moved = bench.run(_steps, 1, ())[0]["moved"][0]
+    if not 0 < moved < float("inf"):
+        raise Broken(f"the parameters move by {moved}")
+
+
+@TABLE.rule(
+    "PRE-229",
+    "A step whose gradients hold an infinity is skipped: no parameter changes.",
+    reason="With a scaled loss an infinity means that the scale was too large, not that training failed.",
+    advice="look at the gradients in optimizer_step before calling step()",
+    needs=("loss_scaling",),
+)
+def _skips_steps(bench: Bench) -> None:
+    moved = bench.run(_steps, 1, (0,))[0]["moved"][0]
+    if moved != 0:
+        raise Broken(f"the parameters move by {moved}")
+
+
+@TABLE.rule(
+    "PRE-230",
+    "A skipped step makes the scale smaller.",
+    reason="Otherwise every following step is skipped too.",
+    advice="back off when a gradient isn't finite",
+    needs=("loss_scaling",),
+)
+def _backs_off(bench: Bench) -> None:
+    factor = bench.run(_steps, 1, (0,))[0]["factor"]
+    if not 0 < factor < 1:
+        raise Broken(f"the scale is multiplied by {factor}")
+
+
+@TABLE.rule(
+    "PRE-231",
+    "Of several optimizers those with finite gradients step, and the scale changes once.",
+    reason="Two optimizers share one loss scale; two updates in one step would halve it twice.",
+    advice="keep one decision for each optimizer, and update the scale once they all have stepped",
+    needs=("loss_scaling",),
+)
+def _several_optimizers(bench: Bench) -> None:
+    one = bench.run(_steps, 1, (0,))[0]["factor"]
+    seen = bench.run(_steps, _TWO, (0,))[0]
+    if seen["moved"][0] != 0 or seen["moved"][1] == 0:
+        raise Broken(f"the first has an infinity, and the parameters move by {seen['moved']}")
+    both = bench.run(_steps, _TWO, (0, 1))[0]["factor"]
+    if seen["factor"] != one or both != one:
+        raise Broken(f"the scale changes by {one} with one optimizer, by {seen['factor']} and {both} with two")
+
+
+def _resumed(place: Place, state: bytes) -> tuple[Any, float]:
+    with place.fabric() as fabric:
+        fabric.precision.load_state_dict(torch.load(io.BytesIO(state), weights_only=True))
+        loss = torch.ones((), device=fabric.device)
+        return fabric.precision.state_dict(), fabric.precision.scale_loss(loss).item()
+
+
+@TABLE.rule(
+    "PRE-232",
+    "Its state comes back in a new object, through a file that runs no code.",
+    reason="A training that continues must continue with the same scale.",
+    advice="give plain values and tensors in state_dict, and take them all back in load_state_dict",
+)
+def _state(bench: Bench) -> None:
+    seen = bench.run(_steps, 1, (0,) if bench.plugin().policy.loss_scaling else ())[0]
+    file = io.BytesIO()
+    torch.save(seen["state"], file)
+    state, scale = bench.run(_resumed, file.getvalue())[0]
+    if scale != seen["scale"] or repr(state) != repr(seen["state"]):
+        raise Broken(f"{seen['state']!r} comes back as {state!r}, the scale {seen['scale']} as {scale}")
+
+
+def _train(place: Place, case: cases.Training) -> tuple[cases.Weights, list[str]]:
+    before = _modes()
+    with place.fabric() as fabric:
+        model = cases.build(case, torch.float32)
+        wrapped, stepper = fabric.setup(model, cases.optimizer_for(case, model.parameters()))
+        for x, y in cases.batches(case, torch.float32):
+            out = wrapped(x.to(fabric.device))
+            fabric.backward(nn.functional.mse_loss(out, y.to(out)))
+            stepper.step()
+            stepper.zero_grad()
+        trained = {name: tensor.double().cpu() for name, tensor in cases.copied(model).items()}
+    return trained, _differences(before)
+
+
+@TABLE.rule(
+    "PRE-233",
+    "A short training ends where plain PyTorch's does, to the policy's accuracy.",
+    reason="It is what a precision is for: the same training in other types.",
+    advice="compare gradients and steps with plain PyTorch's one by one",
+    examples=cases.trainings(optimizer="sgd"),
+    count=6,
+)
+def _trains(bench: Bench, case: cases.Training) -> None:
+    trained, _ = bench.run(_train, case)[0]
+    off = cases.distance(trained, cases.trained_alone(case))
+    if not off <= case.steps * _tolerance(bench.plugin().policy):
+        raise Broken(f"after {case.steps} steps the parameters differ by {off:.2g}")
+
+
+@TABLE.rule(
+    "PRE-234",
+    "After a training and its teardown PyTorch's settings are as before.",
+    reason="Another Fabric in the same process may ask for another precision.",
+    advice="change settings inside contexts alone",
+)
+def _leaves_settings(bench: Bench) -> None:
+    _, left = bench.run(_train, _CASE)[0]
+    if left:
+        raise Broken(f"{', '.join(left)} is changed")
+
+
+def _apart(place: Place) -> tuple[float, float]:
+    one, other = place.plugin(), place.plugin()
+    with place.fabric(precision=one) as fabric:
+        model = cases.build(_CASE, torch.float32)
+        wrapped, stepper = fabric.setup(model, cases.optimizer_for(_CASE, model.parameters()))
+        before = other.scale_loss(torch.ones(())).item()
+        x, y = next(cases.batches(_CASE, torch.float32))
+        out = wrapped(x.to(fabric.device))
+        fabric.backward(nn.functional.mse_loss(out, y.to(out)))
+        next(iter(model.parameters())).grad.view(-1)[0] = float("inf")  # type: ignore[union-attr]
+        stepper.step()
+    return before, other.scale_loss(torch.ones(())).item()
+
+
+@TABLE.rule(
+    "PRE-235",
+    "Two of it keep their scales apart.",
+    reason="A discriminator's infinity is none of the generator's business.",
+    advice="keep the scale on self",
+    needs=("loss_scaling",),
+)
+def _two_scales(bench: Bench) -> None:
+    before, after = bench.run(_apart)[0]
+    if before != after:
+        raise Broken(f"a step skipped by one changes the other's scale from {before} to {after}")
+
+
+@TABLE.rule(
+    "PRE-236",
+    "On a device type that it doesn't declare something would fail: otherwise it declares too little.",
+    reason="What is refused for nothing is a precision that users can't have.",
+    advice="take device_types out of the capabilities, or name what it runs on",
+    level=Level.SHOULD,
+    needs=("device_types",),
+)
+def _declares_enough(bench: Bench) -> None:
+    if "cpu" in bench.declared["device_types"]:
+        return
+    try:
+        bench.run(_train, _CASE)
+    except Broken:
+        return
+    raise Broken(f"it trains on the CPU, and declares {sorted(bench.declared['device_types'])}")
+
+
+TABLE.untested(
+    "PRE-237",
+    "On every device type that it declares, matrix products run on the hardware's units for its types.",
+    reason="Speed depends on the machine; the kit measures what is computed, not how fast.",
+    advice="profile one step on that hardware",
+)

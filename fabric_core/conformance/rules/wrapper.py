@@ -1,0 +1,5 @@
+"""Rules."""
+
+from fabric_core.conformance.rule import Table
+
+TABLE = Table("wrapper")

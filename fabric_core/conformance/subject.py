@@ -1,0 +1,86 @@
+"""The plugin under test, in a form that travels to other processes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fabric_core.contracts import CONTRACTS, Plugin, Preset
+from fabric_core.errors import RequestError
+from fabric_core.registry import IN_PROCESS, Offer, Registry
+
+__all__ = ["Subject"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The plugin under test: where it lies and with which options it is made.
+
+    Args:
+        kind: Its kind.
+        name: The name that it is offered under.
+        value: Where it lies, as ``module:attribute``.
+        distribution: Which distribution brings it; empty where it was given as a class.
+        version: That distribution's version.
+        options: The options that it is made with.
+    """
+
+    kind: str
+    name: str
+    value: str
+    distribution: str = ""
+    version: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, kind: str, plugin: str | type[Plugin], options: Mapping[str, Any] | None = None) -> "Subject":
+        """Find a plugin by its name, or by ``module:Class``, or take a class.
+
+        Raises:
+            RequestError: There is no such kind, or the class can't be imported by its name.
+            UnknownPluginError: Nobody offers the name.
+        """
+        if kind not in CONTRACTS:
+            raise RequestError(
+                "there is no such kind", where="conformance", got=kind, instead=f"one of {', '.join(CONTRACTS)}"
+            )
+        given = dict(options or {})
+        if isinstance(plugin, type):
+            if "<locals>" in plugin.__qualname__:
+                raise RequestError(
+                    "the class can't be imported by its name, so no other process can make it",
+                    where="conformance",
+                    got=plugin.__qualname__,
+                    instead="define it at the top of a module",
+                )
+            return cls(kind, plugin.__name__, f"{plugin.__module__}:{plugin.__qualname__}", options=given)
+        if ":" in plugin:
+            return cls(kind, plugin.partition(":")[2], plugin, options=given)
+        distribution, _, name = plugin.rpartition("/")
+        offer = Registry().find(kind, name, distribution or None)
+        owner = "" if offer.distribution == IN_PROCESS else offer.distribution
+        return cls(kind, offer.name, offer.value, owner, offer.version, given)
+
+    @property
+    def offer(self) -> Offer:
+        """The offer, as the registry would find it."""
+        return Offer(self.kind, self.name, self.distribution, self.version, self.value)
+
+    def load(self) -> Preset:
+        """Import the plugin: its class, and the options that it is made with."""
+        preset = self.offer.load()
+        return Preset(preset.plugin, {**preset.options, **self.options})
+
+    def make(self) -> Plugin:
+        """Make a new plugin, as the core does."""
+        preset = self.load()
+        return preset.plugin(preset.plugin.parse_options(preset.options))
+
+    def declared(self) -> dict[str, Any]:
+        """Gather what it declares: capabilities, and the policy where it has one."""
+        plugin = self.make()
+        found: dict[str, Any] = {}
+        for source in (getattr(plugin, "capabilities", None), getattr(plugin, "policy", None)):
+            if source is not None:
+                fields = type(source).__dict__.get("__dataclass_fields__") or type(source).model_fields
+                found.update({name: getattr(source, name) for name in fields})
+        return found
