@@ -146,14 +146,15 @@ Weights = dict[str, torch.Tensor]
 
 
 @lru_cache(maxsize=256)
-def trained_alone(case: Training) -> Weights:
-    """Train in one process on whole batches, in plain PyTorch: the oracle."""
+def trained_alone(case: Training, skipped: tuple[int, ...] = ()) -> Weights:
+    """Train in one process on whole batches, in plain PyTorch: the oracle; some steps may be left out."""
     model = build(case)
     optimizer = optimizer_for(case, model.parameters())
     for index, (x, y) in enumerate(batches(case)):
         (nn.functional.mse_loss(model(x), y) / case.accumulate).backward()
         if (index + 1) % case.accumulate == 0:
-            optimizer.step()
+            if index // case.accumulate not in skipped:
+                optimizer.step()
             optimizer.zero_grad()
     return copied(model)
 

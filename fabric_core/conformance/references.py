@@ -442,12 +442,17 @@ class Scaled(Precision):
         for gradient in _gradients(optimizer):
             gradient.div_(self.scale)
 
-    def optimizer_step(self, optimizer: Optimizer, step: Callable[[], Any]) -> Any:
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        step: Callable[[Callable[[], Any] | None], Any],
+        closure: Callable[[], Any] | None,
+    ) -> Any:
         """Step where everything is finite."""
         self.unscale_gradients(optimizer)
         self.unscaled.discard(id(optimizer))
         if self.finite(optimizer):
-            return step()
+            return step(closure)
         self.overflown = True
         return None
 

@@ -92,6 +92,10 @@ class Plugin:
                 known=known,
             ) from error
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to another process as the options; what was taken in this one stays here."""
+        return type(self), (self.options,)
+
     def __repr__(self) -> str:
         """Show the plugin as the call that makes it, with the options that differ from their defaults."""
         given = ", ".join(
