@@ -6,10 +6,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, Self
+from weakref import WeakSet
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fabric_core import seeding
 from fabric_core.assembly import assemble
@@ -113,7 +115,9 @@ class Fabric:
         self._hooks = parts.hooks
         self._world: World | None = None
         self._launcher: Launcher | None = None
-        self._replaced: dict[torch.Tensor, torch.Tensor] = {}
+        # Weak, so that no old parameter stays in memory once its optimizer has the new one.
+        self._replaced = WeakTensorKeyDictionary()
+        self._optimizers: WeakSet[Optimizer] = WeakSet()
         self._built = set(vars(self)) - own
         self._hooks.configured(plan=self._plan)
 
@@ -350,6 +354,9 @@ class Fabric:
             called = wrapper.wrap_module(called)
         after = dict(module.named_parameters(remove_duplicate=False))
         self._replaced.update({old: after[name] for name, old in before.items() if after[name] is not old})
+        for optimizer in self._optimizers:
+            # One that was set up before its model holds parameters that are trained no more.
+            self._strategy.setup_optimizer(optimizer, self._replaced)
         wrapped = FabricModule(
             module,
             called,
@@ -388,6 +395,7 @@ class Fabric:
                 instead="a torch.optim.Optimizer",
             )  # fmt: skip
         ready = self._strategy.setup_optimizer(optimizer, self._replaced)
+        self._optimizers.add(ready)
         for wrapper in self._wrappers:
             ready = wrapper.wrap_optimizer(ready)
         self._precision.setup_optimizer(ready)

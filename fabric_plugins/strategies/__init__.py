@@ -6,8 +6,11 @@ from fabric_core.lazy import lazy
 
 if TYPE_CHECKING:
     from fabric_plugins.strategies.ddp import DDPStrategy
+    from fabric_plugins.strategies.fsdp import FSDPStrategy
     from fabric_plugins.strategies.single_device import SingleDeviceStrategy
 
-__all__ = ["DDPStrategy", "SingleDeviceStrategy"]
+__all__ = ["DDPStrategy", "FSDPStrategy", "SingleDeviceStrategy"]
 
-__getattr__, __dir__ = lazy(__name__, {"DDPStrategy": "ddp", "SingleDeviceStrategy": "single_device"})
+__getattr__, __dir__ = lazy(
+    __name__, {"DDPStrategy": "ddp", "FSDPStrategy": "fsdp", "SingleDeviceStrategy": "single_device"}
+)

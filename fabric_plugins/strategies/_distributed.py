@@ -1,16 +1,18 @@
 """What strategies with a process group share: joining, leaving and collectives."""
 
+from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed import HashStore, PrefixStore
 
-from fabric_core.contracts import PrecisionPolicy, Strategy, World
+from fabric_core.contracts import PluginOptions, PrecisionPolicy, Strategy, World
 from fabric_core.errors import MisuseError, RequestError
 
-__all__ = ["DistributedStrategy"]
+__all__ = ["DistributedOptions", "DistributedStrategy", "send_from_zero"]
 
 _OPERATIONS: Final = {
     "sum": dist.ReduceOp.SUM,
@@ -22,17 +24,30 @@ _OPERATIONS: Final = {
 }
 
 
+class DistributedOptions(PluginOptions):
+    """The options that every strategy with a process group has."""
+
+    timeout: timedelta | None = None
+    """How long a collective waits for the other ranks; ``None`` is 30 minutes."""
+    process_group_backend: str | None = None
+    """The process group's backend; ``None`` is the accelerator's."""
+    start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen"
+    """How ``fabric.launch`` starts processes; ``popen`` re-runs the command that was typed."""
+
+
 class DistributedStrategy(Strategy):
     """A process group of all ranks, and the collectives over it."""
 
+    Options = DistributedOptions
+    options: DistributedOptions
     _world: World | None = None
     _policy: PrecisionPolicy
     _owns_group = False
 
     @property
-    def timeout(self) -> timedelta | None:
-        """How long a collective waits; ``None`` is the world's own."""
-        return None
+    def start_method(self) -> str | None:
+        """As the option says."""
+        return None if self.options.start_method == "popen" else self.options.start_method
 
     @property
     def world(self) -> World:
@@ -56,11 +71,11 @@ class DistributedStrategy(Strategy):
             return
         store = None if world.open_store is None else PrefixStore("default-group", world.open_store())
         dist.init_process_group(
-            world.backend,
+            self.options.process_group_backend or world.backend,
             store=HashStore() if store is None else store,
             rank=world.global_rank,
             world_size=world.world_size,
-            timeout=self.timeout or world.timeout,
+            timeout=self.options.timeout or world.timeout,
         )
         self._owns_group = True
 
@@ -70,6 +85,11 @@ class DistributedStrategy(Strategy):
             dist.destroy_process_group()
         self._owns_group = False
         self._world = None
+
+    def _start_as_rank_zero(self, module: nn.Module) -> None:
+        """Give every rank the parameters and buffers that rank 0 has, as DDP does; meta ones have none yet."""
+        tensors = (*module.parameters(), *module.buffers())
+        send_from_zero([one.detach() for one in tensors if not one.is_meta], self.world.device)
 
     def data_shard(self) -> tuple[int, int]:
         """Every rank reads its own part."""
@@ -139,10 +159,21 @@ class DistributedStrategy(Strategy):
                 instead=f"a rank from 0 to {self.world.world_size - 1}",
             )
         box = [obj]
-        dist.broadcast_object_list(box, src, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src)
         return box[0]
 
     def barrier(self, name: str | None) -> None:
         """Wait until every rank is here."""
-        self.world  # noqa: B018 - raises before launch
-        dist.barrier()
+        index = self.world.device.index
+        dist.barrier(device_ids=None if index is None else [index])
+
+
+def send_from_zero(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+    """Give every rank the values of rank 0's tensors, in place; they travel through the device."""
+    if dist.get_world_size() == 1:
+        return
+    for tensor in tensors:
+        sent = tensor.to(device).contiguous()
+        dist.broadcast(sent, 0)
+        if sent is not tensor:
+            tensor.copy_(sent)

@@ -2,17 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
-from fabric_core.contracts import PluginOptions, StrategyCapabilities
-from fabric_plugins.strategies._distributed import DistributedStrategy
+from fabric_core.contracts import StrategyCapabilities
+from fabric_plugins.strategies._distributed import DistributedOptions, DistributedStrategy
 
 __all__ = ["DDPOptions", "DDPStrategy"]
 
 
-class DDPOptions(PluginOptions):
+class DDPOptions(DistributedOptions):
     """The options of the strategy ``ddp``; ``torch.nn.parallel.DistributedDataParallel``'s under their own names."""
 
     find_unused_parameters: bool = False
@@ -23,8 +24,6 @@ class DDPOptions(PluginOptions):
     """Gradients are views into the buckets that are reduced, which saves one copy of them."""
     bucket_cap_mb: float | None = None
     """The size of a bucket in MiB."""
-    start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen"
-    """How ``fabric.launch`` starts processes; ``popen`` re-runs the command that was typed."""
 
 
 class DDPStrategy(DistributedStrategy):
@@ -40,10 +39,9 @@ class DDPStrategy(DistributedStrategy):
         priority=5,
     )
 
-    @property
-    def start_method(self) -> str | None:
-        """As the option says."""
-        return None if self.options.start_method == "popen" else self.options.start_method
+    def __init__(self, options: DDPOptions | None = None, /, **given: Any) -> None:
+        super().__init__(options, **given)
+        self._wrapped: WeakSet[Any] = WeakSet()
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Wrap a module; one without trainable parameters has nothing to average."""
@@ -52,7 +50,7 @@ class DDPStrategy(DistributedStrategy):
         from torch.nn.parallel import DistributedDataParallel
 
         device = self.world.device
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             module,
             device_ids=None if device.index is None else [device.index],
             find_unused_parameters=self.options.find_unused_parameters,
@@ -60,6 +58,19 @@ class DDPStrategy(DistributedStrategy):
             gradient_as_bucket_view=self.options.gradient_as_bucket_view,
             bucket_cap_mb=self.options.bucket_cap_mb,
         )
+        self._wrapped.add(wrapped)
+        return wrapped
+
+    def teardown(self) -> None:
+        """Take DDP's hooks off the models, then leave.
+
+        Its reducer must not be the last owner of the process group: it would end the group's threads while it holds
+        the interpreter's lock, which they may wait for.
+        """
+        for wrapped in self._wrapped:
+            del wrapped.reducer, wrapped.logger
+        self._wrapped.clear()
+        super().teardown()
 
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
         """Leave gradients apart inside the context."""

@@ -1,0 +1,129 @@
+"""Fully sharded data parallelism: every rank holds a part of each parameter, gathered block by block where needed."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from fabric_core.contracts import PrecisionPolicy, Preset, StrategyCapabilities, World
+from fabric_core.errors import OptionError
+from fabric_plugins.strategies._distributed import DistributedOptions
+from fabric_plugins.strategies._sharding import (
+    ModulePolicy,
+    ShardedStrategy,
+    check_materialisable,
+    choose_modules,
+    materialise,
+)
+
+__all__ = ["FSDP_CPU_OFFLOAD", "FSDPOptions", "FSDPStrategy"]
+
+
+class FSDPOptions(DistributedOptions):
+    """The options of the strategy ``fsdp``."""
+
+    auto_wrap_policy: ModulePolicy | None = "auto"
+    """Which modules are units, gathered and freed as one: ``"auto"`` finds the repeated blocks; a set of classes or of
+    their names; a callable that says yes or no to a module; ``None`` makes the whole model one unit."""
+    activation_checkpointing_policy: ModulePolicy | None = None
+    """Which modules compute their activations again in ``backward`` instead of keeping them; as above."""
+    reshard_after_forward: bool | int | None = None
+    """Free a unit's parameters between ``forward`` and ``backward``: always, never, or down to parts over so many
+    ranks; ``None`` is always, but for what belongs to no block, which ``backward`` needs first."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in the CPU's memory."""
+    replicate: int = Field(default=1, ge=1)
+    """How many whole copies of the model there are; each is sharded over the other ranks (HSDP)."""
+    shard: int | None = Field(default=None, ge=1)
+    """Over how many ranks a copy is sharded; ``None`` is all that ``replicate`` leaves."""
+    state_dict_type: Literal["full", "sharded"] = "full"
+    """How ``fabric.save`` writes: one file with whole tensors, or a directory to which all ranks write their parts."""
+
+
+class FSDPStrategy(ShardedStrategy):
+    """Parameters, gradients and optimizer state are sharded over the ranks, by PyTorch's FSDP2."""
+
+    Options = FSDPOptions
+    options: FSDPOptions
+    capabilities = StrategyCapabilities(
+        distributed=True,
+        sharded=True,
+        wraps_forward=True,
+        carries_policy=True,
+        places_module=True,
+        no_backward_sync=True,
+    )
+
+    def connect(self, world: World, policy: PrecisionPolicy) -> None:
+        """Join, and lay out the mesh."""
+        replicate = self.options.replicate
+        shard = self.options.shard or max(1, world.world_size // replicate)
+        if replicate * shard != world.world_size:
+            raise OptionError(
+                f"replicate x shard is {replicate} x {shard}, and there are {world.world_size} processes",
+                where="options of the strategy FSDPStrategy",
+                got=f"replicate={replicate}, shard={self.options.shard}",
+                instead="sizes whose product is the number of processes; shard=None is what replicate leaves",
+            )
+        super().connect(world, policy)
+        from torch.distributed.device_mesh import init_device_mesh
+
+        if replicate == 1:
+            self._mesh = init_device_mesh(world.device.type, (shard,), mesh_dim_names=("shard",))
+        else:
+            self._mesh = init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+
+    def init_module(self, empty: bool) -> AbstractContextManager[Any]:
+        """Make an empty model on the meta device, so that it is never whole on any rank."""
+        return torch.device("meta") if empty else nullcontext()
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Shard the blocks, then the rest."""
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+        user = module.get_submodule("module")
+        check_materialisable(user)
+        self._start_as_rank_zero(user)
+        for one in choose_modules(
+            user, self.options.activation_checkpointing_policy, option="activation_checkpointing_policy"
+        ):
+            _recompute(one)
+        offload: OffloadPolicy = OffloadPolicy()
+        if self.options.cpu_offload:
+            offload = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available())
+        shared: dict[str, Any] = {
+            "mesh": self._mesh,
+            "reshard_after_forward": self.options.reshard_after_forward,
+            "offload_policy": offload,
+        }
+        for block in choose_modules(user, self.options.auto_wrap_policy, option="auto_wrap_policy"):
+            # Only the root converts outputs: between blocks they would be converted back at once.
+            fully_shard(block, mp_policy=self._mixed(None), **shared)
+        fully_shard(module, mp_policy=self._mixed(self._policy.output_dtype), **shared)
+        device = self.world.device
+        materialise(user, device, kept_on=torch.device("cpu") if self.options.cpu_offload else device)
+        self._roots.add(module)
+        return module
+
+    def _mixed(self, output_dtype: torch.dtype | None) -> Any:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        return MixedPrecisionPolicy(
+            param_dtype=self._policy.compute_dtype,
+            reduce_dtype=self._policy.reduce_dtype,
+            output_dtype=output_dtype,
+            cast_forward_inputs=self._policy.input_dtype is not None,
+        )
+
+
+def _recompute(module: nn.Module) -> None:
+    """Checkpoint a module's activations, by hooks: its name and its parameters' names stay."""
+    from torch.distributed._composable.checkpoint_activation import checkpoint
+
+    checkpoint(module)
+
+
+FSDP_CPU_OFFLOAD = Preset.of(FSDPStrategy, cpu_offload=True)
+"""The alias ``fsdp_cpu_offload``."""
