@@ -5,18 +5,24 @@ owner's own bound method, and a call costs what a method call costs. Only a wrap
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import lru_cache, wraps
 from typing import Any, Final, TypeVar, cast
 
 import pluggy
 
 from fabric_core.contracts import CONTRACTS, LifeCycle, Plugin
-from fabric_core.contracts._spec import PROJECT
-from fabric_core.errors import QuarantinedError
+from fabric_core.contracts._spec import PROJECT, behaviours, signature_fault
+from fabric_core.errors import QuarantinedError, RequestError
 
-__all__ = ["around", "bind", "life_cycle"]
+__all__ = ["Trace", "around", "bind", "check_extension", "life_cycle", "owner_of"]
 
 _MARK: Final = "fabric_around"
+
+Trace = Callable[[str, float, BaseException | None], None]
+"""Takes what was called (``kind.behaviour``), how many seconds it took, and what it raised."""
 
 
 class _Around:
@@ -43,15 +49,12 @@ class _Manager(pluggy.PluginManager):
     def __init__(self, contract: type[Plugin]) -> None:
         super().__init__(PROJECT)
         self._contract = contract
-        self._marked: set[str] = set()
         self.add_hookspecs(contract)
 
     def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
         if isinstance(plugin, self._contract):
             return _options(wrapper=False) if name in self.hook.__dict__ else None
-        method = inspect.getattr_static(plugin, name, None)
-        kind = getattr(method, _MARK, None)
-        return _options(wrapper=True) if kind == self._contract.kind else None
+        return _options(wrapper=True) if _wraps(plugin, name) == self._contract.kind else None
 
 
 def _options(*, wrapper: bool) -> pluggy.HookimplOpts:
@@ -65,77 +68,164 @@ def _options(*, wrapper: bool) -> pluggy.HookimplOpts:
     }
 
 
+@lru_cache(maxsize=16)
+def _behaviours(kind: str) -> Mapping[str, tuple[str, ...]]:
+    return behaviours(CONTRACTS[kind])
+
+
+def _wraps(extension: object, name: str) -> str | None:
+    """Say of which kind a method of an extension wraps a behaviour, if it does."""
+    kind: str | None = getattr(inspect.getattr_static(extension, name, None), _MARK, None)
+    return kind
+
+
 P = TypeVar("P", bound=Plugin)
 
 
-def bind(owner: P, extensions: Sequence[object]) -> P:
+def check_extension(extension: object) -> None:
+    """Check that every marked method of an extension wraps a behaviour, or listens to a hook, that there is.
+
+    Raises:
+        RequestError: It has no marked method, or is a class.
+        QuarantinedError: A method's name or arguments are not those of the behaviour or the hook.
+    """
+    if isinstance(extension, type):
+        raise RequestError(
+            "plugins was given a class", where="plugins", got=extension.__name__, instead=f"{extension.__name__}()"
+        )
+    marked = False
+    for name in dir(extension):
+        kind = _wraps(extension, name)
+        if kind is not None:
+            marked = True
+            _check_wrapper(extension, name, kind)
+    heard = [name for name in dir(extension) if getattr(getattr(type(extension), name, None), f"{PROJECT}_impl", None)]
+    life_cycle([extension])
+    if not marked and not heard:
+        raise RequestError(
+            "plugins was given an object that is no plugin, and has no method marked as an extension's",
+            where="plugins",
+            got=repr(extension),
+            instead="methods marked with @around.<kind> or @hookimpl",
+        )
+
+
+def _check_wrapper(extension: object, name: str, kind: str) -> None:
+    method = getattr(type(extension), name)
+    known = _behaviours(kind)
+    where = f"{type(extension).__module__}.{type(extension).__qualname__}.{name}"
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        raise QuarantinedError(
+            f"{type(extension).__name__}.{name} wraps a behaviour that a {kind} doesn't have",
+            where=where,
+            instead=f"did you mean {_shown(near[0], known)}?"
+            if near
+            else f"the behaviours of a {kind} are: {', '.join(known)}",
+        )
+    own = list(inspect.signature(method).parameters.values())[1:]
+    strange = [one.name for one in own if one.name not in known[name] or one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    valued = [one.name for one in own if one.default is not one.empty]
+    if strange or valued:
+        raise QuarantinedError(
+            f"{type(extension).__name__}.{name} takes arguments that the behaviour doesn't have: {', '.join(strange)}"
+            if strange
+            else f"{type(extension).__name__}.{name} has default values, which would hide what is given",
+            where=where,
+            got=f"{name}{inspect.signature(method)}",
+            instead=f"some of {_shown(name, known)}, without default values",
+        )
+    if not inspect.isgeneratorfunction(method):
+        raise QuarantinedError(
+            f"{type(extension).__name__}.{name} doesn't yield, so it can't go round the behaviour",
+            where=where,
+            instead="code before, `result = yield`, code after, `return result`",
+        )
+
+
+def _shown(name: str, known: Mapping[str, tuple[str, ...]]) -> str:
+    return f"{name}({', '.join(('self', *known[name]))})"
+
+
+def bind(owner: P, extensions: Sequence[object], trace: Trace | None = None) -> P:
     """Bind the behaviours of a plugin ([Note: bind once]).
 
     Args:
         owner: The chosen plugin.
-        extensions: Objects whose marked methods wrap behaviours; the first is the outermost.
+        extensions: Checked objects whose marked methods wrap behaviours; the first is the outermost.
+        trace: Told of each call.
 
     Returns:
         An object that has the contract's behaviours, each bound, and shows the owner's other attributes.
 
     Raises:
-        QuarantinedError: A method wraps a behaviour that there isn't, or takes arguments that it doesn't have.
+        QuarantinedError: The owner doesn't keep the signatures of its contract.
     """
-    manager = _Manager(CONTRACTS[owner.kind])
-    names = [name for name in vars(manager.hook) if not name.startswith("_")]
-    try:
+    contract = CONTRACTS[owner.kind]
+    fault = signature_fault(contract, type(owner))
+    if fault is not None:
+        got, expected = fault
+        raise QuarantinedError(
+            f"{type(owner).__name__} doesn't keep the signature of its contract",
+            where=f"{type(owner).__module__}.{type(owner).__qualname__}",
+            got=got,
+            instead=expected,
+        )
+    names = _behaviours(owner.kind)
+    bound: dict[str, Callable[..., Any]] = {name: getattr(owner, name) for name in names}
+    wrapped = {name for name in names if any(_wraps(one, name) == owner.kind for one in extensions)}
+    if wrapped:
+        manager = _Manager(contract)
         for plugin in (owner, *reversed(extensions)):
             manager.register(plugin)
         manager.check_pending()
-    except pluggy.PluginValidationError as error:
-        raise QuarantinedError(
-            f"{type(error.plugin).__name__} doesn't fit the contract of a {owner.kind}: {error}",
-            where=f"{type(error.plugin).__module__}.{type(error.plugin).__qualname__}",
-            instead=f"the behaviours of a {owner.kind} are: {', '.join(names)}",
-        ) from error
-    return cast("P", _Bound(owner, {name: _bound(owner, manager, name) for name in names}))
+        bound.update({name: _through(getattr(manager.hook, name), bound[name], names[name]) for name in wrapped})
+    if trace is not None:
+        label = f"{owner.kind} {type(owner).__name__}"
+        bound = {name: _traced(function, f"{label}.{name}", trace) for name, function in bound.items()}
+    return cast("P", _Bound(owner, bound))
 
 
 class _Bound:
     """The bound behaviours of a plugin, as attributes."""
 
-    def __init__(self, owner: Plugin, behaviours: dict[str, Callable[..., Any]]) -> None:
-        self.__dict__.update(behaviours)
+    def __init__(self, owner: Plugin, bound: Mapping[str, Callable[..., Any]]) -> None:
+        self.__dict__.update(bound)
         self._owner = owner
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_owner"], name)
 
+    def __repr__(self) -> str:
+        return repr(self._owner)
 
-def _bound(owner: Plugin, manager: _Manager, name: str) -> Callable[..., Any]:
-    caller = getattr(manager.hook, name)
-    method: Callable[..., Any] = getattr(owner, name)
-    _check_signature(owner, method, caller.spec.argnames)
-    if len(caller.get_hookimpls()) == 1:
-        return method
-    names = caller.spec.argnames
 
+def owner_of(bound: P) -> P:
+    """Give the plugin whose behaviours were bound."""
+    return cast("P", bound.__dict__["_owner"])
+
+
+def _through(caller: pluggy.HookCaller, method: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+    @wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return caller(**dict(zip(names, args, strict=False)), **kwargs)
 
-    wrapped.__name__ = name
-    wrapped.__doc__ = method.__doc__
     return wrapped
 
 
-def _check_signature(owner: Plugin, method: Callable[..., Any], names: tuple[str, ...]) -> None:
-    """Refuse what pluggy would accept: fewer arguments, or some with default values ([Note: no default values])."""
-    own = list(inspect.signature(method).parameters.values())
-    if [parameter.name for parameter in own] == list(names) and all(
-        parameter.default is parameter.empty for parameter in own
-    ):
-        return
-    raise QuarantinedError(
-        f"{type(owner).__name__}.{method.__name__} doesn't have the signature of its contract",
-        where=f"{type(owner).__module__}.{type(owner).__qualname__}",
-        got=f"{method.__name__}{inspect.signature(method)}",
-        instead=f"{method.__name__}({', '.join(('self', *names))}), without default values",
-    )
+def _traced(function: Callable[..., Any], label: str, trace: Trace) -> Callable[..., Any]:
+    @wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            result = function(*args, **kwargs)
+        except BaseException as error:
+            trace(label, time.perf_counter() - start, error)
+            raise
+        trace(label, time.perf_counter() - start, None)
+        return result
+
+    return traced
 
 
 def life_cycle(listeners: Sequence[object]) -> LifeCycle:
@@ -151,10 +241,14 @@ def life_cycle(listeners: Sequence[object]) -> LifeCycle:
             manager.register(listener)
         manager.check_pending()
     except pluggy.PluginValidationError as error:
-        names = [name for name in vars(manager.hook) if not name.startswith("_")]
+        names = {name: tuple(inspect.signature(hook).parameters) for name, hook in _hooks().items()}
         raise QuarantinedError(
             f"{type(error.plugin).__name__} listens to what there isn't: {error}",
             where=f"{type(error.plugin).__module__}.{type(error.plugin).__qualname__}",
-            instead=f"the life-cycle hooks are: {', '.join(names)}",
+            instead=f"the life-cycle hooks are: {', '.join(f'{name}({", ".join(args)})' for name, args in names.items())}",
         ) from error
     return cast("LifeCycle", manager.hook)
+
+
+def _hooks() -> dict[str, Callable[..., Any]]:
+    return {name: hook for name, hook in vars(LifeCycle).items() if hasattr(hook, f"{PROJECT}_spec")}

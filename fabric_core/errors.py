@@ -19,6 +19,8 @@ The tree (the builtin that each class also is stands in brackets, so that ``exce
     ├── SetupError (RuntimeError)           ``setup`` was given what it can't set up
     ├── MisuseError (RuntimeError)          a call at the wrong time, or past the strategy
     └── CheckpointError (RuntimeError)      a checkpoint can't be written, read or applied
+
+What is wrong but stops nothing that was asked for is a ``FabricWarning`` (UserWarning).
 """
 
 from typing import Any
@@ -28,6 +30,7 @@ __all__ = [
     "ConflictError",
     "DeviceError",
     "FabricError",
+    "FabricWarning",
     "IncompatibleApiError",
     "LaunchError",
     "MisuseError",
@@ -161,3 +164,7 @@ class MisuseError(FabricError, RuntimeError):
 
 class CheckpointError(FabricError, RuntimeError):
     """A checkpoint can't be written, read or applied."""
+
+
+class FabricWarning(UserWarning):
+    """What is wrong but stops nothing that was asked for, such as an installed plugin that can't be loaded."""

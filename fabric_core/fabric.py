@@ -1,6 +1,5 @@
 """The façade: everything a training script calls, in the order of a script's life."""
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
@@ -15,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fabric_core import seeding
 from fabric_core.assembly import assemble
+from fabric_core.binding import owner_of
 from fabric_core.contracts import (
     Accelerator,
     Checkpoint,
@@ -28,11 +28,11 @@ from fabric_core.contracts import (
     Wrapper,
     map_tensors,
 )
-from fabric_core.errors import CheckpointError, MisuseError, RequestError, SetupError
-from fabric_core.launching import agree, detect, make_world
+from fabric_core.errors import CheckpointError, LaunchError, MisuseError, RequestError, SetupError
+from fabric_core.launching import agree, detect, environment, make_world
 from fabric_core.registry import register, registrations
-from fabric_core.request import Request
-from fabric_core.resolve import Plan
+from fabric_core.request import Request, fill, read_environment, read_file
+from fabric_core.resolve import Plan, start_clash
 from fabric_core.state import PRECISION, collect, restore, restore_precision
 from fabric_core.wrapping import (
     FabricDataLoader,
@@ -49,7 +49,6 @@ from fabric_core.wrapping import (
 __all__ = ["Fabric"]
 
 _TIMEOUT: Final = timedelta(minutes=30)
-_serial = itertools.count()
 
 
 class Fabric:
@@ -67,6 +66,8 @@ class Fabric:
         loggers: What takes metrics.
 
     Every plugin is a name (``"ddp"``), a name with options (``"ddp:static_graph=true"``), a mapping, or an instance.
+    What is left at its default is filled from the variables ``FABRIC_ACCELERATOR``, ``FABRIC_STRATEGY``,
+    ``FABRIC_DEVICES``, ``FABRIC_NUM_NODES``, ``FABRIC_PRECISION``, ``FABRIC_WRAPPERS`` and ``FABRIC_LOGGERS``.
 
     Raises:
         RequestError: An argument can't be understood.
@@ -87,23 +88,38 @@ class Fabric:
         callbacks: Any = None,
         loggers: Any = None,
     ) -> None:
-        self._request = Request.of(
-            accelerator=accelerator,
-            strategy=strategy,
-            devices=devices,
-            num_nodes=num_nodes,
-            precision=precision,
-            wrappers=wrappers,
-            plugins=plugins,
-            callbacks=callbacks,
-            loggers=loggers,
-        )
+        code = {
+            "accelerator": accelerator,
+            "strategy": strategy,
+            "devices": devices,
+            "num_nodes": num_nodes,
+            "precision": precision,
+            "wrappers": wrappers,
+            "plugins": plugins,
+            "callbacks": callbacks,
+            "loggers": loggers,
+        }
+        self._request = Request.of(**fill(code, read_environment(environment())))
         self._build()
+
+    @classmethod
+    def from_config(cls, path: str | Path, **arguments: Any) -> Self:
+        """Make one from a configuration file.
+
+        Args:
+            path: A TOML or YAML file whose keys are the arguments of ``Fabric``, apart from ``callbacks``.
+            arguments: Arguments that win over the file and over the variables ``FABRIC_*``.
+
+        Raises:
+            RequestError: The file can't be read or understood.
+            NotInstalledError: It is YAML, and the package that reads YAML isn't installed.
+        """
+        return cls(**fill(arguments, read_environment(environment()), read_file(path)))
 
     def _build(self) -> None:
         own = set(vars(self))
-        self._serial = next(_serial)
-        parts = assemble(self._request)
+        self._world: World | None = None
+        parts = assemble(self._request, environment(), self._rank)
         self._plan = parts.plan
         self._accelerator = parts.accelerator
         self._strategy = parts.strategy
@@ -113,7 +129,6 @@ class Fabric:
         self._checkpoints = parts.checkpoints
         self._loggers = parts.loggers
         self._hooks = parts.hooks
-        self._world: World | None = None
         self._launcher: Launcher | None = None
         # Weak, so that no old parameter stays in memory once its optimizer has the new one.
         self._replaced = WeakTensorKeyDictionary()
@@ -131,20 +146,17 @@ class Fabric:
     @property
     def accelerator(self) -> Accelerator:
         """The accelerator that was chosen."""
-        plugin: Accelerator = self._plan.accelerator.plugin
-        return plugin
+        return owner_of(self._accelerator)
 
     @property
     def strategy(self) -> Strategy:
         """The strategy that was chosen."""
-        plugin: Strategy = self._plan.strategy.plugin
-        return plugin
+        return owner_of(self._strategy)
 
     @property
     def precision(self) -> Precision:
         """The precision that was chosen."""
-        plugin: Precision = self._plan.precision.plugin
-        return plugin
+        return owner_of(self._precision)
 
     @property
     def loggers(self) -> list[Logger]:
@@ -178,7 +190,7 @@ class Fabric:
                     where="this call needs them",
                     instead="call fabric.launch() right after Fabric(...)",
                 )
-            self._join(Ranks())
+            self._join(self._alone())
         if self._world is None:
             raise AssertionError("joining made no world")
         return self._world
@@ -234,7 +246,7 @@ class Fabric:
             RankFailedError: The function failed on a rank.
         """
         if self._world is None:
-            found = detect(self._launchers) if self._plan.world_size > 1 or self._launchers else None
+            found = detect(self._launchers)
             if found is not None and (found[2].world_size > 1 or self._plan.world_size > 1):
                 self._launcher = found[1]
                 self._join(found[2])
@@ -247,6 +259,13 @@ class Fabric:
     def _start(self, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if not self._launchers:
             raise SetupError("no launcher is installed", where="fabric.launch()", instead="install one")
+        clash = start_clash(self._strategy, self._accelerator)
+        if clash is not None:
+            raise LaunchError(
+                f"the strategy can't start processes: {clash}",
+                where="fabric.launch()",
+                instead="launch before anything uses a device, or another way of starting",
+            )
         _, launcher = self._launchers[0]
         return launcher.start(
             LaunchOrder(
@@ -258,12 +277,20 @@ class Fabric:
             )
         )
 
+    def _alone(self) -> Ranks:
+        """Give the place of a single process that needs no ``launch``; joining refuses it where it is not alone."""
+        found = detect(self._launchers)
+        return found[2] if found is not None and found[2].world_size > 1 else Ranks()
+
+    def _rank(self) -> int | None:
+        return None if self._world is None else self._world.global_rank
+
     def _join(self, ranks: Ranks) -> None:
         world = make_world(ranks, self._plan, _TIMEOUT)
         self._world = world
         if self._launcher is not None:
             self._launcher.joined(ranks)
-        agree(world, self._plan, self._serial)
+        agree(world, self._plan)
         self._accelerator.setup_device(world.device)
         self._strategy.connect(world, self.precision.policy)
         self._precision.connect(self._strategy.all_reduce)

@@ -1,6 +1,7 @@
 """From a plan to a world: the one place that reads ``os.environ``."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -14,14 +15,19 @@ from fabric_core.contracts import Accelerator, Launcher, Ranks, World
 from fabric_core.errors import LaunchError
 from fabric_core.resolve import Plan
 
-__all__ = ["agree", "detect", "make_world"]
+__all__ = ["agree", "detect", "environment", "make_world"]
+
+
+def environment() -> dict[str, str]:
+    """Give the environment variables as they are now."""
+    return dict(os.environ)
 
 
 def detect(launchers: Sequence[tuple[str, Launcher]]) -> tuple[str, Launcher, Ranks] | None:
     """Ask the launchers, the highest priority first, whether their system started this process."""
-    environment = dict(os.environ)
+    variables = environment()
     for name, launcher in launchers:
-        ranks = launcher.detect(environment)
+        ranks = launcher.detect(variables)
         if ranks is not None:
             return name, launcher, ranks
     return None
@@ -69,13 +75,12 @@ def _store_opener(ranks: Ranks, timeout: timedelta) -> Any:
     return open_store
 
 
-def agree(world: World, plan: Plan, serial: int) -> None:
+def agree(world: World, plan: Plan) -> None:
     """Compare the plan over the ranks, before the first collective.
 
     Args:
         world: This process.
         plan: This process's plan.
-        serial: Which ``Fabric`` of this process it belongs to.
 
     Raises:
         LaunchError: Ranks differ; raised on every rank, and names those that differ from rank 0.
@@ -85,21 +90,33 @@ def agree(world: World, plan: Plan, serial: int) -> None:
     store = world.open_store()
     text = json.dumps(
         [[choice.kind, choice.name, choice.distribution, str(choice.options)] for choice in plan.choices]
-        + [plan.world_size]
+        + [["processes", str(plan.world_size), "", ""]]
     )
     digest = hashlib.sha256(text.encode()).hexdigest()
-    prefix = f"plan/{serial}"
+    # The n-th time that this rank joins meets the n-th time of the others, whatever else they have made meanwhile.
+    prefix = f"plan/{store.add(f'plan/joined/{world.global_rank}', 1)}"
     store.set(f"{prefix}/{world.global_rank}", f"{digest}\n{text}")
     others = [store.get(f"{prefix}/{rank}").decode().partition("\n") for rank in range(world.world_size)]
     first = others[0]
     differing = [rank for rank, other in enumerate(others) if other[0] != first[0]]
     if differing:
         mine, its = json.loads(first[2]), json.loads(others[differing[0]][2])
-        changes = [f"{a} on rank 0, {b} on rank {differing[0]}" for a, b in zip(mine, its, strict=False) if a != b]
+        changes = [
+            f"{_side(here)} on rank 0, {_side(there)} on rank {differing[0]}"
+            for here, there in itertools.zip_longest(mine, its)
+            if here != there
+        ]
         raise LaunchError(
             f"the ranks don't agree on the plan: rank {', '.join(map(str, differing))} differs from rank 0",
             where="Fabric(...)",
-            got="; ".join(changes) or "plans of different length",
-            instead="the same arguments, plugins and versions on every rank",
+            got="; ".join(changes),
+            instead="the same arguments, variables, plugins and versions on every rank",
             ranks=differing,
         )
+
+
+def _side(choice: list[str] | None) -> str:
+    if choice is None:
+        return "nothing"
+    kind, name, distribution, options = choice
+    return f"{kind} {name}" + (f" {options}" if options not in {"", "{}"} else "") + (distribution and f" ({distribution})")

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Self
 
+import inspect
+from functools import lru_cache
+
 import pluggy
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -106,6 +109,42 @@ class Plugin:
         return f"{type(self).__name__}({given})"
 
 
+def behaviours(contract: type[Plugin]) -> dict[str, tuple[str, ...]]:
+    """Give the behaviours that a contract specifies, each with the names of its arguments, in order."""
+    return {
+        name: tuple(inspect.signature(method).parameters)[1:]
+        for name, method in vars(contract).items()
+        if hasattr(method, f"{PROJECT}_spec")
+    }
+
+
+@lru_cache(maxsize=512)
+def signature_fault(contract: type[Plugin], plugin: type[Plugin]) -> tuple[str, str] | None:
+    """Find a method of a plugin that pluggy would accept but that doesn't have the signature of its contract.
+
+    That is one with fewer arguments, or with default values ([Note: no default values]).
+
+    Returns:
+        The method with its own signature, and what it should be; ``None`` where all is well.
+    """
+    for name, arguments in behaviours(contract).items():
+        method = getattr(plugin, name)
+        shown = ", ".join(("self", *arguments))
+        if not callable(method):
+            return f"{name} = {method!r}", f"def {name}({shown})"
+        try:
+            own = list(inspect.signature(method).parameters.values())
+        except ValueError:  # a builtin that doesn't tell
+            return f"{name} = {method!r}", f"def {name}({shown})"
+        if not isinstance(inspect.getattr_static(plugin, name), staticmethod | classmethod):
+            own = own[1:]
+        if [parameter.name for parameter in own] != list(arguments) or any(
+            parameter.default is not parameter.empty for parameter in own
+        ):
+            return f"{name}{inspect.signature(method)}", f"{name}({shown}), without default values"
+    return None
+
+
 def _field_type(model: type[BaseModel], name: str) -> str:
     info = model.model_fields.get(name.split(".", maxsplit=1)[0])
     if info is None:
@@ -122,12 +161,10 @@ class Preset:
     Args:
         plugin: The plugin class.
         options: The options that the alias sets; a user's own options win over them.
-        alias: It is another name for what has a name of its own, so it is never chosen automatically.
     """
 
     plugin: type[Plugin]
     options: Mapping[str, Any] = field(default_factory=dict)
-    alias: bool = True
 
     @classmethod
     def of(cls, plugin: type[Plugin], **options: Any) -> Self:

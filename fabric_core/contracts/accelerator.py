@@ -57,6 +57,11 @@ class Accelerator(Plugin, ABC):
         """
 
     @behaviour
+    def is_started(self) -> bool:
+        """Say whether this process has used a device in a way that a process forked from it couldn't. Starts none."""
+        return False
+
+    @behaviour
     def parse_devices(self, spec: DeviceSpec) -> list[int]:
         """Turn a user's words into device indices.
 
