@@ -124,7 +124,9 @@ def _check_wrapper(extension: object, name: str, kind: str) -> None:
             else f"the behaviours of a {kind} are: {', '.join(known)}",
         )
     own = list(inspect.signature(method).parameters.values())[1:]
-    strange = [one.name for one in own if one.name not in known[name] or one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    strange = [
+        one.name for one in own if one.name not in known[name] or one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    ]
     valued = [one.name for one in own if one.default is not one.empty]
     if strange or valued:
         raise QuarantinedError(
@@ -241,14 +243,10 @@ def life_cycle(listeners: Sequence[object]) -> LifeCycle:
             manager.register(listener)
         manager.check_pending()
     except pluggy.PluginValidationError as error:
-        names = {name: tuple(inspect.signature(hook).parameters) for name, hook in _hooks().items()}
+        hooks = [f"{name}({', '.join(('self', *names))})" for name, names in behaviours(LifeCycle).items()]
         raise QuarantinedError(
             f"{type(error.plugin).__name__} listens to what there isn't: {error}",
             where=f"{type(error.plugin).__module__}.{type(error.plugin).__qualname__}",
-            instead=f"the life-cycle hooks are: {', '.join(f'{name}({", ".join(args)})' for name, args in names.items())}",
+            instead=f"the life-cycle hooks are: {', '.join(hooks)}",
         ) from error
     return cast("LifeCycle", manager.hook)
-
-
-def _hooks() -> dict[str, Callable[..., Any]]:
-    return {name: hook for name, hook in vars(LifeCycle).items() if hasattr(hook, f"{PROJECT}_spec")}

@@ -119,4 +119,8 @@ def _side(choice: list[str] | None) -> str:
     if choice is None:
         return "nothing"
     kind, name, distribution, options = choice
-    return f"{kind} {name}" + (f" {options}" if options not in {"", "{}"} else "") + (distribution and f" ({distribution})")
+    return (
+        f"{kind} {name}"
+        + (f" {options}" if options not in {"", "{}"} else "")
+        + (distribution and f" ({distribution})")
+    )

@@ -213,7 +213,7 @@ class Offer:
                 f"{plugin.__name__} doesn't keep the signature of its contract", got=got, instead=expected
             )
 
-    def quarantine(self, reason: str, *, got: str | None = None, instead: str | None = None) -> QuarantinedError:
+    def quarantine(self, reason: str, *, got: object = None, instead: str | None = None) -> QuarantinedError:
         """Make the error that says why this offer can't be used."""
         return QuarantinedError(
             f"the {self.kind} {self.name!r} of {self.owner} can't be used: {reason}",
@@ -452,7 +452,7 @@ def _read(state: tuple[tuple[str, int], ...]) -> _Scan:
     offers: list[Offer] = []
     known: dict[tuple[str, str], str] = {}
     seen: set[str] = set()
-    for one in distributions():
+    for one in distributions(path=[entry for entry, _ in state]):
         try:
             text = one.read_text("entry_points.txt")
             if text is None or "fabric." not in text:

@@ -136,10 +136,7 @@ class Plan:
 
     def __str__(self) -> str:
         """Show the plan as a table of plain text."""
-        rows = [
-            (choice.kind, shown(choice), choice.distribution, choice.reason)
-            for choice in self.choices
-        ]
+        rows = [(choice.kind, shown(choice), choice.distribution, choice.reason) for choice in self.choices]
         devices = ", ".join(str(device) for device in self.device_indices)
         processes = f"{self.world_size} process{'es' if self.world_size != 1 else ''} on {self.num_nodes} node"
         rows.append(("devices", devices, "", processes + ("s" if self.num_nodes != 1 else "")))
@@ -201,7 +198,7 @@ def resolve(request: Request, candidates: Mapping[str, Sequence[Candidate]]) -> 
 def alternatives(
     request: Request, candidates: Mapping[str, Sequence[Candidate]], offered: Mapping[str, Sequence[Candidate]]
 ) -> list[str]:
-    """Find the nearest requests that work where one doesn't: those that change one argument, else those that change two.
+    """Find the nearest requests that work: those that change one argument, else those that change two.
 
     Args:
         request: What was asked for, and can't be done.
@@ -217,8 +214,8 @@ def alternatives(
         if not asked:
             continue
         others = [one for one in offered.get(kind, ()) if one.failure is None and one.name not in asked]
-        for one in sorted(others, key=lambda one: (-_priority(one), one.name)):
-            changes.append((f'{kind}="{one.name}"', {}, {kind: [replace(one, named="an alternative")]}))
+        others.sort(key=lambda one: (-_priority(one), one.name))
+        changes += [(f'{kind}="{one.name}"', {}, {kind: [replace(one, named="an alternative")]}) for one in others]
     changes += [(f"devices={count}", {"devices": count}, {}) for count in (1, 2) if count != request.devices]
     if request.num_nodes > 1:
         changes.append(("num_nodes=1", {"num_nodes": 1}, {}))

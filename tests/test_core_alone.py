@@ -12,10 +12,10 @@ import pytest
 
 # As in an environment that has the core and no plugin at all.
 sys.modules["fabric_plugins"] = None
-every = metadata.entry_points
-metadata.entry_points = lambda **chosen: metadata.EntryPoints(
-    point for point in every(**chosen) if not point.value.startswith("fabric_plugins")
-)
+every = metadata.Distribution.entry_points
+metadata.Distribution.entry_points = property(lambda distribution: metadata.EntryPoints(
+    point for point in every.fget(distribution) if not point.value.startswith("fabric_plugins")
+))
 sys.exit(pytest.main(["tests/core", "-q", "-x", "-p", "no:cacheprovider"]))
 """
 

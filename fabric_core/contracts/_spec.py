@@ -4,12 +4,11 @@
 behaviour has none: the façade fills in what its caller left out, and every owner and extension sees every argument.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Self
-
-import inspect
 from functools import lru_cache
+from typing import Any, ClassVar, Final, Self, cast
 
 import pluggy
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -109,7 +108,7 @@ class Plugin:
         return f"{type(self).__name__}({given})"
 
 
-def behaviours(contract: type[Plugin]) -> dict[str, tuple[str, ...]]:
+def behaviours(contract: type[Any]) -> dict[str, tuple[str, ...]]:
     """Give the behaviours that a contract specifies, each with the names of its arguments, in order."""
     return {
         name: tuple(inspect.signature(method).parameters)[1:]
@@ -118,8 +117,7 @@ def behaviours(contract: type[Plugin]) -> dict[str, tuple[str, ...]]:
     }
 
 
-@lru_cache(maxsize=512)
-def signature_fault(contract: type[Plugin], plugin: type[Plugin]) -> tuple[str, str] | None:
+def signature_fault(contract: type[Plugin], plugin: type[Any]) -> tuple[str, str] | None:
     """Find a method of a plugin that pluggy would accept but that doesn't have the signature of its contract.
 
     That is one with fewer arguments, or with default values ([Note: no default values]).
@@ -127,6 +125,11 @@ def signature_fault(contract: type[Plugin], plugin: type[Plugin]) -> tuple[str, 
     Returns:
         The method with its own signature, and what it should be; ``None`` where all is well.
     """
+    return _signature_fault(cast("Any", contract), cast("Any", plugin))
+
+
+@lru_cache(maxsize=512)
+def _signature_fault(contract: type[Any], plugin: type[Any]) -> tuple[str, str] | None:
     for name, arguments in behaviours(contract).items():
         method = getattr(plugin, name)
         shown = ", ".join(("self", *arguments))

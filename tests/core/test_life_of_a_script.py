@@ -210,7 +210,7 @@ def test_teardown_gives_back_and_another_fabric_follows(in_memory: dict[str, Any
         ({"devices": "two"}, DeviceError, "can't be understood"),
         ({"devices": 2}, PlanError, "at most 1 process"),
         ({"num_nodes": 0}, RequestError, "positive whole number"),
-        ({"strategy": 3.5}, RequestError, "is no Strategy"),
+        ({"strategy": 3.5}, RequestError, "can't be understood"),
     ],
 )
 def test_bad_arguments_fail_at_construction(
