@@ -35,7 +35,17 @@ from fabric_core.errors import (
     UnknownPluginError,
 )
 
-__all__ = ["EXTENSION", "GROUPS", "IN_PROCESS", "Offer", "Registry", "matches", "register", "registered", "registrations"]
+__all__ = [
+    "EXTENSION",
+    "GROUPS",
+    "IN_PROCESS",
+    "Offer",
+    "Registry",
+    "matches",
+    "register",
+    "registered",
+    "registrations",
+]
 
 EXTENSION: Final = "extension"
 """Stands for a kind where an extension is meant, which implements no contract."""
