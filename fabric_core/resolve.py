@@ -405,7 +405,19 @@ def _priority(candidate: Candidate) -> int:
 
 def _given(plugin: Any) -> dict[str, Any]:
     options = getattr(plugin, "options", None)
-    return options.model_dump(exclude_defaults=True) if isinstance(options, BaseModel) else {}
+    if not isinstance(options, BaseModel):
+        return {}
+    return {name: _by_name(value) for name, value in options.model_dump(exclude_defaults=True).items()}
+
+
+def _by_name(value: Any) -> Any:
+    """Show a function or class by its name, not by its address, and a set in order: alike on every rank."""
+    if isinstance(value, set | frozenset):
+        return sorted(str(_by_name(one)) for one in value)
+    if callable(value):
+        named = value if hasattr(value, "__qualname__") else type(value)
+        return f"{named.__module__}.{named.__qualname__}"
+    return value
 
 
 def shown(choice: Choice) -> str:

@@ -1,7 +1,7 @@
 """What strategies whose parameters are DTensors share: units, materialising, state, clipping, gradient sync."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -13,7 +13,7 @@ from fabric_core.contracts import replace_parameters
 from fabric_core.errors import OptionError, SetupError
 from fabric_plugins.strategies._distributed import DistributedStrategy, send_from_zero
 
-__all__ = ["ModulePolicy", "ShardedStrategy", "check_materialisable", "choose_modules", "materialise"]
+__all__ = ["ModulePolicy", "ShardedStrategy", "check_materialisable", "choose_modules", "materialise", "move_to"]
 
 ModulePolicy = Literal["auto"] | set[Any] | Callable[[nn.Module], bool]
 """Which modules: ``"auto"``, a set of classes (or of their names), or a callable that says yes or no to each."""
@@ -35,6 +35,10 @@ class ShardedStrategy(DistributedStrategy):
         self._roots: WeakSet[nn.Module] = WeakSet()
         self._apart: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
+    def init_module(self, empty: bool) -> AbstractContextManager[Any]:
+        """Make an empty model on the meta device, so that it is never whole on any rank."""
+        return torch.device("meta") if empty else nullcontext()
+
     def setup_optimizer(self, optimizer: Optimizer, replaced: Mapping[torch.Tensor, torch.Tensor]) -> Optimizer:
         """Put shards in the place of what they were made from, state included."""
         matched = _Replaced(replaced, self._whole())
@@ -45,6 +49,16 @@ class ShardedStrategy(DistributedStrategy):
             new = matched.get(old, old)
             if new is not old and old in state:
                 optimizer.state[new] = {name: _like(value, new) for name, value in state[old].items()}
+        for group in optimizer.param_groups:
+            at_once = [name for name in ("fused", "foreach") if group.get(name)]
+            if at_once and len({_layout(parameter) for parameter in group["params"]}) > 1:
+                raise SetupError(
+                    f"PyTorch's {at_once[0]} {type(optimizer).__name__} takes no parameters of several layouts at once,"
+                    " and after sharding some of these are whole, or on another mesh",
+                    where="fabric.setup",
+                    got=f"{type(optimizer).__name__}({at_once[0]}=True)",
+                    instead=f"{type(optimizer).__name__}({at_once[0]}=False)",
+                )
         return optimizer
 
     def _whole(self) -> dict[torch.Tensor, torch.Tensor]:
@@ -305,6 +319,12 @@ def check_materialisable(module: nn.Module) -> None:
                 instead=f"def reset_parameters(self) in {type(one).__name__}, which fills its own parameters and"
                 " buffers; or fabric.init_module(empty_init=False)",
             )
+
+
+def move_to(module: nn.Module, device: torch.device) -> None:
+    """Move what has values; what is on the meta device gets its values on the device."""
+    apply: Any = module._apply  # noqa: SLF001 - `to` does this too, and refuses meta tensors
+    apply(lambda one: one if one.is_meta else one.to(device))
 
 
 def materialise(module: nn.Module, device: torch.device, *, kept_on: torch.device) -> None:

@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Final, Literal
 from weakref import WeakSet
 
 from torch import nn
 
-from fabric_core.contracts import StrategyCapabilities
+from fabric_core.contracts import Preset, StrategyCapabilities
+from fabric_core.errors import SetupError
 from fabric_plugins.strategies._distributed import DistributedOptions, DistributedStrategy
 
-__all__ = ["DDPOptions", "DDPStrategy"]
+__all__ = ["DDP_FIND_UNUSED_PARAMETERS_TRUE", "DDP_NOTEBOOK", "DDP_SPAWN", "DDPOptions", "DDPStrategy"]
 
 
 class DDPOptions(DistributedOptions):
@@ -24,6 +25,9 @@ class DDPOptions(DistributedOptions):
     """Gradients are views into the buckets that are reduced, which saves one copy of them."""
     bucket_cap_mb: float | None = None
     """The size of a bucket in MiB."""
+    ddp_comm_hook: Literal["none", "fp16", "bf16", "powersgd"] = "none"
+    """How gradients travel: as they are, in 16 bits, or as a product of small matrices (PowerSGD, as PyTorch sets
+    it up: after 1,000 ordinary steps)."""
 
 
 class DDPStrategy(DistributedStrategy):
@@ -59,7 +63,30 @@ class DDPStrategy(DistributedStrategy):
             bucket_cap_mb=self.options.bucket_cap_mb,
         )
         self._wrapped.add(wrapped)
+        self._register_hook(wrapped)
         return wrapped
+
+    def _register_hook(self, wrapped: Any) -> None:
+        name = self.options.ddp_comm_hook
+        if name == "none":
+            return
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+        state: Any = powerSGD_hook.PowerSGDState(None) if name == "powersgd" else None
+        hook = {
+            "fp16": default_hooks.fp16_compress_hook,
+            "bf16": default_hooks.bf16_compress_hook,
+            "powersgd": powerSGD_hook.powerSGD_hook,
+        }[name]
+        try:
+            wrapped.register_comm_hook(state, hook)
+        except (RuntimeError, ValueError) as error:
+            raise SetupError(
+                f"the communication hook {name!r} can't be used here: {error}",
+                where="options of the strategy DDPStrategy",
+                got=f"ddp_comm_hook={name!r} with the backend {self.world.backend}",
+                instead='ddp_comm_hook="none", or a backend that has what it needs',
+            ) from error
 
     def teardown(self) -> None:
         """Take DDP's hooks off the models, then leave.
@@ -84,3 +111,13 @@ def _unsynchronised(module: Any, *, enabled: bool) -> Iterator[None]:
         return
     with module.no_sync():
         yield
+
+
+DDP_FIND_UNUSED_PARAMETERS_TRUE: Final = Preset.of(DDPStrategy, find_unused_parameters=True)
+"""The alias ``ddp_find_unused_parameters_true``."""
+
+DDP_NOTEBOOK: Final = Preset.of(DDPStrategy, start_method="fork")
+"""The alias ``ddp_notebook``."""
+
+DDP_SPAWN: Final = Preset.of(DDPStrategy, start_method="spawn")
+"""The alias ``ddp_spawn``."""

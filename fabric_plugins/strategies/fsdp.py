@@ -1,6 +1,5 @@
 """Fully sharded data parallelism: every rank holds a part of each parameter, gathered block by block where needed."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -74,10 +73,6 @@ class FSDPStrategy(ShardedStrategy):
             self._mesh = init_device_mesh(world.device.type, (shard,), mesh_dim_names=("shard",))
         else:
             self._mesh = init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-
-    def init_module(self, empty: bool) -> AbstractContextManager[Any]:
-        """Make an empty model on the meta device, so that it is never whole on any rank."""
-        return torch.device("meta") if empty else nullcontext()
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Shard the blocks, then the rest."""

@@ -2,16 +2,19 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 
 from fabric_core import Fabric
 from fabric_core.conformance.pool import RankPool
+from fabric_plugins.strategies import ModelParallelStrategy
 
 STEPS = 20
 VOCABULARY, WIDTH, LENGTH, BATCH = 11, 16, 6, 8
@@ -43,6 +46,9 @@ class Transformer(nn.Module):
         self.head.weight = self.embedding.weight
         self.scale = nn.Parameter(torch.ones(1))
 
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.scale)
+
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.embedding(tokens) + self.position.weight[: tokens.shape[1]]
         for block in self.blocks:
@@ -61,11 +67,12 @@ class Recipe:
     clip_norm: float | None = None
     clip_value: float | None = None
     before: bool = True
+    fused: bool = True
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         if self.optimizer == "adamw":
             # A large epsilon keeps rounding noise in tiny gradients from becoming whole steps.
-            return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, fused=True)
+            return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, fused=self.fused)
         return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
     def batches(self) -> Iterator[list[torch.Tensor]]:
@@ -105,12 +112,14 @@ def train_plainly(recipe: Recipe) -> tuple[list[float], dict[str, torch.Tensor]]
     return losses, {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def train(recipe: Recipe, devices: int, **chosen: Any) -> tuple[list[float], dict[str, Any]]:
+def train(recipe: Recipe, devices: int, *, empty: bool = False, **chosen: Any) -> tuple[list[float], dict[str, Any]]:
     """The same, under a strategy, each rank on its part of the batch."""
     with Fabric(accelerator="cpu", devices=devices, precision=recipe.precision, **chosen) as fabric:
         fabric.launch()
         torch.manual_seed(7 + fabric.global_rank)  # rank 0's values count
-        model = Transformer()
+        with fabric.init_module(empty_init=empty):
+            model = Transformer()
+        torch.manual_seed(7)  # an empty model's values are made later
         if recipe.before:
             wrapped, stepper = fabric.setup(model, recipe.make_optimizer(model))
         else:
@@ -135,13 +144,21 @@ def train(recipe: Recipe, devices: int, **chosen: Any) -> tuple[list[float], dic
         return losses, {name: value.numpy() for name, value in state.items()}
 
 
-STRATEGIES = {
+def spread(model: Transformer, mesh: DeviceMesh) -> None:
+    """Divide the blocks' two-layer networks by columns, then rows; the rest is left whole."""
+    for block in model.blocks:
+        parallelize_module(block, mesh["tensor_parallel"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+
+STRATEGIES: dict[str, tuple[Any, int]] = {
     "single_device": ("single_device", 1),
     "ddp": ("ddp", 2),
     "fsdp": ("fsdp", 2),
     "fsdp, one unit": ("fsdp:auto_wrap_policy=null,reshard_after_forward=true", 2),
     "fsdp, offloaded, recomputed": ("fsdp_cpu_offload:activation_checkpointing_policy=auto", 2),
     "hsdp": ("fsdp:replicate=2", 4),
+    "tensor": (ModelParallelStrategy(parallelize_fn=spread), 2),
+    "data x tensor": (ModelParallelStrategy(parallelize_fn=spread, tensor_parallel_size=2), 4),
 }
 FULL = [
     Recipe(),
@@ -152,13 +169,15 @@ FULL = [
 
 
 def _check(
-    strategy: str, recipe: Recipe, two: RankPool, four: RankPool, *, atol: float, parameters_atol: float
+    strategy: str, recipe: Recipe, two: RankPool, four: RankPool, *, atol: float, parameters_atol: float, **more: Any
 ) -> None:
     name, devices = STRATEGIES[strategy]
+    # PyTorch's fused optimizers refuse parameters on several meshes, and plain ones beside DTensors.
+    recipe = replace(recipe, fused="tensor" not in strategy)
     losses, state = train_plainly(recipe)
     assert losses[-1] < losses[0] * 0.8, "the oracle learns nothing, so it would tell nothing"
     pool = {2: two, 4: four}.get(devices)
-    chosen = {"strategy": name}
+    chosen = {"strategy": name, **more}
     got = [train(recipe, 1, **chosen)] if pool is None else pool.run(_train, asdict(recipe), devices, chosen)
     for rank_losses, _ in got:
         torch.testing.assert_close(rank_losses, losses, rtol=0, atol=atol)
@@ -182,3 +201,9 @@ def test_float32(strategy: str, recipe: Recipe, two_ranks: RankPool, four_ranks:
 def test_mixed(strategy: str, recipe: Recipe, two_ranks: RankPool, four_ranks: RankPool) -> None:
     """In mixed precision, where sharding computes a little more in 16 bits than autocast does, to 5e-2 and 3e-2."""
     _check(strategy, recipe, two_ranks, four_ranks, atol=5e-2, parameters_atol=3e-2)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "hsdp", "fsdp, offloaded, recomputed", "tensor", "data x tensor"])
+def test_made_on_meta(strategy: str, two_ranks: RankPool, four_ranks: RankPool) -> None:
+    """A model that was never whole on any rank begins with the same values, and trains alike."""
+    _check(strategy, FULL[0], two_ranks, four_ranks, atol=1e-5, parameters_atol=5e-5, empty=True)

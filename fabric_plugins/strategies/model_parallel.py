@@ -1,0 +1,121 @@
+"""Tensor parallelism: the user's own plan over a mesh, with the rest of the ranks reading other data."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import PositiveInt
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from fabric_core.contracts import PrecisionPolicy, StrategyCapabilities, World
+from fabric_core.errors import OptionError, SetupError
+from fabric_plugins.strategies._distributed import DistributedOptions
+from fabric_plugins.strategies._sharding import (
+    ShardedStrategy,
+    check_materialisable,
+    choose_modules,
+    materialise,
+    move_to,
+)
+
+__all__ = ["ModelParallelOptions", "ModelParallelStrategy"]
+
+_DATA, _TENSOR = "data_parallel", "tensor_parallel"
+
+
+class ModelParallelOptions(DistributedOptions):
+    """The options of the strategy ``model_parallel``."""
+
+    parallelize_fn: Callable[[Any, DeviceMesh], Any] | None = None
+    """Changes a module in place, given it and the mesh: ``parallelize_module(module, mesh["tensor_parallel"], plan)``.
+    It may shard blocks over ``mesh["data_parallel"]`` too; the strategy does it where the function didn't."""
+    data_parallel_size: PositiveInt | Literal["auto"] = "auto"
+    """How many groups read different data; ``"auto"`` is what the other size leaves, and else the number of nodes."""
+    tensor_parallel_size: PositiveInt | Literal["auto"] = "auto"
+    """How many ranks compute one layer together; ``"auto"`` is what the other size leaves."""
+    state_dict_type: Literal["full", "sharded"] = "full"
+    """How ``fabric.save`` writes: one file with whole tensors, or a directory to which all ranks write their parts."""
+
+
+class ModelParallelStrategy(ShardedStrategy):
+    """A mesh of ``data_parallel`` x ``tensor_parallel`` ranks, and a user's function that spreads a module over it.
+
+    Over ``data_parallel`` the model is sharded by FSDP2. Ranks of one ``tensor_parallel`` group read the same data.
+    """
+
+    Options = ModelParallelOptions
+    options: ModelParallelOptions
+    capabilities = StrategyCapabilities(
+        distributed=True,
+        sharded=True,
+        wraps_forward=True,
+        places_module=True,
+        no_backward_sync=True,
+    )
+
+    def connect(self, world: World, policy: PrecisionPolicy) -> None:
+        """Join, and lay out the mesh."""
+        data, tensor = self._sizes(world)
+        super().connect(world, policy)
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self._mesh = init_device_mesh(world.device.type, (data, tensor), mesh_dim_names=(_DATA, _TENSOR))
+
+    def _sizes(self, world: World) -> tuple[int, int]:
+        data, tensor = self.options.data_parallel_size, self.options.tensor_parallel_size
+        if data == "auto":
+            data = world.world_size // (world.local_world_size if tensor == "auto" else tensor)
+        if tensor == "auto":
+            tensor = world.world_size // data
+        if data * tensor != world.world_size:
+            raise OptionError(
+                f"{data} x {tensor} is not the number of processes, which is {world.world_size}",
+                where="options of the strategy ModelParallelStrategy",
+                got=f"data_parallel_size={self.options.data_parallel_size},"
+                f" tensor_parallel_size={self.options.tensor_parallel_size}",
+                instead="sizes whose product is the number of processes",
+            )
+        return data, tensor
+
+    def data_shard(self) -> tuple[int, int]:
+        """Every tensor-parallel group reads its own part."""
+        self.world  # noqa: B018 - raises before launch
+        return self._mesh.get_local_rank(_DATA), self._mesh[_DATA].size()
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Let the user's function spread the module, then shard it over the data-parallel ranks."""
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if self.options.parallelize_fn is None:
+            raise SetupError(
+                "nobody says how to spread the model over the mesh",
+                where="options of the strategy ModelParallelStrategy",
+                instead="ModelParallelStrategy(parallelize_fn=function), with function(module, mesh)",
+            )
+        user = module.get_submodule("module")
+        check_materialisable(user)
+        self._start_as_rank_zero(user)
+        move_to(user, self.world.device)
+        result = self.options.parallelize_fn(user, self._mesh)
+        if result is not None and result is not user:
+            raise SetupError(
+                "parallelize_fn returned another module",
+                where="options of the strategy ModelParallelStrategy",
+                got=type(result).__name__,
+                instead="change the module that it is given, in place",
+            )
+        if isinstance(user, FSDPModule):
+            raise SetupError(
+                "parallelize_fn sharded the whole model over the data-parallel ranks, which the strategy does",
+                where="options of the strategy ModelParallelStrategy",
+                instead="call fully_shard on blocks alone, or not at all",
+            )
+        data = self._mesh[_DATA]
+        if data.size() > 1:
+            if not any(isinstance(one, FSDPModule) for one in user.modules()):
+                for block in choose_modules(user, "auto", option="auto_wrap_policy"):
+                    fully_shard(block, mesh=data)
+            fully_shard(module, mesh=data)
+        materialise(user, self.world.device, kept_on=self.world.device)
+        self._roots.add(module)
+        return module
