@@ -1,13 +1,21 @@
 """The command line: ``fabric`` or ``python -m fabric_core``."""
 
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from fabric_core.errors import FabricError
-from fabric_core.registry import GROUPS, Registry
+from fabric_core.assembly import plan
+from fabric_core.cli._describe import field_type, meanings
+from fabric_core.errors import FabricError, FabricWarning, UnknownPluginError
+from fabric_core.launching import environment
+from fabric_core.registry import EXTENSION, GROUPS, Offer, Registry
+from fabric_core.request import Request, fill, read_environment, read_file
+from fabric_core.resolve import Plan, shown
 
 __all__ = ["main"]
 
@@ -16,25 +24,93 @@ plugins = typer.Typer(no_args_is_help=True, help="The plugins that are installed
 app.add_typer(plugins, name="plugins")
 
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+_Config = Annotated[Path | None, typer.Option(help="A configuration file, TOML or YAML.")]
+_Listed = Annotated[list[str] | None, typer.Option(help="May be given several times.")]
 
 
 @plugins.command("list")
 def list_plugins(as_json: _AsJson = False) -> None:
     """List what could be chosen; imports no plugin."""
-    registry = Registry()
-    offers = [offer for kind in GROUPS for offer in registry.offers(kind)]
+    offers = _offers()
     if as_json:
-        _print_json(
-            [
-                {name: getattr(offer, name) for name in ("kind", "name", "distribution", "version", "value")}
-                for offer in offers
-            ]
-        )
+        _print_json([_as_dict(offer) for offer in offers])
         return
-    table = Table("kind", "name", "distribution", "where")
-    for offer in offers:
-        table.add_row(offer.kind, offer.name, f"{offer.distribution} {offer.version}", offer.value)
-    Console().print(table)
+    _print_table(
+        ("kind", "name", "distribution", "where"),
+        [(offer.kind, offer.name, offer.owner, offer.value) for offer in offers],
+    )
+
+
+@plugins.command("show")
+def show_plugin(name: str, as_json: _AsJson = False) -> None:
+    """Show what a plugin is, what it declares, and its options; imports it."""
+    shown_offers = [_described(offer) for offer in _named(name)]
+    if as_json:
+        _print_json(shown_offers)
+        return
+    console = Console()
+    for one in shown_offers:
+        console.print(f"{one['kind']} {one['name']}", style="bold", markup=False)
+        console.print(f"  {one['distribution']} {one['version']}, {one['value']}", markup=False)
+        if one["error"] is not None:
+            console.print(one["error"], style="red", markup=False)
+            continue
+        console.print(f"  {one['summary']}", markup=False)
+        if one["preset"]:
+            console.print(f"  presets: {one['preset']}", markup=False)
+        if one["options"]:
+            rows = [(key, *(str(part) for part in about)) for key, about in one["options"].items()]
+            _print_table(("option", "type", "default", "meaning"), rows)
+        if one["declares"]:
+            _print_table(("declares", "value"), [(key, str(value)) for key, value in one["declares"].items()])
+
+
+@plugins.command("doctor")
+def examine_plugins(
+    as_json: _AsJson = False,
+    timeout: Annotated[float, typer.Option(help="How many seconds a plugin may take to be imported.")] = 30.0,
+) -> None:
+    """Import every plugin, each in a process of its own, and say which are sound; exit code 1 where one isn't."""
+    from dataclasses import asdict
+
+    from fabric_core.cli._doctor import SOUND, examine
+
+    findings = list(examine(_registry(), timeout))
+    if as_json:
+        _print_json([asdict(finding) for finding in findings])
+    else:
+        _print_table(
+            ("kind", "name", "distribution", "status", "seconds", "note"),
+            [(one.kind, one.name, one.distribution, one.status, f"{one.seconds:.2f}", one.note) for one in findings],
+        )
+    if any(finding.status not in SOUND for finding in findings):
+        raise typer.Exit(1)
+
+
+@plugins.command("why")
+def why_plugin(
+    name: str,
+    accelerator: str = "auto",
+    strategy: str = "auto",
+    devices: str = "auto",
+    num_nodes: int = 1,
+    precision: str | None = None,
+    wrapper: _Listed = None,
+    plugin: _Listed = None,
+    logger: _Listed = None,
+    config: _Config = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Say why a plugin would be chosen for a request, or why not."""
+    offers = _named(name)
+    chosen = _plan(config, accelerator, strategy, devices, num_nodes, precision, wrapper, plugin, logger)
+    answers = [{**_as_dict(offer), **_why(chosen, offer)} for offer in offers]
+    if as_json:
+        _print_json(answers)
+        return
+    for answer in answers:
+        verdict = "chosen" if answer["chosen"] else "not chosen"
+        Console().print(f"{answer['kind']} {answer['name']}: {verdict}, {answer['reason']}", markup=False)
 
 
 @app.command()
@@ -43,39 +119,156 @@ def explain(
     strategy: str = "auto",
     devices: str = "auto",
     num_nodes: int = 1,
-    precision: str = "auto",
-    wrapper: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
+    precision: str | None = None,
+    wrapper: _Listed = None,
+    plugin: _Listed = None,
+    logger: _Listed = None,
+    config: _Config = None,
     as_json: _AsJson = False,
 ) -> None:
     """Show what ``Fabric(...)`` would choose, and why."""
-    from fabric_core.fabric import Fabric
-
-    fabric = Fabric(
-        accelerator=accelerator,
-        strategy=strategy,
-        devices=devices,
-        num_nodes=num_nodes,
-        precision=precision,
-        wrappers=wrapper,
-    )
+    chosen = _plan(config, accelerator, strategy, devices, num_nodes, precision, wrapper, plugin, logger)
     if as_json:
-        _print_json(fabric.plan.as_dict())
+        _print_json(chosen.as_dict())
         return
-    table = Table("kind", "choice", "from", "because", "instead of")
-    for choice in fabric.plan.choices:
+    rows = []
+    for choice in chosen.choices:
         rejected = "\n".join(f"{name}: {reason}" for name, reason in choice.rejected)
-        table.add_row(choice.kind, choice.name, choice.distribution, choice.reason, rejected)
-    console = Console()
-    console.print(table)
-    console.print(f"{fabric.plan.world_size} process(es), devices {list(fabric.plan.device_indices)}")
+        rows.append((choice.kind, shown(choice), choice.distribution, choice.reason, rejected))
+    _print_table(("kind", "choice", "from", "because", "instead of"), rows)
+    Console().print(f"{chosen.world_size} process(es), devices {list(chosen.device_indices)}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a configuration file, with the options of the plugins that are installed."""
+    from fabric_core.cli._schema import make_schema
+
+    _print_json(make_schema(_registry()))
+
+
+def _plan(
+    config: Path | None,
+    accelerator: str,
+    strategy: str,
+    devices: str,
+    num_nodes: int,
+    precision: str | None,
+    wrappers: list[str] | None,
+    parts: list[str] | None,
+    loggers: list[str] | None,
+) -> Plan:
+    variables = environment()
+    code = {
+        "accelerator": accelerator,
+        "strategy": strategy,
+        "devices": devices,
+        "num_nodes": num_nodes,
+        "precision": precision,
+        "wrappers": wrappers,
+        "plugins": parts,
+        "loggers": loggers,
+    }
+    file = {} if config is None else read_file(config)
+    return plan(Request.of(**fill(code, read_environment(variables), file)), variables)
+
+
+def _registry() -> Registry:
+    disabled = environment().get("FABRIC_DISABLE_PLUGINS", "")
+    return Registry(disabled=[item.strip() for item in disabled.split(",") if item.strip()])
+
+
+def _offers() -> list[Offer]:
+    registry = _registry()
+    return [offer for kind in GROUPS for offer in registry.offers(kind)]
+
+
+def _named(name: str) -> list[Offer]:
+    """Find the offers of a name, with or without the distribution before it, whatever the kind."""
+    owner, _, bare = name.rpartition("/")
+    offers = _offers()
+    found = [
+        offer
+        for offer in offers
+        if offer.name.casefold() == bare.casefold() and owner.casefold() in {"", offer.distribution.casefold()}
+    ]
+    if found:
+        return found
+    from difflib import get_close_matches
+
+    near = get_close_matches(bare, sorted({offer.name for offer in offers}), n=3)
+    raise UnknownPluginError(
+        f"there is no plugin {name!r}",
+        instead=(f"did you mean {' or '.join(map(repr, near))}? " if near else "") + "`fabric plugins list` shows all",
+    )
+
+
+def _as_dict(offer: Offer) -> dict[str, Any]:
+    return {field: getattr(offer, field) for field in ("kind", "name", "distribution", "version", "value")}
+
+
+def _described(offer: Offer) -> dict[str, Any]:
+    about: dict[str, Any] = {
+        **_as_dict(offer),
+        "error": None,
+        "summary": "",
+        "preset": {},
+        "options": {},
+        "declares": {},
+    }
+    try:
+        loaded: Any = type(offer.make_extension()) if offer.kind == EXTENSION else offer.load()
+    except FabricError as error:
+        about["error"] = str(error)
+        return about
+    plugin = loaded if offer.kind == EXTENSION else loaded.plugin
+    about["summary"] = (plugin.__doc__ or "").strip().partition("\n")[0]
+    if offer.kind == EXTENSION:
+        return about
+    about["preset"] = {key: str(value) for key, value in loaded.options.items()}
+    meaning = meanings(plugin.Options)
+    for key, info in plugin.Options.model_fields.items():
+        default = "required" if info.is_required() else repr(info.get_default(call_default_factory=True))
+        about["options"][key] = (field_type(info.annotation), default, meaning.get(key, ""))
+    declared = getattr(plugin, "capabilities", None)
+    about["declares"] = {} if declared is None else declared.model_dump(mode="json")
+    return about
+
+
+def _why(chosen: Plan, offer: Offer) -> dict[str, Any]:
+    of_kind = [choice for choice in chosen.choices if choice.kind == offer.kind]
+    for choice in of_kind:
+        if choice.name == offer.name and choice.distribution == offer.owner:
+            return {"chosen": True, "reason": choice.reason}
+    for choice in of_kind:
+        for name, reason in choice.rejected:
+            if name == offer.name:
+                return {"chosen": False, "reason": reason}
+    try:
+        if offer.kind != EXTENSION and offer.is_alias:
+            return {"chosen": False, "reason": "it is another name for a plugin, never chosen unless it is named"}
+    except FabricError as error:
+        return {"chosen": False, "reason": error.what}
+    names = ", ".join(choice.name for choice in of_kind) or "none"
+    return {"chosen": False, "reason": f"the request leaves it out: {names}"}
 
 
 def _print_json(data: Any) -> None:
     Console().print_json(data=data)
 
 
+def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    from rich.text import Text
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console().print(table)
+
+
 def main() -> None:
     """Run the command line; an error of the project is a message and exit code 2."""
+    warnings.simplefilter("always", FabricWarning)
     try:
         app()
     except FabricError as error:

@@ -1,0 +1,88 @@
+"""A JSON Schema of the request, with the options of the plugins that are installed."""
+
+import re
+from typing import Any, Final
+
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
+
+from fabric_core.cli._describe import meanings
+from fabric_core.contracts import CONTRACTS
+from fabric_core.errors import FabricError
+from fabric_core.registry import Registry
+
+__all__ = ["make_schema"]
+
+_OPTIONS: Final = r"(:.*)?"
+
+
+class _Generator(GenerateJsonSchema):
+    """Leaves open what only code can say, such as a function."""
+
+    def handle_invalid_for_json_schema(self, schema: core_schema.CoreSchema, error_info: str) -> JsonSchemaValue:
+        return {"description": "can only be given in code"}
+
+
+def make_schema(registry: Registry) -> dict[str, Any]:
+    """Make the schema that a configuration file must fulfil; imports every plugin.
+
+    A plugin that can't be loaded is named in it, with a comment that says why, and with any options.
+    """
+    several = {"devices": {"anyOf": [{"type": "integer"}, {"type": "string"}, _list({"type": "integer"})]}}
+    one = {kind: _reference(registry, kind, kind in {"accelerator", "strategy", "precision"}) for kind in CONTRACTS}
+    parts = [_reference(registry, kind, False, f"{kind}=") for kind in ("precision", "launcher", "checkpoint")]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "The arguments of Fabric",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            "accelerator": one["accelerator"],
+            "strategy": one["strategy"],
+            **several,
+            "num_nodes": {"type": "integer", "minimum": 1},
+            "precision": one["precision"],
+            "wrappers": {"anyOf": [one["wrapper"], _list(one["wrapper"])]},
+            "loggers": {"anyOf": [one["logger"], _list(one["logger"])]},
+            "plugins": _list({"anyOf": parts}),
+        },
+    }
+
+
+def _list(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+def _reference(registry: Registry, kind: str, automatic: bool, prefix: str = "") -> dict[str, Any]:
+    offers = registry.offers(kind)
+    names = "|".join(re.escape(name) for name in [*["auto"][: int(automatic)], *(offer.name for offer in offers)])
+    text = {"type": "string", "pattern": f"^{prefix}([^/:]+/)?({names}){_OPTIONS}$"}
+    numbers = [int(offer.name) for offer in offers if offer.name.isdecimal()]
+    forms: list[dict[str, Any]] = [text, *([{"enum": numbers}] if numbers and not prefix else [])]
+    for offer in offers:
+        options: dict[str, Any] = {"type": "object"}
+        comment: dict[str, str] = {}
+        try:
+            model = offer.load().plugin.Options
+            options = model.model_json_schema(schema_generator=_Generator)
+            for name, meaning in meanings(model).items():
+                options["properties"][name]["description"] = meaning
+        except FabricError as error:
+            comment = {"$comment": str(error)}
+        properties: dict[str, Any] = {
+            "name": {"const": offer.name},
+            "distribution": {"type": "string"},
+            "options": options,
+        }
+        if prefix:
+            properties["kind"] = {"const": kind}
+        forms.append(
+            {
+                **comment,
+                "type": "object",
+                "properties": properties,
+                "required": ["name", *(["kind"] if prefix else [])],
+                "additionalProperties": False,
+            }
+        )
+    return {"anyOf": forms}
