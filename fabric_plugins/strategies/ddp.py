@@ -121,3 +121,6 @@ DDP_NOTEBOOK: Final = Preset.of(DDPStrategy, start_method="fork")
 
 DDP_SPAWN: Final = Preset.of(DDPStrategy, start_method="spawn")
 """The alias ``ddp_spawn``."""
+
+DDP_FORK: Final = Preset.of(DDPStrategy, start_method="fork")
+"""The alias ``ddp_fork``."""
