@@ -45,6 +45,8 @@ class StrategyCapabilities(_Capabilities):
     """It carries out the precision's compute, reduce and output types itself, so nobody casts inputs or autocasts."""
     places_module: bool = False
     """It moves the parameters to the device itself, as it shards them; they may come on the meta device."""
+    needs_backward: bool = False
+    """Gradients are right only through its ``backward``: a raw one on an output of a model is an error."""
     loss_scaling: bool = True
     """It works with a precision that scales the loss."""
     no_backward_sync: bool = False

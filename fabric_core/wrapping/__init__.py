@@ -1,18 +1,26 @@
 """What ``setup`` gives back in place of models, optimizers and data loaders."""
 
+from fabric_core.wrapping.backward import BackwardGuard
+from fabric_core.wrapping.compiled import compile_again, uncompiled
 from fabric_core.wrapping.dataloader import FabricDataLoader, shard, to_device
-from fabric_core.wrapping.module import FabricModule, Route
+from fabric_core.wrapping.module import Around, FabricModule, Route, first_device, strategy_module
 from fabric_core.wrapping.optimizer import FabricOptimizer, wrap_optimizer
 from fabric_core.wrapping.unwrap import is_wrapped, unwrap
 
 __all__ = [
+    "Around",
+    "BackwardGuard",
     "FabricDataLoader",
     "FabricModule",
     "FabricOptimizer",
     "Route",
+    "compile_again",
+    "first_device",
     "is_wrapped",
     "shard",
+    "strategy_module",
     "to_device",
+    "uncompiled",
     "unwrap",
     "wrap_optimizer",
 ]

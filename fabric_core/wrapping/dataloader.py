@@ -1,10 +1,13 @@
 """The wrapped data loader: its batches come on the device, and each rank reads its own part."""
 
-from collections.abc import Iterator, Sized
-from typing import Any
+import copy
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sized
+from typing import Any, Final, cast
 
 import torch
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     DistributedSampler,
     IterableDataset,
@@ -13,93 +16,339 @@ from torch.utils.data import (
 )
 
 from fabric_core.contracts import map_tensors
-from fabric_core.errors import SetupError
+from fabric_core.errors import CheckpointError, SetupError
 
-__all__ = ["FabricDataLoader"]
+__all__ = ["FabricDataLoader", "shard", "to_device"]
+
+_END: Final = object()
 
 
-class FabricDataLoader:
-    """A data loader that was set up. Everything but iteration is the original's.
+class FabricDataLoader(DataLoader[Any]):
+    """A data loader that was set up. Everything but iteration and state is the original's.
+
+    [Note: epochs] Each iteration is an epoch, and samplers that shuffle by epoch are told its number. A number that the
+    user set on the sampler since the last iteration wins, and counting goes on from it.
 
     Args:
         loader: The loader, as the strategy and the wrappers made it.
         device: Where batches go; ``None`` leaves them.
+        original: The user's own loader.
     """
 
-    def __init__(self, loader: Any, device: torch.device | None) -> None:
-        self.__dict__.update(_fabric_inner=loader, _fabric_device=device, _fabric_epoch=0)
+    _fabric_inner: Any
+    _fabric_device: torch.device | None
+    _fabric_original: Any
+    _fabric_epoch: int
+    _fabric_told: int
+    _fabric_yielded: int
+    _fabric_random: dict[str, Any]
+    _fabric_resume: Mapping[str, Any] | None
+
+    def __init__(self, loader: Any, device: torch.device | None, original: Any) -> None:
+        # Not `DataLoader.__init__`: it would make a second set of samplers, workers and checks.
+        epoch = next((sampler.epoch for sampler in _epoch_samplers(loader) if _counts(sampler)), 0)
+        self.__dict__.update(
+            _fabric_inner=loader,
+            _fabric_device=device,
+            _fabric_original=original,
+            _fabric_epoch=epoch,
+            _fabric_told=epoch,
+            _fabric_yielded=0,
+            _fabric_random={},
+            _fabric_resume=None,
+        )
+
+    @property
+    def dataloader(self) -> Any:
+        """The user's own loader."""
+        return self._fabric_original
 
     @property
     def device(self) -> torch.device | None:
         """Where batches go."""
-        device: torch.device | None = self.__dict__["_fabric_device"]
-        return device
+        return self._fabric_device
 
     def __len__(self) -> int:
         """Count the batches of this rank."""
-        return len(self.__dict__["_fabric_inner"])
+        return len(self._fabric_inner)
 
-    def __iter__(self) -> Iterator[Any]:
-        """Give this epoch's batches, on the device."""
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Give this epoch's batches, on the device; from the middle, where ``load_state_dict`` said so."""
+        own, inner = self.__dict__, self._fabric_inner
+        resume, own["_fabric_resume"] = self._fabric_resume, None
+        skipped = 0
+        if resume is not None:
+            own.update(_fabric_epoch=resume["epoch"])
+            skipped = resume["batches"]
+        else:
+            changed = [one.epoch for one in _epoch_samplers(inner) if _counts(one) and one.epoch != self._fabric_told]
+            own.update(_fabric_epoch=changed[0] if changed else self._fabric_epoch + bool(self._fabric_yielded))
+        for sampler in _epoch_samplers(inner):
+            sampler.set_epoch(self._fabric_epoch)
+        own.update(_fabric_told=self._fabric_epoch, _fabric_yielded=skipped)
+        if resume is None or "loader" in resume:
+            own["_fabric_random"] = _random_state(inner)
+            batches = iter(inner)
+        else:
+            own["_fabric_random"] = dict(resume["random"])
+            batches = _skipped(inner, skipped, resume["random"])
+        return self._fabric_counted(self._fabric_placed(batches))
+
+    def _fabric_placed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        device = self._fabric_device
+        if device is None:
+            return batches
+        # A loader with a state of its own must not be ahead of what its user has seen.
+        if _has_streams(device) and not _stateful(self._fabric_inner):
+            return _prefetched(batches, device)
+        return (to_device(batch, device) for batch in batches)
+
+    def _fabric_counted(self, batches: Iterator[Any]) -> Iterator[Any]:
         own = self.__dict__
-        inner, device = own["_fabric_inner"], own["_fabric_device"]
-        for sampler in (
-            getattr(inner, "sampler", None),
-            getattr(getattr(inner, "batch_sampler", None), "sampler", None),
-        ):
-            if sampler is not None and hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(own["_fabric_epoch"])
+        for batch in batches:
+            own["_fabric_yielded"] += 1
+            yield batch
         own["_fabric_epoch"] += 1
-        for batch in inner:
-            yield batch if device is None else to_device(batch, device)
+        own["_fabric_yielded"] = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the place in the data: epoch, batches read, and what the order depends on."""
+        state: dict[str, Any] = {"epoch": self._fabric_epoch, "batches": self._fabric_yielded}
+        if _stateful(self._fabric_inner):
+            return {**state, "loader": self._fabric_inner.state_dict()}
+        return {**state, "random": dict(self._fabric_random) if self._fabric_yielded else {}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next iteration go on where ``state_dict`` was asked.
+
+        A loader with a state of its own goes there by itself. For any other, the epoch's order is drawn again and the
+        batches that were read are read again and dropped; what else draws random numbers is left as it is.
+
+        Raises:
+            CheckpointError: It is no state of this sort of loader.
+        """
+        stateful = _stateful(self._fabric_inner)
+        wanted = {"epoch", "batches", "loader" if stateful else "random"}
+        if set(state) != wanted:
+            raise CheckpointError(
+                "this is no state of such a data loader",
+                where="load_state_dict",
+                got=", ".join(map(str, state)),
+                instead=f"the state of the same sort of loader: {', '.join(sorted(wanted))}",
+            )
+        if stateful:
+            self._fabric_inner.load_state_dict(state["loader"])
+        self.__dict__["_fabric_resume"] = state
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_fabric_inner"], name)
+        return getattr(self._fabric_inner, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.__dict__["_fabric_inner"], name, value)
+        setattr(self._fabric_inner, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._fabric_inner, name)
+
+    def __dir__(self) -> list[str]:
+        """Name the original's attributes and the wrapper's own."""
+        return sorted({*dir(self._fabric_inner), "dataloader", "device", "state_dict", "load_state_dict"})
+
+    def __repr__(self) -> str:
+        """Show the original."""
+        return f"FabricDataLoader({self._fabric_inner!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy with the place in the data."""
+        return _rebuild, (dict(self.__dict__),)
+
+
+def _rebuild(own: dict[str, Any]) -> FabricDataLoader:
+    wrapped = FabricDataLoader.__new__(FabricDataLoader)
+    wrapped.__dict__.update(own)
+    return wrapped
+
+
+def _shown(name: str) -> property:
+    return property(lambda self: getattr(self._fabric_inner, name))
+
+
+# What DataLoader's class has would be found on the wrapper, before `__getattr__` is asked.
+for _name in list(vars(DataLoader)):
+    if not _name.startswith("__") and _name not in vars(FabricDataLoader):
+        setattr(FabricDataLoader, _name, _shown(_name))
 
 
 def to_device(data: Any, device: torch.device) -> Any:
-    """Move every tensor of a nested value; what is there already is the very same object."""
-    return map_tensors(data, lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+    """Move every tensor of a nested value, and every object that has a method ``to``.
+
+    What is there already is the very same object. A tensor in pinned memory is copied without waiting.
+    """
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if tensor.device == device else tensor.to(device, non_blocking=tensor.is_pinned())
+
+    def move_object(value: Any) -> Any:
+        to = None if isinstance(value, type) else getattr(value, "to", None)
+        return to(device) if callable(to) else value
+
+    return map_tensors(data, move, move_object)
+
+
+def _has_streams(device: torch.device) -> bool:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator is not None and accelerator.type == device.type
+
+
+def _prefetched(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+    """Copy the next batch on a stream of its own while the current one is computed with."""
+    stream = torch.Stream(device)
+
+    def fetch() -> Any:
+        batch = next(batches, _END)
+        if batch is _END:
+            return _END
+        # The copy may take memory that an earlier batch gave back, so what used that batch must be through with it.
+        # Only this keeps every object safe, whatever tensors it hides.
+        stream.wait_stream(torch.accelerator.current_stream(device))
+        with stream:
+            return to_device(batch, device)
+
+    upcoming = fetch()
+    while upcoming is not _END:
+        torch.accelerator.current_stream(device).wait_stream(stream)
+        ready, upcoming = upcoming, fetch()
+        yield ready
+
+
+def _stateful(loader: Any) -> bool:
+    return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
+
+
+def _samplers(loader: Any) -> list[Any]:
+    """Give the samplers of a loader, each once."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    found = (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    return list({id(sampler): sampler for sampler in found if sampler is not None}.values())
+
+
+def _epoch_samplers(loader: Any) -> list[Any]:
+    return [sampler for sampler in _samplers(loader) if callable(getattr(sampler, "set_epoch", None))]
+
+
+def _counts(sampler: Any) -> bool:
+    return isinstance(getattr(sampler, "epoch", None), int)
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    found = [getattr(one, "generator", None) for one in (loader, *_samplers(loader))]
+    return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+
+
+def _random_state(loader: Any) -> dict[str, Any]:
+    """Give what the order of an epoch that begins now will be drawn from."""
+    return {
+        "default": torch.get_rng_state(),
+        "generators": [generator.get_state() for generator in _generators(loader)],
+    }
+
+
+def _skipped(loader: Any, count: int, random: Mapping[str, Any]) -> Iterator[Any]:
+    """Begin an epoch as it was begun before, and pass over its first batches."""
+    if not count:
+        return iter(loader)
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(random["default"])
+        for generator, state in zip(_generators(loader), random["generators"], strict=True):
+            generator.set_state(state)
+        batches = iter(loader)
+        for _ in range(count):
+            if next(batches, _END) is _END:
+                raise CheckpointError(
+                    f"the epoch ends before batch {count}, where the state was saved",
+                    where="load_state_dict of a data loader",
+                    instead="the same data, batch size and number of ranks as when it was saved",
+                )
+    return cast("Iterator[Any]", batches)
 
 
 def shard(loader: Any, index: int, count: int) -> Any:
     """Make a loader read one of several parts of its data.
 
+    The loader is copied, and only its samplers are other ones, so that its class and whatever it was given are kept. One
+    that reads a part already, an iterable dataset, and what is no ``DataLoader``, come back as they are.
+
+    Args:
+        loader: The user's loader.
+        index: Which part to read.
+        count: How many parts there are.
+
     Raises:
-        SetupError: It can't be rebuilt with another sampler.
+        SetupError: Its order is not one that can be divided without guessing.
     """
     if count == 1 or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
-    if isinstance(loader.sampler, DistributedSampler):
+    if any(isinstance(sampler, DistributedSampler) for sampler in _samplers(loader)):
         return loader
-    if not isinstance(loader.sampler, RandomSampler | SequentialSampler) or not isinstance(loader.dataset, Sized):
-        raise SetupError(
-            f"a loader with the sampler {type(loader.sampler).__name__} can't be divided over {count} ranks",
-            where="setup_dataloaders",
-            instead="give it a sampler that reads one rank's part, and use_distributed_sampler=False",
-        )
-    sampler: DistributedSampler[Any] = DistributedSampler(
+    batch_sampler: Any = loader.batch_sampler
+    own_batches = loader.batch_size is not None or type(batch_sampler) in {BatchSampler, type(None)}
+    sampler = getattr(batch_sampler, "sampler", None) if loader.batch_size is None and batch_sampler else loader.sampler
+    shuffled = _shuffles(sampler, loader.dataset)
+    if not own_batches or shuffled is None:
+        raise _undividable(sampler if own_batches else batch_sampler, count)
+    part: DistributedSampler[Any] = DistributedSampler(
         loader.dataset,
         num_replicas=count,
         rank=index,
-        shuffle=isinstance(loader.sampler, RandomSampler),
-        drop_last=loader.drop_last,
+        shuffle=shuffled,
+        drop_last=loader.drop_last if batch_sampler is None else batch_sampler.drop_last,
     )
-    return DataLoader(
-        loader.dataset,
-        batch_size=loader.batch_size,
-        sampler=sampler,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        drop_last=loader.drop_last,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
+    changes: dict[str, Any] = {"sampler": part, "_iterator": None}
+    if batch_sampler is not None:
+        changes["batch_sampler"] = type(batch_sampler)(part, batch_sampler.batch_size, batch_sampler.drop_last)
+    olds = (sampler, loader.sampler, batch_sampler)
+    attributes = vars(loader)
+    kept = [
+        name
+        for name, value in attributes.items()
+        if name not in changes and value is not None and any(value is old for old in olds)
+    ]
+    if kept or not changes.keys() <= attributes.keys():
+        raise SetupError(
+            f"{type(loader).__name__} keeps its samplers in other places than a DataLoader does",
+            where=f"setup_dataloaders, over {count} ranks",
+            got=", ".join(kept) or "a sampler that is no plain attribute",
+            instead=_CURE,
+        )
+    divided = copy.copy(loader)
+    # Past `DataLoader.__setattr__`, which refuses to change a loader: this one is new, and nobody has seen it.
+    divided.__dict__.update(changes)
+    return divided
+
+
+_CURE: Final = "a sampler that reads one rank's part (DistributedSampler), or use_distributed_sampler=False"
+
+
+def _shuffles(sampler: Any, dataset: Any) -> bool | None:
+    """Say whether a sampler shuffles; ``None`` where its order is neither the dataset's nor a shuffle of all of it."""
+    if not isinstance(dataset, Sized) or getattr(sampler, "data_source", None) is not dataset:
+        return None
+    if type(sampler) is SequentialSampler:
+        return False
+    if type(sampler) in _random_samplers() and not sampler.replacement and sampler.num_samples == len(dataset):
+        return True
+    return None
+
+
+def _random_samplers() -> set[Callable[..., Any]]:
+    """Give the classes of plain shuffles; a loader of torchdata's brings one of its own, with the same attributes."""
+    torchdata = sys.modules.get("torchdata.stateful_dataloader.sampler")
+    return {RandomSampler} if torchdata is None else {RandomSampler, torchdata.RandomSampler}
+
+
+def _undividable(sampler: Any, count: int) -> SetupError:
+    return SetupError(
+        f"a loader with the sampler {type(sampler).__name__} can't be divided over {count} ranks without guessing",
+        where="setup_dataloaders",
+        got=repr(sampler),
+        instead=_CURE,
     )

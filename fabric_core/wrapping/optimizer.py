@@ -1,14 +1,16 @@
 """The wrapped optimizer: its step passes through strategy and precision."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch.optim import Optimizer
 
 from fabric_core.contracts import Precision, Strategy
 
-__all__ = ["FabricOptimizer"]
+__all__ = ["FabricOptimizer", "wrap_optimizer"]
 
 
 class FabricOptimizer:
@@ -20,47 +22,94 @@ class FabricOptimizer:
     _fabric_inner: Optimizer
     _fabric_strategy: Strategy
     _fabric_precision: Precision
+    _fabric_step: Callable[[Callable[[], Any] | None], Any]
 
     @property
     def optimizer(self) -> Optimizer:
         """The original optimizer."""
-        return cast("Optimizer", self.__dict__["_fabric_inner"])
+        return self._fabric_inner
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step through precision and strategy; returns what the original's does, or ``None`` if skipped."""
-        own = self.__dict__
-        inner, strategy = own["_fabric_inner"], own["_fabric_strategy"]
-        return own["_fabric_precision"].optimizer_step(inner, partial(strategy.optimizer_step, inner), closure)
+        return self._fabric_step(closure)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_fabric_inner"], name)
+        return getattr(self._fabric_inner, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.__dict__["_fabric_inner"], name, value)
+        if name == "step":
+            # A scheduler puts a counter round `step`. On the original, it would call itself through this one.
+            self.__dict__["step"] = value
+        else:
+            setattr(self._fabric_inner, name, value)
 
-    def __repr__(self) -> str:
-        """Show the original."""
-        return f"FabricOptimizer({self.__dict__['_fabric_inner']!r})"
+    def __delattr__(self, name: str) -> None:
+        if name == "step":
+            del self.__dict__["step"]
+        else:
+            delattr(self._fabric_inner, name)
+
+    def __dir__(self) -> list[str]:
+        """Name the original's attributes and the wrapper's own."""
+        return sorted({*dir(self._fabric_inner), "optimizer"})
+
+    def __copy__(self) -> "FabricOptimizer":
+        """Go round a shallow copy of the original."""
+        return wrap_optimizer(copy.copy(self._fabric_inner), self._fabric_strategy, self._fabric_precision)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FabricOptimizer":
+        """Go round a deep copy of the original, with the same strategy and precision."""
+        inner = copy.deepcopy(self._fabric_inner, memo)
+        clone = wrap_optimizer(inner, self._fabric_strategy, self._fabric_precision)
+        memo[id(self)] = clone
+        return clone
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the original, and the plugins as they would be made again."""
+        return wrap_optimizer, (self._fabric_inner, self._fabric_strategy, self._fabric_precision)
 
 
 def wrap_optimizer(optimizer: Optimizer, strategy: Strategy, precision: Precision) -> FabricOptimizer:
-    """Wrap an optimizer that the strategy has made ready."""
+    """Wrap an optimizer that the strategy has made ready.
+
+    State that it has already goes to where its parameters are now.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            # A scalar, such as the number of steps, stays on the CPU where the optimizer keeps it.
+            if isinstance(value, torch.Tensor) and value.dim() > 0 and value.device != parameter.device:
+                state[name] = value.to(parameter.device)
     kind = type(optimizer)
     names = {name for base in kind.__mro__ for name in vars(base) if not name.startswith("__")}
     methods = {
         name: _delegate(name)
         for name in names
-        if name != "step" and callable(getattr(kind, name, None)) and name not in vars(FabricOptimizer)
+        if callable(getattr(kind, name, None)) and name not in vars(FabricOptimizer)
     }
     cls = type(f"Fabric{kind.__name__}", (FabricOptimizer, kind), methods)
     wrapped = cast("FabricOptimizer", object.__new__(cls))
-    wrapped.__dict__.update(_fabric_inner=optimizer, _fabric_strategy=strategy, _fabric_precision=precision)
+    wrapped.__dict__.update(
+        _fabric_inner=optimizer,
+        _fabric_strategy=strategy,
+        _fabric_precision=precision,
+        _fabric_step=_step(optimizer, strategy, precision),
+    )
     return wrapped
+
+
+def _step(
+    optimizer: Optimizer, strategy: Strategy, precision: Precision
+) -> Callable[[Callable[[], Any] | None], Any]:
+    """Choose how to step, once: a precision that has nothing to decide is not asked."""
+    take, decide = partial(strategy.optimizer_step, optimizer), precision.optimizer_step
+    if getattr(decide, "__func__", None) is Precision.optimizer_step:
+        return take
+    return partial(decide, optimizer, take)
 
 
 def _delegate(name: str) -> Callable[..., Any]:
     def method(self: FabricOptimizer, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.__dict__["_fabric_inner"], name)(*args, **kwargs)
+        return getattr(self._fabric_inner, name)(*args, **kwargs)
 
     method.__name__ = name
     return method
