@@ -185,21 +185,26 @@ def bind(owner: P, extensions: Sequence[object], trace: Trace | None = None) -> 
     if trace is not None:
         label = f"{owner.kind} {type(owner).__name__}"
         bound = {name: _traced(function, f"{label}.{name}", trace) for name, function in bound.items()}
-    return cast("P", _Bound(owner, bound))
+    return cast("P", _Bound(owner, extensions, bound))
 
 
 class _Bound:
     """The bound behaviours of a plugin, as attributes."""
 
-    def __init__(self, owner: Plugin, bound: Mapping[str, Callable[..., Any]]) -> None:
+    def __init__(self, owner: Plugin, extensions: Sequence[object], bound: Mapping[str, Callable[..., Any]]) -> None:
         self.__dict__.update(bound)
         self._owner = owner
+        self._extensions = extensions
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_owner"], name)
 
     def __repr__(self) -> str:
         return repr(self._owner)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel as the plugin does, and be bound again."""
+        return bind, (self._owner, tuple(self._extensions))
 
 
 def owner_of(bound: P) -> P:

@@ -1,7 +1,7 @@
 """The façade: everything a training script calls, in the order of a script's life."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, Self
@@ -35,13 +35,22 @@ from fabric_core.request import Request, fill, read_environment, read_file
 from fabric_core.resolve import Plan, start_clash
 from fabric_core.state import PRECISION, collect, restore, restore_precision
 from fabric_core.wrapping import (
+    Around,
     FabricDataLoader,
     FabricModule,
     FabricOptimizer,
     Route,
+    backward_guard,
+    check_model,
+    check_optimizer,
+    check_same,
+    compile_again,
+    first_device,
     is_wrapped,
     shard,
+    strategy_module,
     to_device,
+    uncompiled,
     unwrap,
     wrap_optimizer,
 )
@@ -130,7 +139,9 @@ class Fabric:
         self._loggers = parts.loggers
         self._hooks = parts.hooks
         self._launcher: Launcher | None = None
-        # Weak, so that no old parameter stays in memory once its optimizer has the new one.
+        self._guard = backward_guard(self._strategy, self._precision)
+        # Weak: what was set up dies with its last user, and an old parameter once its optimizer has the new one.
+        self._set_up: WeakSet[Any] = WeakSet()
         self._replaced = WeakTensorKeyDictionary()
         self._optimizers: WeakSet[Optimizer] = WeakSet()
         self._built = set(vars(self)) - own
@@ -343,6 +354,8 @@ class Fabric:
         Raises:
             SetupError: Something was set up before, or an optimizer's parameters can't be matched.
         """
+        for optimizer in optimizers:
+            check_optimizer(optimizer, self._set_up)
         model = self.setup_module(module, move_to_device=move_to_device)
         if not optimizers and scheduler is None:
             return model
@@ -352,33 +365,29 @@ class Fabric:
     def setup_module(self, module: nn.Module, move_to_device: bool = True) -> FabricModule:
         """Make a model ready.
 
+        Args:
+            module: The model; one that went through ``torch.compile`` is compiled again outside the strategy's wrapper,
+                with the same arguments.
+            move_to_device: Move it to this process's device.
+
         Raises:
-            SetupError: It was set up before, or is no module.
+            SetupError: It was set up before, is no module, or its parameters are on several devices or on none.
         """
-        if not isinstance(module, nn.Module):
-            raise SetupError(
-                "what was given is no model",
-                where="fabric.setup",
-                got=type(module).__name__,
-                instead="a torch.nn.Module",
-            )
-        if is_wrapped(module):
-            raise SetupError(
-                "the model was set up before",
-                where="fabric.setup",
-                instead="use what setup returned",
-            )
-        declared = self.strategy.capabilities
+        declared, world = self.strategy.capabilities, self.world
+        given, module = module, uncompiled(module)
+        check_model(module, self._set_up, move=move_to_device, placed_later=declared.places_module)
         before = dict(module.named_parameters(remove_duplicate=False))
         module = self._precision.convert_module(module)
         if move_to_device and not declared.places_module:
-            module = module.to(self.device)
+            module = module.to(world.device)
         for wrapper in self._stage("before_strategy"):
-            module = wrapper.wrap_module(module)
-        world = self.world
-        called = self._strategy.setup_module(Route(module) if declared.wraps_forward else module)
+            check_same(wrapper.wrap_module(module), module, wrapper)
+        inner = self._strategy.setup_module(Route(module) if declared.wraps_forward else module)
+        called = inner
         for wrapper in self._stage("after_strategy"):
             called = wrapper.wrap_module(called)
+        if given is not module and uncompiled(given) is not given:
+            called = compile_again(given, called)
         after = dict(module.named_parameters(remove_duplicate=False))
         self._replaced.update({old: after[name] for name, old in before.items() if after[name] is not old})
         for optimizer in self._optimizers:
@@ -387,13 +396,17 @@ class Fabric:
         wrapped = FabricModule(
             module,
             called,
-            strategy=self._strategy,
-            precision=self._precision,
-            device=world.device if move_to_device else _device_of(module, world.device),
-            contexts=tuple(
-                wrapper.forward_context for wrapper in self._wrappers if wrapper.forward_context() is not None
+            inner=inner,
+            routed=declared.wraps_forward,
+            around=Around(
+                precision=self._precision,
+                carried=declared.carries_policy and self._precision.policy.autocast,
+                wrappers=tuple(self._wrappers),
+                guard=self._guard,
             ),
+            device=world.device if move_to_device else first_device(module) or world.device,
         )
+        self._set_up.add(module)
         self._hooks.module_set_up(module=wrapped)
         return wrapped
 
@@ -410,22 +423,12 @@ class Fabric:
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     def _setup_optimizer(self, optimizer: Optimizer) -> FabricOptimizer:
-        if is_wrapped(optimizer):
-            raise SetupError(
-                "the optimizer was set up before",
-                where="fabric.setup",
-                instead="use what setup returned",
-            )
-        if not isinstance(optimizer, Optimizer):
-            raise SetupError(
-                "what was given is no optimizer", where="fabric.setup", got=type(optimizer).__name__,
-                instead="a torch.optim.Optimizer",
-            )  # fmt: skip
+        check_optimizer(optimizer, self._set_up)
         ready = self._strategy.setup_optimizer(optimizer, self._replaced)
         self._optimizers.add(ready)
         for wrapper in self._wrappers:
             ready = wrapper.wrap_optimizer(ready)
-        self._precision.setup_optimizer(ready)
+        self._set_up.add(optimizer)
         return wrap_optimizer(ready, self._strategy, self._precision)
 
     def setup_dataloaders(
@@ -457,7 +460,7 @@ class Fabric:
                 loader = shard(loader, *self._strategy.data_shard())
             for wrapper in self._wrappers:
                 loader = wrapper.wrap_dataloader(loader)
-            wrapped.append(FabricDataLoader(loader, self.device if move_to_device else None))
+            wrapped.append(FabricDataLoader(loader, self.device if move_to_device else None, given))
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     def _stage(self, stage: str) -> Iterator[Wrapper]:
@@ -512,7 +515,8 @@ class Fabric:
             **dict(zip(("gradient", "retain_graph", "create_graph", "inputs"), args, strict=False)),
             **kwargs,
         }
-        self._strategy.backward(self._precision.scale_loss(tensor), arguments)
+        with self._guard.opened() if self._guard is not None else nullcontext():
+            self._strategy.backward(self._precision.scale_loss(tensor), arguments)
 
     def clip_gradients(
         self,
@@ -577,7 +581,7 @@ class Fabric:
                 "the model was not set up", where="fabric.no_backward_sync", got=type(module).__name__,
                 instead="what fabric.setup returned",
             )  # fmt: skip
-        return self._strategy.no_backward_sync(module.__dict__["_fabric_called"], enabled)
+        return self._strategy.no_backward_sync(strategy_module(module), enabled)
 
     # Between ranks
 
@@ -789,10 +793,6 @@ def _launched(fabric: Fabric, function: Callable[..., Any], args: tuple[Any, ...
 def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
     """Give the user's own models and optimizers, which is what a strategy knows; loaders keep their own state."""
     return {name: value if isinstance(value, FabricDataLoader) else unwrap(value) for name, value in state.items()}
-
-
-def _device_of(module: nn.Module, default: torch.device) -> torch.device:
-    return next((parameter.device for parameter in module.parameters()), default)
 
 
 def _tensors(data: Any, device: torch.device) -> Any:

@@ -27,6 +27,7 @@ from fabric_core.contracts.precision import (
     Precision,
     PrecisionPolicy,
     convert_tensors,
+    converter,
     map_tensors,
 )
 from fabric_core.contracts.strategy import Strategy, replace_parameters
@@ -61,6 +62,7 @@ __all__ = [
     "WrapperCapabilities",
     "behaviour",
     "convert_tensors",
+    "converter",
     "event",
     "hookimpl",
     "map_tensors",

@@ -145,14 +145,20 @@ def convert_tensors(data: Any, dtype: torch.dtype | None) -> Any:
 
     Integers, booleans and complex numbers are left alone.
     """
-    if dtype is None:
-        return data
+    return data if dtype is None else converter(dtype)(data)
 
-    def convert(tensor: torch.Tensor) -> torch.Tensor:
-        # Types are compared first: `to` takes a microsecond to find that there is nothing to do.
-        return tensor if tensor.dtype is dtype or not tensor.is_floating_point() else tensor.to(dtype)
 
-    return map_tree(data, convert)
+def converter(dtype: torch.dtype) -> Callable[[Any], Any]:
+    """Give ``convert_tensors`` for one type: made once, it is the faster the more often it is called."""
+
+    def convert(data: Any) -> Any:
+        if isinstance(data, torch.Tensor):
+            # Types are compared first: `to` takes a microsecond to find that there is nothing to do, half of one more
+            # without the keyword.
+            return data if data.dtype is dtype or not data.is_floating_point() else data.to(dtype=dtype)
+        return map_tree(data, convert)
+
+    return convert
 
 
 def map_tensors(

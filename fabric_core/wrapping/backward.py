@@ -10,10 +10,10 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.graph import get_gradient_edge
 
-from fabric_core.contracts import map_tensors
+from fabric_core.contracts import Precision, Strategy, map_tensors
 from fabric_core.errors import MisuseError
 
-__all__ = ["BackwardGuard"]
+__all__ = ["BackwardGuard", "backward_guard"]
 
 
 class BackwardGuard:
@@ -21,7 +21,7 @@ class BackwardGuard:
 
     [Note: the sentinel] Every output of a watched model depends on a scalar leaf of the model's own, by an identity
     whose gradient for it is none. So the leaf's accumulation runs in every backward pass that accumulates into leaves,
-    before that of any parameter, and in none that doesn't: not in ``torch.autograd.grad``, a jacobian or ``torch.func``.
+    before that of any parameter, and in no other: not in ``torch.autograd.grad``, a jacobian or ``torch.func``.
     Nothing is hooked to a parameter or to an output.
 
     Args:
@@ -74,7 +74,7 @@ class BackwardGuard:
         def tie(output: torch.Tensor) -> torch.Tensor:
             if not output.requires_grad or node is None:
                 return output
-            tied: torch.Tensor = _Tie.apply(output, leaf)
+            tied: torch.Tensor = _Tie.apply(output, leaf)  # type: ignore[no-untyped-call]
             return tied
 
         return watched
@@ -101,3 +101,12 @@ class _Tie(Function):
     @staticmethod
     def jvp(_ctx: Any, tangent: torch.Tensor, _leaf: torch.Tensor | None) -> torch.Tensor:
         return tangent
+
+
+def backward_guard(strategy: Strategy, precision: Precision) -> BackwardGuard | None:
+    """Give a guard where the strategy or the precision needs ``fabric.backward``."""
+    if precision.policy.loss_scaling:
+        return BackwardGuard("the precision scales the loss, so the gradients would be too small")
+    if strategy.capabilities.needs_backward:
+        return BackwardGuard("the strategy runs backward passes itself")
+    return None

@@ -274,8 +274,8 @@ def _skipped(loader: Any, count: int, random: Mapping[str, Any]) -> Iterator[Any
 def shard(loader: Any, index: int, count: int) -> Any:
     """Make a loader read one of several parts of its data.
 
-    The loader is copied, and only its samplers are other ones, so that its class and whatever it was given are kept. One
-    that reads a part already, an iterable dataset, and what is no ``DataLoader``, come back as they are.
+    The loader is copied, and only its samplers are other ones, so that its class and whatever it was given are kept.
+    One that reads a part already, an iterable dataset, and what is no ``DataLoader``, come back as they are.
 
     Args:
         loader: The user's loader.
@@ -328,13 +328,14 @@ def shard(loader: Any, index: int, count: int) -> Any:
 _CURE: Final = "a sampler that reads one rank's part (DistributedSampler), or use_distributed_sampler=False"
 
 
-def _shuffles(sampler: Any, dataset: Any) -> bool | None:
+def _shuffles(sampler: Any, dataset: object) -> bool | None:
     """Say whether a sampler shuffles; ``None`` where its order is neither the dataset's nor a shuffle of all of it."""
-    if not isinstance(dataset, Sized) or getattr(sampler, "data_source", None) is not dataset:
+    size = len(dataset) if isinstance(dataset, Sized) else None
+    if size is None or getattr(sampler, "data_source", None) is not dataset:
         return None
     if type(sampler) is SequentialSampler:
         return False
-    if type(sampler) in _random_samplers() and not sampler.replacement and sampler.num_samples == len(dataset):
+    if type(sampler) in _random_samplers() and not sampler.replacement and sampler.num_samples == size:
         return True
     return None
 

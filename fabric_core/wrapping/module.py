@@ -4,7 +4,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial, update_wrapper
 from types import FrameType, FunctionType, MethodType
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from fabric_core.contracts import Precision, Wrapper
+from fabric_core.contracts import Precision, Wrapper, converter
 from fabric_core.errors import MisuseError
 from fabric_core.wrapping.backward import BackwardGuard
 
@@ -72,24 +72,43 @@ class Around:
         if not self.carried:
             contexts.append(partial(self.precision.forward_context, device.type))
         needed = [make for make in contexts if make() is not None]
-        convert_input = None if self.carried else _needed(self.precision, "convert_input", "input_dtype")
-        convert_output = _needed(self.precision, "convert_output", "output_dtype")
+        policy = self.precision.policy
+        convert_input, kept_in = _conversion(self.precision, "convert_input", policy.input_dtype)
+        convert_output, kept_out = _conversion(self.precision, "convert_output", policy.output_dtype)
+        if self.carried:
+            convert_input = None
 
         def around(run: Run) -> Run:
-            for make in reversed(needed):
+            for make in reversed(needed[1:]):
                 run = _within(make, run)
+            outermost: Callable[[], Any] = needed[0] if needed else nullcontext
             if convert_input is not None or convert_output is not None:
-                run = _converted(convert_input or _as_it_is, run, convert_output or _as_it_is)
+                conversions = (convert_input or _as_it_is, kept_in, convert_output or _as_it_is, kept_out)
+                run = _converted(outermost, run, *conversions)
+            elif needed:
+                run = _within(outermost, run)
             return run if self.guard is None else self.guard.around(run, module, device)
 
         return around
 
 
-def _needed(precision: Precision, name: str, dtype: str) -> Run | None:
-    """Give a conversion, unless it is the contract's own and the policy says that it has nothing to do."""
-    bound = getattr(precision, name)
-    default = getattr(bound, "__func__", None) is getattr(Precision, name)
-    return None if default and getattr(precision.policy, dtype) is None else bound
+def _conversion(
+    precision: Precision, name: str, dtype: torch.dtype | None
+) -> tuple[Run | None, frozenset[torch.dtype]]:
+    """Give a conversion, or ``None`` where there is none, and the types that it leaves alone for certain.
+
+    The contract's own is taken apart: its type is looked up once, and most tensors are seen to need nothing.
+    """
+    bound: Run = getattr(precision, name)
+    if getattr(bound, "__func__", None) is not getattr(Precision, name):
+        return bound, frozenset()
+    if dtype is None:
+        return None, frozenset()
+    return converter(dtype), _EXACT | {dtype}
+
+
+_EXACT: Final = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+"""Types of numbers that no precision rounds."""
 
 
 def _as_it_is(data: Any) -> Any:
@@ -104,10 +123,28 @@ def _within(make: Callable[[], Any], run: Run) -> Run:
     return in_context
 
 
-def _converted(convert_input: Run, run: Run, convert_output: Run) -> Run:
+def _converted(
+    make: Callable[[], Any],
+    run: Run,
+    convert_input: Run,
+    kept_in: frozenset[torch.dtype],
+    convert_output: Run,
+    kept_out: frozenset[torch.dtype],
+) -> Run:
+    plain = torch.Tensor
+
     def converted(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = convert_input((args, kwargs))
-        return convert_output(run(*args, **kwargs))
+        if kwargs:
+            args, kwargs = convert_input((args, kwargs))
+        else:
+            for one in args:
+                # Looked at here, because a walk takes a microsecond to find that there is nothing to do.
+                if one.__class__ is not plain or one.dtype not in kept_in:
+                    args, kwargs = convert_input((args, kwargs))
+                    break
+        with make():
+            result = run(*args, **kwargs)
+        return result if result.__class__ is plain and result.dtype in kept_out else convert_output(result)
 
     return converted
 
@@ -249,7 +286,9 @@ class FabricModule(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _OWN:
-            raise AttributeError(f"{name!r} is the wrapper's own and can't be set; the original's is model.module.{name}")
+            raise AttributeError(
+                f"{name!r} is the wrapper's own and can't be set; the original's is model.module.{name}"
+            )
         setattr(self._fabric_original, name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -304,11 +343,11 @@ class FabricModule(nn.Module):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """Set an item of the original."""
-        self._fabric_original[index] = value  # type: ignore[index]
+        self._fabric_original[index] = value  # type: ignore[operator]
 
     def __delitem__(self, index: Any) -> None:
         """Delete an item of the original."""
-        del self._fabric_original[index]  # type: ignore[attr-defined]
+        del self._fabric_original[index]  # type: ignore[operator]
 
     def __contains__(self, item: object) -> bool:
         """Look into the original."""

@@ -79,6 +79,7 @@ def wrap_optimizer(optimizer: Optimizer, strategy: Strategy, precision: Precisio
             # A scalar, such as the number of steps, stays on the CPU where the optimizer keeps it.
             if isinstance(value, torch.Tensor) and value.dim() > 0 and value.device != parameter.device:
                 state[name] = value.to(parameter.device)
+    precision.setup_optimizer(optimizer)
     kind = type(optimizer)
     names = {name for base in kind.__mro__ for name in vars(base) if not name.startswith("__")}
     methods = {
@@ -97,9 +98,7 @@ def wrap_optimizer(optimizer: Optimizer, strategy: Strategy, precision: Precisio
     return wrapped
 
 
-def _step(
-    optimizer: Optimizer, strategy: Strategy, precision: Precision
-) -> Callable[[Callable[[], Any] | None], Any]:
+def _step(optimizer: Optimizer, strategy: Strategy, precision: Precision) -> Callable[[Callable[[], Any] | None], Any]:
     """Choose how to step, once: a precision that has nothing to decide is not asked."""
     take, decide = partial(strategy.optimizer_step, optimizer), precision.optimizer_step
     if getattr(decide, "__func__", None) is Precision.optimizer_step:

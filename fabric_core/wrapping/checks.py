@@ -1,0 +1,106 @@
+"""What can't be set up, and why."""
+
+from collections.abc import Container
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fabric_core.contracts import Wrapper
+from fabric_core.errors import SetupError
+from fabric_core.wrapping.module import FabricModule
+from fabric_core.wrapping.unwrap import is_wrapped
+
+__all__ = ["check_model", "check_optimizer", "check_same"]
+
+_WHERE = "fabric.setup"
+
+
+def check_model(module: Any, set_up: Container[Any], *, move: bool, placed_later: bool) -> None:
+    """Refuse what is no model, or can't be set up.
+
+    Args:
+        module: The model, as it was before ``torch.compile``.
+        set_up: What was set up before.
+        move: The model will be moved to one device.
+        placed_later: The strategy moves it, and gives memory to parameters that have none.
+
+    Raises:
+        SetupError: It was set up before or has a part that was, is no module, or its parameters are on several devices
+            or on none.
+    """
+    if not isinstance(module, nn.Module):
+        raise SetupError(
+            "what was given is no model", where=_WHERE, got=type(module).__name__, instead="a torch.nn.Module"
+        )
+    if is_wrapped(module) or module in set_up:
+        raise SetupError(
+            "the model was set up before", where=_WHERE, got=type(module).__name__, instead="use what setup returned"
+        )
+    for name, part in module.named_modules():
+        for child_name, child in part.named_children():
+            if isinstance(child, FabricModule):
+                raise SetupError(
+                    "a part of the model was set up before",
+                    where=_WHERE,
+                    got=f"{name}.{child_name}".removeprefix("."),
+                    instead="set up either the whole or its parts; fabric_core.unwrap(part) gives the part back",
+                )
+    if not move:
+        return
+    places: dict[torch.device, str] = {}
+    for name, parameter in module.named_parameters():
+        places.setdefault(parameter.device, name)
+    shown = ", ".join(f"{name} on {device}" for device, name in places.items())
+    if len(places) > 1:
+        raise SetupError(
+            "the parameters of the model are on several devices",
+            where=_WHERE,
+            got=shown,
+            instead="put them on one device first, or setup(..., move_to_device=False) to leave each where it is",
+        )
+    if torch.device("meta") in places and not placed_later:
+        raise SetupError(
+            "the parameters of the model have no memory yet, and this strategy gives them none",
+            where=_WHERE,
+            got=shown,
+            instead="make the model without the meta device, or call model.to_empty(device=...) and load its state",
+        )
+
+
+def check_optimizer(optimizer: Any, set_up: Container[Any]) -> None:
+    """Refuse what is no optimizer, or was set up before.
+
+    Raises:
+        SetupError: It is.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise SetupError(
+            "what was given is no optimizer",
+            where=_WHERE,
+            got=type(optimizer).__name__,
+            instead="a torch.optim.Optimizer",
+        )
+    if is_wrapped(optimizer) or optimizer in set_up:
+        raise SetupError(
+            "the optimizer was set up before",
+            where=_WHERE,
+            got=type(optimizer).__name__,
+            instead="use what setup returned",
+        )
+
+
+def check_same(result: nn.Module, module: nn.Module, wrapper: Wrapper) -> None:
+    """Refuse a wrapper that, before the strategy, gives back another module.
+
+    Raises:
+        SetupError: It does.
+    """
+    if result is not module:
+        raise SetupError(
+            "a wrapper before the strategy must change the model in place, so that the user's references stay true",
+            where=repr(wrapper),
+            got=type(result).__name__,
+            instead="the same module, or the stage after_strategy",
+        )
