@@ -33,7 +33,7 @@ from fabric_core.launching import agree, detect, environment, make_world
 from fabric_core.registry import register, registrations
 from fabric_core.request import Request, fill, read_environment, read_file
 from fabric_core.resolve import Plan, start_clash
-from fabric_core.state import PRECISION, collect, restore, restore_precision
+from fabric_core.state import PRECISION, collect, restore, restore_precision, template
 from fabric_core.wrapping import (
     Around,
     FabricDataLoader,
@@ -663,7 +663,8 @@ class Fabric:
             CheckpointError: It can't be written.
         """
         path = Path(path)
-        checkpoint = self._checkpoint(sharded=False)
+        self.world  # noqa: B018 - connects a single process
+        checkpoint = self._checkpoint(sharded=self.strategy.saves_sharded)
         full = not checkpoint.capabilities.sharded
         tree = collect(_unwrapped(state), self._strategy, self._precision, full=full, keep=filter or {})
         failure: Exception | None = None
@@ -694,10 +695,12 @@ class Fabric:
         path = Path(path)
         checkpoint = self._recognised(path)
         full = not checkpoint.capabilities.sharded
-        tree = checkpoint.read(path, None)
         if state is None:
-            return tree
+            return checkpoint.read(path, None)
+        self.world  # noqa: B018 - connects a single process
         objects = _unwrapped(state)
+        into = None if full else template(objects, checkpoint.outline(path), self._strategy)
+        tree = checkpoint.read(path, into)
         state.update(restore(objects, tree, self._strategy, full=full, strict=strict, path=path))
         restore_precision(tree, self._precision, path=path)
         return {name: entry for name, entry in tree.items() if name not in {*state, PRECISION}}
@@ -710,7 +713,8 @@ class Fabric:
 
     def _checkpoint(self, *, sharded: bool) -> Checkpoint:
         for _, checkpoint in self._checkpoints:
-            if checkpoint.capabilities.sharded == sharded:
+            # The only one there is was given by the user.
+            if checkpoint.capabilities.sharded == sharded or len(self._checkpoints) == 1:
                 return checkpoint
         raise CheckpointError("no checkpoint format is installed that fits", where="fabric.save")
 

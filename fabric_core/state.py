@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from fabric_core.contracts import Precision, Strategy
 from fabric_core.errors import CheckpointError
 
-__all__ = ["PRECISION", "collect", "restore", "restore_precision"]
+__all__ = ["PRECISION", "collect", "restore", "restore_precision", "template"]
 
 PRECISION: Final = "fabric.precision"
 """The entry of the tree that holds the precision's state, where it has one, such as the loss scale."""
@@ -54,6 +55,45 @@ def collect(
     if own:
         tree[PRECISION] = own
     return tree
+
+
+def template(state: Mapping[str, Any], outline: Mapping[str, Any], strategy: Strategy) -> dict[str, Any]:
+    """Give the tensors that a checkpoint's parts are read into; every rank must call it.
+
+    Args:
+        state: The user's own models, optimizers, objects with ``state_dict``, and plain values, under their names.
+        outline: What the checkpoint holds.
+        strategy: The bound strategy.
+
+    Returns:
+        For each model its own tensors; for each optimizer what it has, and what it will have once the checkpoint is
+        loaded: a fresh optimizer has no state yet. Each is a rank's own part, like the parameter that it belongs to.
+    """
+    tree: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, nn.Module):
+            tree[name] = strategy.module_state(value, False)
+        elif isinstance(value, Optimizer):
+            own = strategy.optimizer_state(value, False)
+            parameters = [parameter for group in value.param_groups for parameter in group["params"]]
+            saved = outline.get(name, {}).get("state", {})
+            tree[name] = {
+                "state": {
+                    index: {**_room(entry, parameters[index]), **own["state"].get(index, {})}
+                    for index, entry in saved.items()
+                    if index in range(len(parameters))
+                }
+            }
+    return tree
+
+
+def _room(entry: Mapping[str, Any], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Make room for an optimizer's tensors of one parameter: where shapes agree, divided as the parameter is."""
+    return {
+        name: torch.empty_like(parameter.detach(), dtype=one.dtype)
+        for name, one in entry.items()
+        if isinstance(one, torch.Tensor) and one.shape == parameter.shape
+    }
 
 
 def restore(

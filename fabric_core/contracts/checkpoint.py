@@ -37,14 +37,23 @@ class Checkpoint(Plugin, ABC):
         """
 
     @behaviour
+    def outline(self, path: Path) -> dict[str, Any]:
+        """Say what a checkpoint holds: its tree, whose tensors may be on the meta device.
+
+        Raises:
+            CheckpointError: As for ``read``.
+        """
+        return self.read(path, None)
+
+    @behaviour
     @abstractmethod
     def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
         """Read a state tree; on every rank.
 
         Args:
             path: Where it lies.
-            into: The tree to fill where ``sharded`` is declared: its tensors say which parts this rank needs.
-                ``None`` reads everything, whole.
+            into: The tree to fill where ``sharded`` is declared: its tensors say which parts this rank needs, and are
+                filled in place. What it lacks is read whole; ``None`` reads everything, whole.
 
         Raises:
             CheckpointError: There is nothing, or it is damaged, or it needs code to be read.

@@ -38,6 +38,11 @@ class Strategy(Plugin, ABC):
         """How to start processes (``"spawn"``, ``"fork"``, ...); ``None`` leaves it to the launcher."""
         return None
 
+    @property
+    def saves_sharded(self) -> bool:
+        """Whether ``fabric.save`` writes every rank's own parts; otherwise rank 0 writes whole tensors."""
+        return False
+
     @behaviour
     @abstractmethod
     def connect(self, world: World, policy: PrecisionPolicy) -> None:

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 from fabric_core.lazy import lazy
 
 if TYPE_CHECKING:
+    from fabric_plugins.checkpoints.distributed import DistributedCheckpoint
     from fabric_plugins.checkpoints.single_file import SingleFileCheckpoint
 
-__all__ = ["SingleFileCheckpoint"]
+__all__ = ["DistributedCheckpoint", "SingleFileCheckpoint"]
 
-__getattr__, __dir__ = lazy(__name__, {"SingleFileCheckpoint": "single_file"})
+__getattr__, __dir__ = lazy(__name__, {"DistributedCheckpoint": "distributed", "SingleFileCheckpoint": "single_file"})

@@ -47,9 +47,9 @@ class SingleFileCheckpoint(Checkpoint):
             aside.unlink(missing_ok=True)
 
     def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Read without running code."""
+        """Read without running code; the tensors are mapped into memory, so that a rank loads what it uses."""
         try:
-            tree = torch.load(path, map_location="cpu", weights_only=True)
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except FileNotFoundError as error:
             raise CheckpointError("there is no checkpoint", where=str(path)) from error
         except pickle.UnpicklingError as error:

@@ -55,6 +55,11 @@ class FSDPStrategy(ShardedStrategy):
         no_backward_sync=True,
     )
 
+    @property
+    def saves_sharded(self) -> bool:
+        """As the option says."""
+        return self.options.state_dict_type == "sharded"
+
     def connect(self, world: World, policy: PrecisionPolicy) -> None:
         """Join, and lay out the mesh."""
         replicate = self.options.replicate
