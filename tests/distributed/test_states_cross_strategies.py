@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from fabric_core import Fabric
 from fabric_core.conformance.pool import RankPool
@@ -55,7 +54,7 @@ def part(strategy: Any, devices: int, path: Path, seed: int, *, load: bool) -> d
         return {name: value.numpy() for name, value in full.items()}
 
 
-def run(name: str, pools: dict[int, RankPool], path: Path, seed: int, *, load: bool) -> dict[str, Any]:
+def _run(name: str, pools: dict[int, RankPool], path: Path, seed: int, *, load: bool) -> dict[str, Any]:
     strategy, devices = STRATEGIES[name]
     if devices == 1:
         return part(strategy, devices, path, seed, load=load)
@@ -95,9 +94,9 @@ def _plainly() -> dict[str, torch.Tensor]:
 def test_saved_and_loaded(saver: str, loader: str, two_ranks: RankPool, four_ranks: RankPool, tmp_path: Path) -> None:
     """Three steps, a checkpoint, and three steps under another strategy are six steps of plain PyTorch, to 5e-5."""
     pools, path = {2: two_ranks, 4: four_ranks}, tmp_path / "checkpoint"
-    run(saver, pools, path, 7, load=False)
+    _run(saver, pools, path, 7, load=False)
     assert path.is_dir() == ("sharded" in saver or "offloaded" in saver)
     assert [one.name for one in tmp_path.iterdir()] == ["checkpoint"], "nothing aside is left"
-    state = run(loader, pools, path, 8, load=True)
+    state = _run(loader, pools, path, 8, load=True)
     for name, value in _plainly().items():
         torch.testing.assert_close(torch.from_numpy(state[name]), value, rtol=0, atol=5e-5, msg=name)
