@@ -1,5 +1,7 @@
 """Full precision: every number in the type that it has."""
 
+from typing import Final
+
 from fabric_core.contracts import Precision, PrecisionCapabilities, PrecisionPolicy, Preset
 
 __all__ = ["ALIAS", "FullPrecision"]
@@ -16,5 +18,5 @@ class FullPrecision(Precision):
         return PrecisionPolicy()
 
 
-ALIAS = Preset.of(FullPrecision)
+ALIAS: Final = Preset.of(FullPrecision)
 """What the name ``32`` means."""

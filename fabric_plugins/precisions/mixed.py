@@ -256,7 +256,8 @@ class _Scaler(GradScaler):
         found = list(self._found_inf_per_device(optimizer).values())
         if not found:
             return self._scalar(_NO_GRADIENTS)
-        return torch.stack([one.to(found[0].device) for one in found]).amax()
+        # Where the scale is, whether or not a rank has gradients: the ranks must agree on that to compare.
+        return torch.stack([one.to(self._scalar(0).device) for one in found]).amax()
 
     def settle(self, *, overflowed: bool) -> None:
         """Update the scale after an iteration."""

@@ -114,7 +114,8 @@ class FSDPStrategy(ShardedStrategy):
             param_dtype=self._policy.compute_dtype,
             reduce_dtype=self._policy.reduce_dtype,
             output_dtype=output_dtype,
-            cast_forward_inputs=self._policy.input_dtype is not None,
+            # Whatever the precision says of inputs: without autocast, a unit computes in the type that it is given.
+            cast_forward_inputs=True,
         )
 
 

@@ -1,0 +1,212 @@
+"""16-mixed: what a script may do around the scaled loss."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fabric_core import Fabric
+from fabric_core.conformance.pool import RankPool
+from fabric_core.errors import CheckpointError, MisuseError, OptionError
+from fabric_plugins.precisions import Float16MixedPrecision
+
+
+def fabric_of(**options: Any) -> Fabric:
+    """Make a façade on one process."""
+    return Fabric(accelerator="cpu", devices=1, precision=Float16MixedPrecision(**options))
+
+
+def quadratic() -> tuple[nn.Linear, Tensor, Tensor]:
+    """Make a least-squares problem that has an exact solution."""
+    torch.manual_seed(5)
+    x = torch.randn(32, 3)
+    return nn.Linear(3, 1), x, x @ torch.tensor([[1.0], [-2.0], [0.5]])
+
+
+def overflow_once(strategy: str, devices: int, bad_rank: int, apart: bool) -> tuple[float, list[Tensor], list[Tensor]]:
+    """Let the gradients of one rank overflow; give the scale, and the parameters before and after the step."""
+    fabric = Fabric(
+        accelerator="cpu", strategy=strategy, devices=devices, precision=Float16MixedPrecision(init_scale=8.0)
+    )
+    with fabric:
+        fabric.launch()
+        return _overflow(fabric, bad_rank, apart=apart)
+
+
+def _overflow(fabric: Fabric, bad_rank: int, *, apart: bool) -> tuple[float, list[Tensor], list[Tensor]]:
+    torch.manual_seed(1)
+    model = nn.Linear(4, 4)
+    wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.5))
+    before = [whole(one) for one in model.parameters()]
+    loss = wrapped(torch.ones(2, 4)).sum() * (math.inf if fabric.global_rank == bad_rank else 1.0)
+    with fabric.no_backward_sync(wrapped, enabled=apart):
+        fabric.backward(loss)
+    optimizer.step()
+    return fabric.precision.state_dict()["scale"], before, [whole(one) for one in model.parameters()]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Give a whole copy of a tensor that may be sharded."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+@pytest.mark.parametrize(("strategy", "apart"), [("ddp", False), ("ddp", True), ("fsdp", False)])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(strategy: str, apart: bool, two_ranks: RankPool) -> None:
+    """Both ranks keep their parameters and halve the scale, also where each has gradients of its own."""
+    for scale, before, after in two_ranks.run(overflow_once, strategy, 2, 1, apart):
+        assert scale == 4.0
+        assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    for scale, before, after in two_ranks.run(overflow_once, strategy, 2, -1, apart):
+        assert scale == 8.0
+        assert not any(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def test_an_optimizer_may_evaluate_its_closure_many_times() -> None:
+    """LBFGS comes to the solution, and a step of twenty evaluations is one iteration."""
+    model, x, y = quadratic()
+    with fabric_of(init_scale=256.0, growth_interval=3) as fabric:
+        wrapped, optimizer = fabric.setup(model, torch.optim.LBFGS(model.parameters(), lr=0.5))
+        calls = 0
+
+        def closure() -> Tensor:
+            nonlocal calls
+            calls += 1
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(wrapped(x), y)
+            fabric.backward(loss)
+            return loss
+
+        first = optimizer.step(closure).item()
+        assert calls > 2
+        assert fabric.precision.state_dict()["_growth_tracker"] == 1
+        optimizer.step(closure)
+        last = optimizer.step(closure).item()
+        assert fabric.precision.state_dict()["scale"] == 512.0
+    assert first > 1.0
+    assert last < 1e-4
+
+
+def test_an_overflow_inside_a_step_is_an_error() -> None:
+    """Where an optimizer has begun its step, an overflow can't be skipped any more, so it raises; the scale falls."""
+    model = nn.Linear(1, 1)
+    with fabric_of(init_scale=8.0) as fabric:
+        wrapped, optimizer = fabric.setup(model, torch.optim.LBFGS(model.parameters()))
+        factors = iter([1.0, math.inf])
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss: Tensor = wrapped(torch.ones(1, 1)).square().sum()
+            fabric.backward(loss * next(factors))
+            return loss
+
+        with pytest.raises(MisuseError, match="overflowed after the optimizer had begun its step"):
+            optimizer.step(closure)
+        assert fabric.precision.state_dict()["scale"] == 4.0
+
+
+def test_a_skipped_closure_returns_none_and_calls_no_step() -> None:
+    """As a step without a closure does; the next one steps."""
+    model = nn.Linear(1, 1)
+    with fabric_of() as fabric:
+        wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        factors = iter([math.inf, 1.0])
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss: Tensor = wrapped(torch.ones(1, 1)).sum()
+            fabric.backward(loss * next(factors))
+            return loss
+
+        before = model.weight.detach().clone()
+        assert optimizer.step(closure) is None
+        assert torch.equal(before, model.weight)
+        assert optimizer.step(closure) is not None
+        assert not torch.equal(before, model.weight)
+
+
+def test_gradients_without_a_scaled_loss_are_refused() -> None:
+    """`loss.backward()` in the place of `fabric.backward(loss)`, or a second step, is not silently wrong."""
+    model = nn.Linear(2, 1)
+    with fabric_of(init_scale=8.0) as fabric:
+        wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        optimizer.step()  # nothing to step on
+        fabric.backward(wrapped(torch.ones(1, 2)).sum())
+        optimizer.step()
+        with pytest.raises(MisuseError, match=r"instead: fabric\.backward\(loss\) before each step"):
+            optimizer.step()
+
+
+def test_clipping_raises_for_an_overflow_only_when_asked() -> None:
+    """The scaler skips what overflowed; asked for, or without a scaler, a norm that is not finite is an error."""
+    model = nn.Linear(2, 1)
+    with fabric_of() as fabric:
+        wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        before = model.weight.detach().clone()
+        fabric.backward(wrapped(torch.ones(1, 2)).sum() * math.inf)
+        norm = fabric.clip_gradients(wrapped, optimizer, max_norm=1.0)
+        assert norm is not None
+        assert not torch.isfinite(norm)
+        with pytest.raises(RuntimeError, match="non-finite"):
+            fabric.clip_gradients(wrapped, optimizer, max_norm=1.0, error_if_nonfinite=True)
+        optimizer.step()
+        assert torch.equal(before, model.weight)
+    plain = nn.Linear(2, 1)
+    with Fabric(accelerator="cpu", devices=1) as fabric:
+        wrapped, optimizer = fabric.setup(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
+        fabric.backward(wrapped(torch.ones(1, 2)).sum() * math.inf)
+        with pytest.raises(RuntimeError, match="non-finite"):
+            fabric.clip_gradients(wrapped, optimizer, max_norm=1.0)
+
+
+def test_sparse_gradients_are_unscaled() -> None:
+    """An embedding with sparse gradients trains as it does without scaling."""
+    results = []
+    for precision in ("32-true", Float16MixedPrecision(init_scale=64.0)):
+        torch.manual_seed(2)
+        model = nn.Embedding(5, 3, sparse=True)
+        with Fabric(accelerator="cpu", devices=1, precision=precision) as fabric:
+            wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.5))
+            fabric.backward(wrapped(torch.tensor([1, 1, 4])).square().sum())
+            optimizer.step()
+        results.append(model.weight.detach().clone())
+    assert torch.equal(*results)
+
+
+def test_a_checkpoint_brings_the_scale_back(tmp_path: Path) -> None:
+    """The state saved is that of a `GradScaler` after `update`; a new run goes on with it, and with its own options."""
+    model = nn.Linear(2, 1)
+    with fabric_of(init_scale=64.0, growth_interval=2) as fabric:
+        wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        for factor in (math.inf, 1.0, 1.0, 1.0):
+            optimizer.zero_grad()
+            fabric.backward(wrapped(torch.ones(1, 2)).sum() * factor)
+            optimizer.step()
+        fabric.save(tmp_path / "run.ckpt", {"model": wrapped})
+    by_hand = torch.amp.GradScaler("cpu")
+    by_hand.load_state_dict(torch.load(tmp_path / "run.ckpt", weights_only=True)["fabric.precision"])
+    assert (by_hand.get_scale(), by_hand.get_growth_interval(), by_hand._get_growth_tracker()) == (64.0, 2, 1)
+    with fabric_of(growth_interval=7) as fabric:
+        wrapped = fabric.setup(nn.Linear(2, 1))
+        rest = fabric.load(tmp_path / "run.ckpt", {"model": wrapped})
+        assert rest == {}
+        state = fabric.precision.state_dict()
+        assert (state["scale"], state["growth_interval"], state["_growth_tracker"]) == (64.0, 7, 1)
+    with Fabric(accelerator="cpu", devices=1, precision="bf16-mixed") as fabric:
+        assert fabric.load(tmp_path / "run.ckpt", {"model": fabric.setup(nn.Linear(2, 1))}) == {}
+
+
+def test_the_name_of_the_precisions_entry_is_reserved(tmp_path: Path) -> None:
+    """A state that uses it is refused before anything is written."""
+    with Fabric(accelerator="cpu", devices=1) as fabric, pytest.raises(CheckpointError, match="reserved"):
+        fabric.save(tmp_path / "run.ckpt", {"fabric.precision": 1})
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["16-mixed:init_scale=0", "16-mixed:growth_factor=1", "16-mixed:backoff_factor=1.5"])
+def test_options_that_would_never_work_are_refused(text: str) -> None:
+    """A scale of zero, or factors the wrong way round."""
+    with pytest.raises(OptionError):
+        Fabric(accelerator="cpu", devices=1, precision=text)
