@@ -10,6 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fabric_core import seeding
@@ -632,17 +633,30 @@ class Fabric:
             local: Each node's local rank 0, instead of the one global rank 0.
 
         Raises:
-            LaunchError: On the other ranks, when rank 0 raised.
+            LaunchError: On the other ranks, when rank 0 raised; they do not run the block.
         """
-        rank = self.local_rank if local else self.global_rank
-        if rank > 0:
-            self.barrier("rank_zero_first")
-        try:
-            yield
-        finally:
-            if rank == 0:
-                self.barrier("rank_zero_first")
-            self.barrier("rank_zero_first-end")
+        world = self.world
+        first = range(0, world.world_size, world.local_world_size) if local else range(1)
+        if world.global_rank in first:
+            try:
+                yield
+            except BaseException as error:
+                self._tell(first, f"{type(error).__name__}: {error}")
+                raise
+            self._tell(first, None)
+            return
+        failures = self._tell(first, None)
+        if failures:
+            raise LaunchError(
+                "; ".join(f"rank {rank} failed: {text}" for rank, text in failures.items()),
+                where="fabric.rank_zero_first",
+            )
+        yield
+
+    def _tell(self, ranks: range, text: str | None) -> dict[int, str]:
+        """Send a text from each of some ranks to all; gives what they sent, where it is one."""
+        sent = {rank: self._strategy.broadcast(text, rank) for rank in ranks}
+        return {rank: one for rank, one in sent.items() if one is not None}
 
     # State
 
@@ -800,5 +814,5 @@ def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(data: Any, device: torch.device) -> Any:
-    """Turn bare numbers into tensors."""
-    return torch.as_tensor(data, device=device) if isinstance(data, bool | int | float) else data
+    """Turn the numbers of a nested value into tensors."""
+    return tree_map_only((bool, int, float), lambda number: torch.as_tensor(number, device=device), data)

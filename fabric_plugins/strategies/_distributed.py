@@ -98,30 +98,37 @@ class DistributedStrategy(Strategy):
     def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
         """Reduce over the ranks; a mean of integers is rounded towards zero, so that the type is kept."""
         self.world  # noqa: B018 - raises before launch
-        operation = _OPERATIONS.get(str(reduce_op).lower())
-        if operation is None:
+        name = str(reduce_op).lower()
+        if name not in _OPERATIONS:
             raise RequestError(
                 "there is no such reduction",
                 where="all_reduce(reduce_op=)",
-                got=reduce_op,
+                got=repr(reduce_op),
                 instead=", ".join(_OPERATIONS),
             )
-        result = tensor.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(result, operation, group=group)
-        if str(reduce_op).lower() in {"mean", "avg"}:
+        # Backends reduce neither booleans nor 16-bit integers.
+        dtype = torch.int32 if tensor.dtype in {torch.bool, torch.int16} else tensor.dtype
+        result = tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+        dist.all_reduce(result, _OPERATIONS[name], group=group)
+        if name in {"mean", "avg"}:
             count = dist.get_world_size(group)
-            if result.is_floating_point() or result.is_complex():
-                result /= count
-            else:
-                result = torch.div(result, count, rounding_mode="trunc")
-        return result
+            whole = not (result.is_floating_point() or result.is_complex())
+            result = torch.div(result, count, rounding_mode="trunc" if whole else None)
+        return result.to(tensor.dtype)
 
     def all_gather(self, tensor: torch.Tensor, group: Any | None, sync_grads: bool) -> list[torch.Tensor]:
         """Gather over the ranks; shapes may differ."""
         self.world  # noqa: B018 - raises before launch
-        count = dist.get_world_size(group)
-        shapes: list[Any] = [None] * count
-        dist.all_gather_object(shapes, tuple(tensor.shape), group=group)
+        kinds: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(kinds, (tuple(tensor.shape), tensor.dtype), group=group)
+        shapes = [shape for shape, _ in kinds]
+        if len({(len(shape), dtype) for shape, dtype in kinds}) > 1:
+            raise MisuseError(
+                "tensors of different types or numbers of dimensions can't be gathered",
+                where="all_gather",
+                got=", ".join(f"{dtype} of shape {shape} on rank {rank}" for rank, (shape, dtype) in enumerate(kinds)),
+                instead="tensors that differ in sizes alone; objects by broadcast",
+            )
         if sync_grads:
             from torch.distributed.nn.functional import all_gather
 
@@ -132,22 +139,17 @@ class DistributedStrategy(Strategy):
                     got=str(shapes),
                     instead="pad the tensors to one shape",
                 )
-            return list(
-                all_gather(  # type: ignore[no-untyped-call]
-                    tensor.contiguous(), group=group
-                )
-            )
-        tensor = tensor.detach().contiguous()
-        if len(set(shapes)) == 1:
-            parts = [torch.empty_like(tensor) for _ in range(count)]
-            dist.all_gather(parts, tensor, group=group)
-            return parts
-        size = max(torch.Size(shape).numel() for shape in shapes)
-        padded = tensor.new_zeros(size)
-        padded[: tensor.numel()] = tensor.flatten()
-        flat = [torch.empty_like(padded) for _ in range(count)]
-        dist.all_gather(flat, padded, group=group)
-        return [part[: torch.Size(shape).numel()].reshape(shape) for part, shape in zip(flat, shapes, strict=True)]
+            return list(all_gather(tensor.contiguous(), group=group))  # type: ignore[no-untyped-call]
+        # As bytes: every type can travel, and those of different length are padded.
+        own = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        sizes = [torch.Size(shape).numel() * tensor.element_size() for shape in shapes]
+        padded = own.new_zeros(max(sizes))
+        padded[: own.numel()] = own
+        parts = [torch.empty_like(padded) for _ in shapes]
+        dist.all_gather(parts, padded, group=group)
+        return [
+            part[:size].view(tensor.dtype).view(shape) for part, size, shape in zip(parts, sizes, shapes, strict=True)
+        ]
 
     def broadcast(self, obj: Any, src: int) -> Any:
         """Send any picklable object from one rank to all."""
