@@ -70,7 +70,9 @@ def _store_opener(ranks: Ranks, timeout: timedelta) -> Any:
             timeout=timeout,
             wait_for_workers=False,
         )
-        return PrefixStore(f"fabric/{ranks.attempt}", store)
+        mine = PrefixStore(f"fabric/{ranks.attempt}", store)
+        # The n-th time that this rank joins meets the n-th time of the others, and finds no key of an earlier time.
+        return PrefixStore(f"join/{mine.add(f'joined/{ranks.global_rank}', 1)}", mine)
 
     return open_store
 
@@ -93,10 +95,8 @@ def agree(world: World, plan: Plan) -> None:
         + [["processes", str(plan.world_size), "", ""]]
     )
     digest = hashlib.sha256(text.encode()).hexdigest()
-    # The n-th time that this rank joins meets the n-th time of the others, whatever else they have made meanwhile.
-    prefix = f"plan/{store.add(f'plan/joined/{world.global_rank}', 1)}"
-    store.set(f"{prefix}/{world.global_rank}", f"{digest}\n{text}")
-    others = [store.get(f"{prefix}/{rank}").decode().partition("\n") for rank in range(world.world_size)]
+    store.set(f"plan/{world.global_rank}", f"{digest}\n{text}")
+    others = [store.get(f"plan/{rank}").decode().partition("\n") for rank in range(world.world_size)]
     first = others[0]
     differing = [rank for rank, other in enumerate(others) if other[0] != first[0]]
     if differing:

@@ -368,7 +368,7 @@ def _choose(
         )
     fitting.sort(key=lambda candidate: (-_priority(candidate), candidate.name, candidate.distribution))
     best, *rest = fitting
-    twins = [one for one in rest if one.name == best.name]
+    twins = [one for one in rest if one.name == best.name and _priority(one) == _priority(best)]
     if twins:
         raise ConflictError(
             f"{len(twins) + 1} distributions offer the {kind} {best.name!r}, which would be chosen automatically",

@@ -46,8 +46,8 @@ class World(Ranks):
     Args:
         device: The device that this process trains on.
         backend: The process group's backend for that device,.
-        open_store: Gives the store that the ranks share; the same object on every call. Absent with one process that
-            nobody started.
+        open_store: Gives the store that the ranks share; the same object on every call, and empty for every ``Fabric``.
+            Absent with one process that nobody started.
         timeout: How long a collective waits for the other ranks.
     """
 
