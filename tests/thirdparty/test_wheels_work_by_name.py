@@ -61,7 +61,7 @@ def environment(make_environment: Callable[[str], Any], built_wheels: list[Path]
 
 
 def test_a_strategy_a_precision_and_an_extension_work_on_two_processes(environment: Any) -> None:
-    """Each is chosen by its name, acts, and is named with its distribution in the plan; training equals one process's."""
+    """Each is chosen by its name, acts, and stands in the plan with its distribution; they train as one process does."""
     done = environment.run("train.py")
     assert done.returncode == 0, done.stdout + done.stderr
     both, precision_alone, factor = (json.loads(line) for line in done.stdout.splitlines())
@@ -95,7 +95,7 @@ print(json.dumps(answers))
 
 
 def test_what_is_not_installed_says_what_to_install(environment: Any) -> None:
-    """After uninstalling, a name with its distribution, and one that another distribution knows, say what to install."""
+    """Once uninstalled, a name with its distribution, or one that others know, says what to install."""
     environment.pip("uninstall", "--yes", "acme-mean-gradients")
     asked = [
         {"strategy": "mean_gradients"},

@@ -50,8 +50,9 @@ class MeanGradients(Strategy):
         """Run backward, then average."""
         super().backward(loss, arguments)
         for parameter in self._parameters:
-            dist.all_reduce(parameter.grad)
-            parameter.grad *= self.options.factor / self._world.world_size
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad.mul_(self.options.factor / self._world.world_size)
 
     def data_shard(self) -> tuple[int, int]:
         """Every rank reads its own part."""
