@@ -84,7 +84,7 @@ def test_unwrap_leaves_alone_what_holds_nothing_wrapped() -> None:
 
 def test_setting_up_twice_is_refused(in_memory: dict[str, Any]) -> None:
     """Wrapped, raw, compiled, or as a part of another model: what was set up is not set up again."""
-    fabric = Fabric(**in_memory)
+    fabric: Any = Fabric(**in_memory)
     net = nn.Linear(1, 1)
     optimizer = SGD(net.parameters(), lr=1.0)
     model, stepper = fabric.setup(net, optimizer)
