@@ -6,7 +6,11 @@ from fabric_core.lazy import lazy
 
 if TYPE_CHECKING:
     from fabric_plugins.accelerators.cpu import CPUAccelerator
+    from fabric_plugins.accelerators.cuda import CUDAAccelerator
+    from fabric_plugins.accelerators.torch_accelerator import TorchAccelerator
 
-__all__ = ["CPUAccelerator"]
+__all__ = ["CPUAccelerator", "CUDAAccelerator", "TorchAccelerator"]
 
-__getattr__, __dir__ = lazy(__name__, {"CPUAccelerator": "cpu"})
+__getattr__, __dir__ = lazy(
+    __name__, {"CPUAccelerator": "cpu", "CUDAAccelerator": "cuda", "TorchAccelerator": "torch_accelerator"}
+)

@@ -1,0 +1,92 @@
+"""NVIDIA GPUs, and AMD GPUs where PyTorch is built for ROCm, which it names the same."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import torch
+
+from fabric_core.contracts import Accelerator, AcceleratorCapabilities
+
+__all__ = ["CUDAAccelerator"]
+
+_TERA: Final = 1e12
+_HALF: Final = (torch.bfloat16, torch.float16)
+
+# Dense peaks in TFLOP/s from NVIDIA's data sheets: 16-bit tensor cores, and float32 outside of them. The first fragment
+# that the device's name contains counts, so the longer names come first.
+_PEAKS: Final[Mapping[str, tuple[float, float]]] = {
+    "H200": (989.5, 67.0),
+    "H100 PCIe": (756.5, 51.0),
+    "H100": (989.5, 67.0),
+    "A100": (312.0, 19.5),
+    "L40S": (362.0, 91.6),
+    "L4": (121.0, 30.3),
+    "A10": (125.0, 31.2),
+    "T4": (65.0, 8.1),
+}
+
+
+class CUDAAccelerator(Accelerator):
+    """GPUs through ``torch.cuda``; processes talk over NCCL, and over gloo about what is on the CPU."""
+
+    capabilities = AcceleratorCapabilities(priority=100, start_methods=frozenset({"spawn", "forkserver"}))
+
+    _before: int | None = None
+
+    @property
+    def device_type(self) -> str:
+        """Always ``"cuda"``."""
+        return "cuda"
+
+    @property
+    def process_group_backend(self) -> str:
+        """NCCL, and gloo for the CPU."""
+        return "cpu:gloo,cuda:nccl"
+
+    def is_available(self) -> bool:
+        """Whether there is a GPU."""
+        return self.device_count() > 0
+
+    def device_count(self) -> int:
+        """Count the GPUs that ``CUDA_VISIBLE_DEVICES`` lets this process see; asks the driver's library alone."""
+        return torch.cuda.device_count()
+
+    def devices(self, indices: Sequence[int]) -> list[torch.device]:
+        """Give the GPU of each index."""
+        return [torch.device("cuda", index) for index in indices]
+
+    def setup_device(self, device: torch.device) -> None:
+        """Make it the current one."""
+        self._before = torch.cuda.current_device()
+        torch.cuda.set_device(device)
+
+    def supports(self, dtype: torch.dtype) -> bool:
+        """Every GPU computes in these; one without units for bfloat16 does it slowly."""
+        return dtype in {torch.float64, torch.float32, *_HALF}
+
+    def synchronize(self, device: torch.device) -> None:
+        """Wait for all streams of the device."""
+        torch.cuda.synchronize(device)
+
+    def memory_stats(self, device: torch.device) -> Mapping[str, int]:
+        """Give what PyTorch's allocator has handed out, now and at most, and the device's total, in bytes."""
+        return {
+            "allocated": torch.cuda.memory_allocated(device),
+            "peak": torch.cuda.max_memory_allocated(device),
+            "total": torch.cuda.mem_get_info(device)[1],
+        }
+
+    def peak_flops(self, device: torch.device, dtype: torch.dtype) -> float | None:
+        """Look the device up in the manufacturer's data sheets; float32 without tensor cores."""
+        name = torch.cuda.get_device_name(device)
+        half, single = next((peaks for part, peaks in _PEAKS.items() if part in name), (None, None))
+        if half is None or single is None:
+            return None
+        return half * _TERA if dtype in _HALF else single * _TERA if dtype == torch.float32 else None
+
+    def teardown(self) -> None:
+        """Give unused memory back, and make the device current that was."""
+        if self._before is not None:
+            torch.cuda.empty_cache()
+            torch.cuda.set_device(self._before)
+            self._before = None
