@@ -39,11 +39,12 @@ class Digits(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """What one epoch came to: mean training loss, share of the test images recognised."""
+    """What one epoch came to: mean training loss, share of the test images recognised, loss scale."""
 
     epoch: int
     train_loss: float
     test_accuracy: float
+    loss_scale: float = 1.0  # only 16-mixed has another
 
 
 def load_data() -> Digits:
@@ -185,7 +186,8 @@ def train(fabric: Fabric, epochs: int, seed: int, out: Path) -> float:
 
             train_loss = fabric.all_reduce(loss_sum / len(loader), reduce_op="mean").item()
             accuracy = evaluate(fabric, model, data)
-            history.append(Epoch(epoch, train_loss, accuracy))
+            loss_scale = fabric.precision.state_dict().get("scale", 1.0)
+            history.append(Epoch(epoch, train_loss, accuracy, loss_scale))
             fabric.print(f"epoch {epoch:2}/{epochs}  loss {train_loss:.4f}  test accuracy {accuracy:7.2%}")
 
     # Every process calls save, load and the model: which of them writes, or holds which part of a

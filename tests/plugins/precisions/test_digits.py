@@ -1,0 +1,46 @@
+"""The example of the documentation learns as well in mixed precision as in full precision."""
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from fabric_core import Fabric
+
+SCRIPT = Path(__file__).parents[3] / "docs" / "examples" / "digits.py"
+EPOCHS = 3
+
+
+def train(precision: str, out: Path) -> tuple[float, list[float]]:
+    """Run the example; give its accuracy in percent, and the loss scale after each epoch."""
+    spec = importlib.util.spec_from_file_location("digits", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    digits = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(digits)
+    with Fabric(accelerator="cpu", devices=1, precision=precision) as fabric:
+        accuracy = digits.train(fabric, epochs=EPOCHS, seed=1, out=out)
+    with (out / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        return 100 * accuracy, [float(row["loss_scale"]) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """The accuracy in 32 bits, in percent."""
+    accuracy, scales = train("32-true", tmp_path_factory.mktemp("full"))
+    assert scales == [1.0] * EPOCHS
+    return accuracy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision_learns_the_digits(precision: str, full: float, tmp_path: Path) -> None:
+    """The accuracy is within a point of that in 32 bits; the metrics hold the scale, halved since the first step."""
+    accuracy, scales = train(precision, tmp_path)
+    assert full > 95
+    assert abs(accuracy - full) <= 1
+    if precision == "16-mixed":
+        assert all(scale in {2.0**15, 2.0**14, 2.0**13} for scale in scales)
+    else:
+        assert scales == [1.0] * EPOCHS
