@@ -1,5 +1,6 @@
 """The contracts: what a plugin of each kind is, as a base class and as a pluggy hook specification at once."""
 
+from fabric_core.contracts._blocks import repeated_blocks
 from fabric_core.contracts._spec import (
     API_VERSION,
     API_WINDOW,
@@ -67,6 +68,7 @@ __all__ = [
     "hookimpl",
     "map_tensors",
     "parse_device_indices",
+    "repeated_blocks",
     "replace_parameters",
 ]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_core.contracts import replace_parameters
+from fabric_core.contracts import repeated_blocks, replace_parameters
 from fabric_core.errors import OptionError, SetupError
 from fabric_plugins.strategies._distributed import DistributedStrategy, send_from_zero
 
@@ -258,7 +258,7 @@ def choose_modules(module: nn.Module, policy: ModulePolicy | None, *, option: st
         return []
     below = [one for name, one in module.named_modules() if name]
     if policy == "auto":
-        chosen = _repeated(module)
+        chosen = repeated_blocks(module)
     elif callable(policy):
         chosen = [one for one in below if policy(one)]
     else:
@@ -285,23 +285,6 @@ def _stands_alone(module: nn.Module, users: Mapping[nn.Parameter, int]) -> bool:
         for parameter in one.parameters(recurse=False):
             inside[parameter] = inside.get(parameter, 0) + 1
     return bool(inside) and all(users[parameter] == count for parameter, count in inside.items())
-
-
-def _repeated(module: nn.Module) -> list[nn.Module]:
-    """Find the repeated blocks: several children of one class in a list, each with children of its own."""
-    if isinstance(module, nn.ModuleList | nn.Sequential):
-        kinds: dict[type, int] = {}
-        for child in module.children():
-            kinds[type(child)] = kinds.get(type(child), 0) + 1
-        blocks = [
-            child for child in module.children() if kinds[type(child)] > 1 and next(child.children(), None) is not None
-        ]
-    else:
-        blocks = []
-    found: list[nn.Module] = []
-    for child in module.children():
-        found += [child] if any(child is block for block in blocks) else _repeated(child)
-    return found
 
 
 def check_materialisable(module: nn.Module) -> None:
