@@ -34,13 +34,13 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed:init_scale=262144"])
 def test_mixed_precision_learns_the_digits(precision: str, full: float, tmp_path: Path) -> None:
-    """The accuracy is within a point of that in 32 bits; the metrics hold the scale, halved since the first step."""
+    """The accuracy is within a point of that in 32 bits; the metrics hold the scale, halved after overflows."""
     accuracy, scales = train(precision, tmp_path)
     assert full > 95
     assert abs(accuracy - full) <= 1
-    if precision == "16-mixed":
-        assert all(scale in {2.0**15, 2.0**14, 2.0**13} for scale in scales)
+    if precision.startswith("16-mixed"):
+        assert all(1.0 < scale < 2.0**18 for scale in scales)
     else:
         assert scales == [1.0] * EPOCHS
