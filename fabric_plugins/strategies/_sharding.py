@@ -1,5 +1,6 @@
 """What strategies whose parameters are DTensors share: units, materialising, state, clipping, gradient sync."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final, Literal
@@ -107,7 +108,7 @@ class ShardedStrategy(DistributedStrategy):
         for parameter in parameters:
             if parameter.grad is not None:
                 groups.setdefault(_layout(parameter.grad), []).append(parameter)
-        norms = [_whole(nn.utils.get_total_norm([_grad(one) for one in group], norm_type)) for group in groups.values()]
+        norms = [_norm([_grad(one) for one in group], norm_type) for group in groups.values()]
         if not norms:
             return torch.zeros((), device=self.world.device)
         # The p-norm of p-norms is the p-norm; only p = 0 counts, and counts add up.
@@ -223,10 +224,23 @@ def _layout(tensor: torch.Tensor) -> Any:
     return tensor.device_mesh if isinstance(tensor, DTensor) else tensor.device
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    from torch.distributed.tensor import DTensor
+def _norm(grads: list[torch.Tensor], norm_type: float) -> torch.Tensor:
+    """Give the norm of gradients of one layout."""
+    from torch.distributed.tensor import DTensor, Partial
 
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    first = grads[0]
+    if not isinstance(first, DTensor):
+        return nn.utils.get_total_norm(grads, norm_type)
+    if norm_type != math.inf:
+        norm: DTensor = nn.utils.get_total_norm(grads, norm_type)  # type: ignore[assignment] # of DTensors is one
+        return norm.full_tensor()
+    # PyTorch has no largest element of an empty part, which a rank has of a parameter with fewer rows than ranks.
+    parts = [part for part in map(_local, grads) if part.numel()]
+    largest = nn.utils.get_total_norm(parts, norm_type) if parts else first.to_local().new_zeros(())
+    # Backends may lose a NaN in a maximum; that the norm isn't finite must reach every rank.
+    largest = largest.nan_to_num(nan=math.inf)
+    mesh = first.device_mesh
+    return DTensor.from_local(largest, mesh, [Partial("max")] * mesh.ndim).full_tensor()
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
