@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from pydantic import BaseModel, ConfigDict
 
@@ -55,7 +55,19 @@ VARIABLES: Final[Mapping[str, str]] = {
 
 _SWITCHES: Final = ("FABRIC_PLUGINS", "FABRIC_DISABLE_PLUGINS", "FABRIC_TRACE")
 
-_short: Final = reprlib.Repr()
+
+class _Short(reprlib.Repr):
+    """Shows a value in a message, however large it is."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to write whole numbers of thousands of digits."""
+        return super().repr_int(x, level) if abs(x) < _HUGE else f"a whole number of {x.bit_length()} bits"
+
+
+_HUGE: Final = 10**9
+"""From here on a number is no count, index or name."""
+
+_short: Final = _Short()
 _short.maxlevel = 3
 _short.maxstring = _short.maxother = _short.maxlong = 200
 
@@ -149,9 +161,11 @@ class Request(BaseModel):
             "devices": devices,
             "num_nodes": self.num_nodes,
         }
+        given = {name: value for name, value in given.items() if value not in (_AUTO, DEFAULTS[name])}
         for name in (*_LISTS, "plugins", "callbacks"):
-            given[name] = [_shown(one) if isinstance(one, PluginRef) else one for one in getattr(self, name)]
-        return {name: value for name, value in given.items() if value not in ([], DEFAULTS[name])}
+            if getattr(self, name):
+                given[name] = [_shown(one) if isinstance(one, PluginRef) else one for one in getattr(self, name)]
+        return given
 
 
 def _shown(ref: PluginRef) -> Any:
@@ -284,7 +298,7 @@ def parse_plugin(given: Any, where: str) -> PluginRef:
     if isinstance(given, str):
         return _parse_text(given, where)
     if isinstance(given, int):
-        return _parse_text(str(given) if abs(given) < 10**9 else _short.repr(given), where)
+        return _parse_text(_short.repr(given), where)
     if isinstance(given, Mapping):
         return _parse_mapping(given, where)
     if isinstance(given, type):
@@ -322,7 +336,7 @@ def _parse_part(given: Any, where: str = "plugins") -> Any:
             )
         rest = {key: value for key, value in given.items() if key != "kind"}
         return _parse_mapping(rest, where).model_copy(update={"kind": kind})
-    if given is None or isinstance(given, type | bool | int | float | list | tuple | set):
+    if given is None or isinstance(given, bool | int | float | list | tuple | set):
         raise RequestError(
             f"{where} was given what is neither a plugin nor an extension",
             where=where,
@@ -367,7 +381,7 @@ def _parse_mapping(given: Mapping[Any, Any], where: str) -> PluginRef:
         given.get("distribution"),
         given.get("options", {}),
     )
-    name = str(name) if isinstance(name, int) and not isinstance(name, bool) and abs(name) < 10**9 else name
+    name = str(name) if isinstance(name, int) and not isinstance(name, bool) and abs(name) < _HUGE else name
     if (
         unknown
         or not (isinstance(name, str) and _NAME.fullmatch(name))
@@ -385,7 +399,7 @@ def _parse_mapping(given: Mapping[Any, Any], where: str) -> PluginRef:
 
 
 def _parse_nodes(given: Any, where: str) -> int:
-    if isinstance(given, int) and not isinstance(given, bool) and given >= 1:
+    if isinstance(given, int) and not isinstance(given, bool) and 1 <= given < _HUGE:
         return given
     raise RequestError(
         "num_nodes must be a positive whole number",
@@ -396,9 +410,9 @@ def _parse_nodes(given: Any, where: str) -> int:
 
 
 def _parse_devices(given: Any, where: str) -> int | str | tuple[int, ...]:
-    if isinstance(given, int | str) and not isinstance(given, bool):
-        return given
-    if isinstance(given, Sequence) and all(isinstance(one, int) and not isinstance(one, bool) for one in given):
+    if isinstance(given, str) or _is_number(given):
+        return cast("int | str", given)
+    if isinstance(given, Sequence) and all(_is_number(one) for one in given):
         return tuple(given)
     raise RequestError(
         "devices can't be understood",
@@ -406,6 +420,10 @@ def _parse_devices(given: Any, where: str) -> int | str | tuple[int, ...]:
         got=_short.repr(given),
         instead='a count (devices=2), indices (devices=[0, 1] or "0,1"), -1 or "auto" for all',
     )
+
+
+def _is_number(given: object) -> bool:
+    return isinstance(given, int) and not isinstance(given, bool) and abs(given) < _HUGE
 
 
 def _parse_listed(given: Any, where: str) -> list[PluginRef]:
@@ -463,7 +481,10 @@ def _parse_float(text: str) -> float:
 
 def _value_text(value: Any) -> str:
     if not isinstance(value, str):
-        return json.dumps(value, default=str)
+        try:
+            return json.dumps(value, default=str)
+        except ValueError:  # a circle, or a whole number of thousands of digits: only code can say such
+            return json.dumps(_short.repr(value))
     plain = value == value.strip() and _split(f"{value},") == [value, ""] and '"' not in value
     return value if plain and isinstance(_parse_value(value), str) else json.dumps(value)
 

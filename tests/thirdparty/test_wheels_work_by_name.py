@@ -61,7 +61,7 @@ def environment(make_environment: Callable[[str], Any], built_wheels: list[Path]
 
 
 def test_a_strategy_a_precision_and_an_extension_work_on_two_processes(environment: Any) -> None:
-    """Each is chosen by its name, acts, and stands in the plan with its distribution; they train as one process does."""
+    """Each is chosen by its name, acts, and stands in the plan with its distribution; training equals one process."""
     done = environment.run("train.py")
     assert done.returncode == 0, done.stdout + done.stderr
     both, precision_alone, factor = (json.loads(line) for line in done.stdout.splitlines())

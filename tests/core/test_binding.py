@@ -1,0 +1,205 @@
+"""One owner for each behaviour; everybody else goes round it, and only where asked for."""
+
+from collections.abc import Generator, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from fabric_core import Fabric, around, hookimpl
+from fabric_core.binding import bind, check_extension, owner_of
+from fabric_core.contracts import PrecisionPolicy, Strategy, World
+from fabric_core.errors import FabricError, QuarantinedError, RequestError
+
+
+class Owner(Strategy):
+    def connect(self, world: World, policy: PrecisionPolicy) -> None:
+        pass
+
+    def backward(self, loss: torch.Tensor, arguments: Mapping[str, Any]) -> None:
+        SAID.append("owner")
+
+    def barrier(self, name: str | None) -> None:
+        raise LookupError(name)
+
+
+SAID: list[str] = []
+
+
+class Speaker:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @around.strategy
+    def backward(self) -> Generator[None, Any, Any]:
+        SAID.append(f"{self.name} before")
+        result = yield
+        SAID.append(f"{self.name} after")
+        return result
+
+
+def test_an_unwrapped_behaviour_is_the_owners_own_method() -> None:
+    """The binding holds the bound method itself, so that a call costs what a method call costs."""
+    owner = Owner()
+    bound = bind(owner, [Speaker("one")])
+    assert bound.data_shard == owner.data_shard
+    assert bound.data_shard.__func__ is Strategy.data_shard  # type: ignore[attr-defined]
+    assert bound.backward != owner.backward
+    assert owner_of(bound) is owner
+    assert bound.options is owner.options
+
+
+def test_extensions_go_round_the_owner_the_first_outermost() -> None:
+    """Code before runs in the order given, code after in the other."""
+    SAID.clear()
+    bound = bind(Owner(), [Speaker("one"), Speaker("two")])
+    bound.backward(torch.ones(()), arguments={})
+    assert SAID == ["one before", "two before", "owner", "two after", "one after"]
+
+
+class Changer:
+    @around.strategy
+    def data_shard(self) -> Generator[None, Any, Any]:
+        index, count = yield
+        return index + 1, count + 1
+
+    @around.strategy
+    def barrier(self, name: str) -> Generator[None, Any, Any]:
+        try:
+            return (yield)
+        except LookupError as error:
+            return str(error)
+
+
+def test_an_extension_may_change_the_result_and_catch_what_the_owner_raised() -> None:
+    """What the generator returns is the result; what the owner raises comes out of ``yield``."""
+    bound = bind(Owner(), [Changer()])
+    assert bound.data_shard() == (1, 2)
+    assert bound.barrier("here") == "here"  # type: ignore[func-returns-value]
+
+
+class _Misspelt:
+    @around.strategy
+    def bakward(self, loss: Any) -> Generator[None, Any, Any]:
+        return (yield)
+
+
+class _WrongArgument:
+    @around.strategy
+    def backward(self, los: Any) -> Generator[None, Any, Any]:
+        return (yield)
+
+
+class _Default:
+    @around.strategy
+    def backward(self, loss: Any = None) -> Generator[None, Any, Any]:
+        return (yield)
+
+
+class _NoYield:
+    @around.strategy
+    def backward(self, loss: Any) -> None:
+        pass
+
+
+class _UnknownHook:
+    @hookimpl
+    def launchd(self, world: World) -> None:
+        pass
+
+
+class _HookArgument:
+    @hookimpl
+    def launched(self, word: World) -> None:
+        pass
+
+
+class _Silent:
+    def backward(self, loss: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("extension", "error", "message"),
+    [
+        (_Misspelt(), QuarantinedError, "did you mean backward(self, loss, arguments)?"),
+        (_WrongArgument(), QuarantinedError, "arguments that the behaviour doesn't have: los"),
+        (_Default(), QuarantinedError, "has default values"),
+        (_NoYield(), QuarantinedError, "doesn't yield"),
+        (_UnknownHook(), QuarantinedError, "launched(self, world)"),
+        (_HookArgument(), QuarantinedError, "word"),
+        (_Silent(), RequestError, "@around.<kind> or @hookimpl"),
+        (_Silent, RequestError, "_Silent()"),
+        ("launcher", RequestError, "the kind before the name"),
+        (3, RequestError, "neither a plugin nor an extension"),
+    ],
+)
+def test_a_wrong_extension_fails_at_construction(
+    in_memory: dict[str, Any], extension: Any, error: type[FabricError], message: str
+) -> None:
+    """Misspelt, wrong arguments, nothing marked, no object: each says what to write instead."""
+    with pytest.raises(error) as caught:
+        Fabric(**{**in_memory, "plugins": [*in_memory["plugins"], extension]})
+    assert message in str(caught.value)
+
+
+def test_an_extension_given_twice_is_an_error(in_memory: dict[str, Any]) -> None:
+    """The same object would go round twice, which nobody means."""
+    one = Changer()
+    with pytest.raises(RequestError, match="one extension twice"):
+        Fabric(**{**in_memory, "plugins": [one, one]})
+
+
+def test_a_kind_that_is_not_there_cannot_be_wrapped() -> None:
+    """``@around.stratgy`` fails where it is written."""
+    with pytest.raises(AttributeError, match="there is no kind 'stratgy' to wrap; there are: accelerator, strategy"):
+        around.stratgy  # noqa: B018
+
+
+class _Few(Owner):
+    def backward(self, loss: torch.Tensor) -> None:  # type: ignore[override]
+        pass
+
+
+def test_an_instance_that_breaks_the_signature_is_refused(in_memory: dict[str, Any]) -> None:
+    """An instance never passed the registry, so that binding checks it."""
+    with pytest.raises(QuarantinedError) as caught:
+        Fabric(**{**in_memory, "strategy": _Few()})
+    assert "got:     backward(self, loss" in str(caught.value)
+    assert "instead: backward(self, loss, arguments), without default values" in str(caught.value)
+
+
+class _Devices:
+    @around.accelerator
+    def parse_devices(self) -> Generator[None, Any, Any]:
+        yield
+        return [1]
+
+
+def test_an_extension_goes_round_what_the_plan_asks_too(in_memory: dict[str, Any]) -> None:
+    """Behaviours that resolution calls are wrapped as all others are."""
+    fabric = Fabric(**{**in_memory, "plugins": [*in_memory["plugins"], _Devices()]})
+    assert fabric.plan.device_indices == (1,)
+    assert [choice.name for choice in fabric.plan.extensions] == ["_Devices"]
+
+
+def test_a_sound_extension_passes_the_check() -> None:
+    """Nothing is refused that keeps the rules."""
+    check_extension(Speaker("one"))
+
+
+def test_tracing_prints_each_call(
+    in_memory: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With FABRIC_TRACE=1 each contract call is a line with rank, plugin and time; what raised says so."""
+    monkeypatch.setenv("FABRIC_TRACE", "1")
+    with Fabric(**in_memory) as fabric:
+        fabric.launch()
+        fabric.backward(torch.ones((), requires_grad=True))
+        with pytest.raises(RuntimeError):
+            fabric.backward(torch.ones(()))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "backward" in line]
+    assert len(lines) == 2
+    assert lines[0].startswith("[fabric, rank 0] strategy Alone.backward: ")
+    assert lines[0].endswith(" ms")
+    assert lines[1].endswith(", raised RuntimeError")
