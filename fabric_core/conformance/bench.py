@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Final
 
 import torch
@@ -122,6 +123,19 @@ class Place:
     def plugin(self) -> Any:
         """Make a new plugin."""
         return self.subject.make()
+
+    @contextmanager
+    def oracle(self) -> Iterator[Any]:
+        """Open a process group of the kit's own, beside whatever group the plugin has."""
+        import torch.distributed as dist
+
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
+        call = dist.PrefixStore(f"oracle/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        group = dist.ProcessGroupGloo(call, self.rank, self.world_size, timedelta(seconds=60))
+        try:
+            yield group
+        finally:
+            group.shutdown()
 
     @contextmanager
     def fabric(self, **parts: Plugin) -> Iterator[Fabric]:
