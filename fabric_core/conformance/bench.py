@@ -1,6 +1,7 @@
 """Where rules are checked: the driver's bench, and each rank's place at it."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -84,7 +85,10 @@ def _measure(function: Callable[..., Any], place: "Place", args: tuple[Any, ...]
     """Run a measurement in a rank, and clear away what a wrong plugin left, so that the next one starts clean."""
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     try:
-        return function(place, *args)
+        with warnings.catch_warnings():
+            # Every rank would print them again.
+            warnings.simplefilter("ignore")
+            return function(place, *args)
     finally:
         import torch.distributed as dist
 

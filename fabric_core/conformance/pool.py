@@ -113,14 +113,17 @@ class RankPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "fabric_core.fabric"])
+        # Optimizers import torch._dynamo when they first step: a second for each rank of each pool.
+        context.set_forkserver_preload(["torch", "torch._dynamo", "fabric_core.fabric", "fabric_core.conformance"])
         self._store = TCPStore(_ADDRESS, 0, is_master=True, wait_for_workers=False)
         self._folder = tempfile.TemporaryDirectory(prefix="fabric-pool-")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             stacks = Path(self._folder.name) / f"rank-{rank}"
             process = context.Process(
-                target=_serve, args=(rank, self.world_size, self._store.port, theirs, str(stacks)), daemon=True
+                target=_serve,
+                args=(rank, self.world_size, self._store.port, theirs, str(stacks), self._timeout),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -171,7 +174,7 @@ class RankPool:
         self.close()
 
 
-def _serve(rank: int, world_size: int, port: int, connection: Connection, stacks: str) -> None:
+def _serve(rank: int, world_size: int, port: int, connection: Connection, stacks: str, timeout: float) -> None:
     """Run what comes through the pipe until it closes."""
     environment = {
         "RANK": str(rank),
@@ -187,7 +190,6 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, stacks
     import torch
 
     torch.set_num_threads(1)
-    timeout = float(os.environ.get("FABRIC_TIMEOUT_SCALE", "1")) * 60.0
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
             call, function, args = pickle.loads(connection.recv_bytes())  # noqa: S301 - from our own driver

@@ -2,12 +2,15 @@
 
 import contextlib
 import io
+import json
 import os
 import pickle
 import re
+import subprocess
 import sys
 import threading
 import warnings
+from functools import lru_cache
 from importlib import import_module
 from typing import Any, Final
 
@@ -58,15 +61,33 @@ def _changed(before: dict[str, Any]) -> list[str]:
     return [name for name in before if before[name] != after[name]]
 
 
-def _import(place: Place) -> tuple[list[str], int, str]:
-    """Import the plugin's module in this new process; say what changed, what came along, and what was printed."""
-    module = place.subject.value.partition(":")[0]
-    # The packages above it are others' plugins' too, and the kit's own lies in this process already.
+@lru_cache(maxsize=64)
+def _imported(module: str) -> tuple[list[str], int, str]:
+    """Import a module in a new interpreter; say what changed, how many modules came along, and what was printed.
+
+    Raises:
+        Broken: It can't be imported.
+    """
+    program = f"from {__name__} import report_import; report_import({module!r})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise Broken(f"importing {module} fails:\n{done.stderr}")
+    changed, count, printed = json.loads(done.stdout)
+    return changed, count, printed
+
+
+def report_import(module: str) -> None:
+    """Do the importing for ``_imported``, and print what was seen as JSON."""
     before, known = _surroundings(), set(sys.modules)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         import_module(module)
-    return _changed(before), len(set(sys.modules) - known), printed.getvalue()
+    json.dump([_changed(before), len(set(sys.modules) - known), printed.getvalue()], sys.stdout)
+
+
+def _import(bench: Bench) -> tuple[list[str], int, str]:
+    return _imported(bench.subject.value.partition(":")[0])
 
 
 @TABLE.rule(
@@ -88,7 +109,7 @@ def _name(bench: Bench) -> None:
     advice="move what the module does on import into the methods that need it",
 )
 def _import_is_pure(bench: Bench) -> None:
-    changed, _, _ = bench.fresh(_import)
+    changed, _, _ = _import(bench)
     if changed:
         raise Broken(f"importing {bench.subject.value.partition(':')[0]} changes {', '.join(changed)}")
 
@@ -101,7 +122,7 @@ def _import_is_pure(bench: Bench) -> None:
     level=Level.SHOULD,
 )
 def _import_is_silent(bench: Bench) -> None:
-    _, _, printed = bench.fresh(_import)
+    _, _, printed = _import(bench)
     if printed:
         raise Broken(f"it printed {printed[:200]!r}")
 
@@ -114,7 +135,7 @@ def _import_is_silent(bench: Bench) -> None:
     level=Level.SHOULD,
 )
 def _import_is_light(bench: Bench) -> None:
-    _, count, _ = bench.fresh(_import)
+    _, count, _ = _import(bench)
     if count > _HEAVY:
         raise Broken(f"it brings {count} modules")
 
