@@ -5,6 +5,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import socket
 import sys
 import tempfile
 import time
@@ -115,7 +116,13 @@ class RankPool:
         context = multiprocessing.get_context("forkserver")
         # Optimizers import torch._dynamo when they first step: a second for each rank of each pool.
         context.set_forkserver_preload(["torch", "torch._dynamo", "fabric_core.fabric", "fabric_core.conformance"])
-        self._store = TCPStore(_ADDRESS, 0, is_master=True, wait_for_workers=False)
+        # An IPv4 socket of our own: on a dual one PyTorch looks up the name of each mapped address that connects, and
+        # a resolver that doesn't know it may take seconds.
+        listener = socket.create_server((_ADDRESS, 0), backlog=128)
+        port = listener.getsockname()[1]
+        self._store = TCPStore(
+            _ADDRESS, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
         self._folder = tempfile.TemporaryDirectory(prefix="fabric-pool-")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
