@@ -77,7 +77,8 @@ def _run(pool: RankPool, place: "Place", function: Callable[..., Any], args: tup
     try:
         return pool.run(_measure, function, place, args)
     except RankRaised as error:
-        last = error.trace.strip().splitlines()[-1]
+        # The message of an error may go on in indented lines.
+        last = [line for line in error.trace.strip().splitlines() if line[:1].strip()][-1]
         raise Broken(f"rank {error.rank} raised {last}\n{error.trace}") from None
 
 
