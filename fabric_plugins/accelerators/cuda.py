@@ -51,6 +51,10 @@ class CUDAAccelerator(Accelerator):
         """Count the GPUs that ``CUDA_VISIBLE_DEVICES`` lets this process see; asks the driver's library alone."""
         return torch.cuda.device_count()
 
+    def is_started(self) -> bool:
+        """Whether this process has a CUDA context."""
+        return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
     def devices(self, indices: Sequence[int]) -> list[torch.device]:
         """Give the GPU of each index."""
         return [torch.device("cuda", index) for index in indices]

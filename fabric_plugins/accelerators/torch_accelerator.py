@@ -55,6 +55,11 @@ class TorchAccelerator(Accelerator):
             return 0
         return torch.accelerator.device_count()
 
+    def is_started(self) -> bool:
+        """What the device type's own module says; one that doesn't tell is taken not to be."""
+        started = getattr(torch.get_device_module(self.device_type), "is_initialized", None)
+        return self.device_count() > 0 and started is not None and bool(started())
+
     def devices(self, indices: Sequence[int]) -> list[torch.device]:
         """Give the device of each index."""
         return [torch.device(self.device_type, index) for index in indices]

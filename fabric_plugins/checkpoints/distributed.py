@@ -7,14 +7,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import metadata as described
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from fabric_core.contracts import Checkpoint, CheckpointCapabilities
 from fabric_core.errors import CheckpointError
@@ -61,7 +58,7 @@ class DistributedCheckpoint(Checkpoint):
         try:
             _on_rank_zero(prepare)
             with _quiet():
-                save({keys[way]: tensor for way, tensor in tensors.items()}, checkpoint_id=aside)
+                _dcp().save({keys[way]: tensor for way, tensor in tensors.items()}, checkpoint_id=aside)
             _on_rank_zero(finish)
         except Exception as error:
             if _rank() == 0:
@@ -80,7 +77,7 @@ class DistributedCheckpoint(Checkpoint):
         outlined = {}
         for way, key in kept["tensors"].items():
             one = metadata.state_dict_metadata.get(key)
-            if not isinstance(one, described.TensorStorageMetadata):
+            if not isinstance(one, _dcp().TensorStorageMetadata):
                 raise CheckpointError("the checkpoint lacks a tensor", where=str(path), got=key)
             outlined[way] = torch.empty(one.size, dtype=one.properties.dtype, device="meta")
         return _joined(kept["plain"], outlined)
@@ -95,17 +92,17 @@ class DistributedCheckpoint(Checkpoint):
             tensors[way] = own.detach() if fits else torch.empty_like(outlined, device="cpu")
         try:
             with _quiet():
-                load(
+                _dcp().load(
                     {kept["tensors"][way]: tensor for way, tensor in tensors.items()},
-                    storage_reader=_Reader(path),
+                    storage_reader=_dcp().Reader(path),
                 )
         except Exception as error:
             raise CheckpointError("the checkpoint can't be read", where=str(path), got=_first_line(error)) from error
         return _joined(kept["plain"], tensors)
 
-    def _described(self, path: Path) -> tuple[dict[str, Any], described.Metadata]:
+    def _described(self, path: Path) -> tuple[dict[str, Any], Any]:
         try:
-            return torch.load(path / _TREE, weights_only=True), _Reader(path).read_metadata()
+            return torch.load(path / _TREE, weights_only=True), _dcp().Reader(path).read_metadata()
         except FileNotFoundError as error:
             raise CheckpointError("there is no checkpoint, or only a part of one", where=str(path)) from error
         except pickle.UnpicklingError as error:
@@ -118,40 +115,11 @@ class DistributedCheckpoint(Checkpoint):
             raise CheckpointError("the checkpoint can't be read", where=str(path), got=_first_line(error)) from error
 
 
-class _Reader(FileSystemReader):
-    """Reads the metadata without running code: it is a pickle, of which only its own data classes are made."""
+def _dcp() -> ModuleType:
+    """Import what writes and reads when something is written or read: it brings FSDP with it."""
+    from fabric_plugins.checkpoints import _dcp as module
 
-    def read_metadata(self, *_args: Any, **_kwargs: Any) -> described.Metadata:
-        with (Path(self.path) / _METADATA).open("rb") as file:
-            metadata = _DataOnly(file).load()
-        if not isinstance(metadata, described.Metadata):
-            raise pickle.UnpicklingError(f"the metadata is a {type(metadata).__name__}")
-        return metadata
-
-
-class _DataOnly(pickle.Unpickler):
-    _MODULES: Final = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _OTHERS: Final = frozenset(
-        {
-            ("collections", "OrderedDict"),
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("pathlib", "Path"),
-            ("pathlib", "PosixPath"),
-            ("pathlib", "WindowsPath"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._OTHERS:
-            return super().find_class(module, name)
-        if module in self._MODULES and "." not in name:
-            found = super().find_class(module, name)
-            if isinstance(found, type) and found.__module__ == module:
-                return found
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise pickle.UnpicklingError(f"the metadata asks for {module}.{name}, which is no data")
+    return module
 
 
 def _parted(tree: Mapping[Any, Any], above: _Way = ()) -> tuple[dict[_Way, torch.Tensor], dict[_Way, Any]]:

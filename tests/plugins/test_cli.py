@@ -1,0 +1,157 @@
+"""The command line says what is installed, what it declares, and why it would be chosen."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fabric_core import Fabric, cli
+from fabric_core.errors import FabricError
+from fabric_core.request import DEFAULTS, read_file
+
+
+def _run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["fabric", *arguments])
+    monkeypatch.setenv("COLUMNS", "250")
+    code: Any = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = end.code or 0
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def fabric(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Give a function that runs the command and returns exit code, output and errors."""
+    return lambda *arguments: _run(capsys, monkeypatch, *arguments)
+
+
+def test_listing_has_every_plugin_with_its_distribution(fabric: Any) -> None:
+    """Kind, name, distribution, version and place, as a table and as JSON."""
+    code, out, _ = fabric("plugins", "list", "--json")
+    offers = json.loads(out)
+    assert code == 0
+    assert {"kind": "strategy", "name": "ddp", "distribution": "fabric-registry", "version": "0.1.0",
+            "value": "fabric_plugins.strategies.ddp:DDPStrategy"} in offers  # fmt: skip
+    _, table, _ = fabric("plugins", "list")
+    assert all(offer["name"] in table and offer["value"] in table for offer in offers)
+
+
+def test_showing_has_options_declarations_and_presets(fabric: Any) -> None:
+    """Each option with type, default and meaning; an alias with what it presets."""
+    _, out, _ = fabric("plugins", "show", "ddp", "--json")
+    (ddp,) = json.loads(out)
+    kind, default, meaning = ddp["options"]["static_graph"]
+    assert (kind, default) == ("bool", "False")
+    assert "never changes" in meaning
+    assert ddp["declares"]["wraps_forward"] is True
+    _, out, _ = fabric("plugins", "show", "DDP_spawn", "--json")
+    assert json.loads(out)[0]["preset"] == {"start_method": "spawn"}
+    _, text, _ = fabric("plugins", "show", "fabric-registry/ddp")
+    assert "static_graph" in text
+    assert "wraps_forward" in text
+
+
+def test_why_answers_for_the_chosen_the_rejected_and_the_alias(fabric: Any) -> None:
+    """The reason comes from the plan of the request that is asked about."""
+    asked = ("--accelerator", "cpu", "--devices", "2")
+    assert "strategy ddp: chosen, the highest priority that fits" in fabric("plugins", "why", "ddp", *asked)[1]
+    assert "not chosen, it declares at most 1 process" in fabric("plugins", "why", "single_device", *asked)[1]
+    assert "not chosen, it is another name" in fabric("plugins", "why", "ddp_spawn", *asked)[1]
+    _, out, _ = fabric("plugins", "why", "ddp", *asked, "--strategy", "fsdp", "--json")
+    assert json.loads(out)[0]["reason"] == "the request leaves it out: fsdp"
+
+
+def test_explaining_gives_the_plan_of_fabric(fabric: Any, tmp_path: Path) -> None:
+    """As JSON it is what ``fabric.plan.as_dict()`` gives for the same request, which may come from a file too."""
+    path = tmp_path / "run.toml"
+    path.write_text('accelerator = "cpu"\nstrategy = "ddp:static_graph=true"\ndevices = 2\n')
+    code, out, _ = fabric("explain", "--config", str(path), "--precision", "bf16-mixed", "--json")
+    assert code == 0
+    assert json.loads(out) == Fabric.from_config(path, precision="bf16-mixed").plan.as_dict()
+    _, table, _ = fabric("explain", "--config", str(path))
+    assert "ddp:static_graph=true" in table
+    assert "2 process(es), devices [0, 1]" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("explain", "--strategy", "dpp"), "did you mean 'ddp'"),
+        (("explain", "--config", "absent.toml"), "can't be read"),
+        (("plugins", "show", "dpp"), "did you mean 'ddp"),
+        (("plugins", "why", "nothing-like-it"), "`fabric plugins list` shows all"),
+        (("explain", "--accelerator", "cpu", "--strategy", "single_device", "--devices", "2"), "devices=1"),
+    ],
+)
+def test_an_error_is_a_message_and_exit_code_2(fabric: Any, arguments: tuple[str, ...], message: str) -> None:
+    """No traceback: what is wrong and what to write, on standard error."""
+    code, out, err = fabric(*arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in out + err
+
+
+def _fits(schema: Any, value: Any, root: Any) -> bool:
+    """Judge by the words of JSON Schema that ours uses; an oracle that goes round what made the schema."""
+    import re
+
+    if "$ref" in schema:
+        for part in schema["$ref"].split("/")[1:]:
+            root = root[part]
+        return _fits(root, value, root)
+    kinds: dict[str, Any] = {"object": dict, "array": list, "string": str, "integer": int, "null": type(None)}
+    kinds["number"] = (int, float)
+    typed = isinstance(value, kinds.get(schema.get("type", "object"), object)) and not isinstance(value, bool)
+    checks = [
+        "anyOf" not in schema or any(_fits(one, value, root) for one in schema["anyOf"]),
+        "const" not in schema or value == schema["const"],
+        "enum" not in schema or value in schema["enum"],
+        "type" not in schema or (isinstance(value, bool) if schema["type"] == "boolean" else typed),
+        "pattern" not in schema or (isinstance(value, str) and re.search(schema["pattern"], value) is not None),
+        "minimum" not in schema or not isinstance(value, int) or value >= schema["minimum"],
+    ]  # fmt: skip
+    if isinstance(value, dict):
+        known = schema.get("properties", {})
+        checks.append(set(schema.get("required", [])) <= set(value))
+        checks.append(schema.get("additionalProperties") is not False or set(value) <= set(known))
+        checks += [_fits(known[name], part, root) for name, part in value.items() if name in known]
+    if isinstance(value, list) and "items" in schema:
+        checks += [_fits(schema["items"], part, root) for part in value]
+    return all(checks)
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ('strategy = "ddp"\ndevices = 2\nprecision = "bf16-mixed"', True),
+        ('strategy = "fabric-registry/ddp:static_graph=true"', True),
+        ('strategy = {name = "ddp", options = {static_graph = true, bucket_cap_mb = 5.5}}', True),
+        ("precision = 32", True),
+        ('plugins = [{kind = "launcher", name = "elastic"}, "checkpoint=single_file"]', True),
+        ('strategy = "dpp"', False),
+        ('strategy = {name = "ddp", options = {static_grap = true}}', False),
+        ('strategy = {name = "ddp", options = {static_graph = "perhaps"}}', False),
+        ('stratgy = "ddp"', False),
+        ("num_nodes = 0", False),
+        ('plugins = ["elastic"]', False),
+    ],
+)
+def test_the_schema_accepts_what_fabric_accepts(fabric: Any, tmp_path: Path, text: str, good: bool) -> None:
+    """A file fits the schema if, and only if, a ``Fabric`` can be made of it: options of plugins included."""
+    import tomllib
+
+    schema = json.loads(fabric("schema")[1])
+    assert set(schema["properties"]) == set(DEFAULTS) - {"callbacks"}
+    assert _fits(schema, tomllib.loads(text), schema) == good
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    try:
+        Fabric(**{"accelerator": "cpu", **read_file(path)})
+        accepted = True
+    except FabricError:
+        accepted = False
+    assert accepted == good

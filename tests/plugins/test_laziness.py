@@ -1,0 +1,35 @@
+"""What nobody named is not imported: ``sys.modules`` proves it, each time in a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+CASES = {
+    "listing": "sys.argv = ['fabric', 'plugins', 'list']\ntry:\n    cli.main()\nexcept SystemExit:\n    pass",
+    "one device": "Fabric(accelerator='cpu', strategy='single_device')",
+    "one device and a backward pass": (
+        "fabric = Fabric(accelerator='cpu', strategy='single_device', precision='32-true')\n"
+        "model = fabric.setup(torch.nn.Linear(2, 1))\n"  # an optimizer would import FSDP by torch's own compiler
+        "fabric.backward(model(torch.ones(1, 2)).sum())"
+    ),
+}
+
+
+@pytest.mark.parametrize("code", CASES.values(), ids=CASES)
+def test_neither_ddp_nor_fsdp_is_imported(code: str) -> None:
+    """Beyond what ``import torch`` itself brings, there is no module of DDP or FSDP, neither torch's nor ours."""
+    script = (
+        "import json, sys, torch\n"
+        "before = set(sys.modules)\n"
+        "from fabric_core import Fabric, cli\n"
+        f"{code}\n"
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    modules = json.loads(done.stdout.splitlines()[-1])
+    assert "fabric_core.registry" in modules
+    assert [name for name in modules if "ddp" in name or "fsdp" in name or "nn.parallel" in name] == []
+    plugins = [name for name in modules if name.startswith("fabric_plugins.strategies.")]
+    assert plugins == ([] if "list" in code else ["fabric_plugins.strategies.single_device"])
