@@ -113,7 +113,7 @@ X = torch.arange(8.0).reshape(2, 4)
 def test_it_is_compiled_outside_the_strategy(fabric: Callable[..., Fabric], when: str, keyword: bool) -> None:
     """One graph holds the model and the strategy's part, made by the user's compiler with the user's arguments."""
     graphs, net, one = Graphs(), Net(), fabric()
-    given = {"backend": graphs, "fullgraph": True, "dynamic": False}
+    given: Any = {"backend": graphs, "fullgraph": True, "dynamic": False}
 
     def compiled(model: Any) -> Any:
         return torch.compile(model=model, **given) if keyword else torch.compile(model, **given)
@@ -194,7 +194,7 @@ def test_a_marked_method_can_be_compiled(fabric: Callable[..., Fabric]) -> None:
     graphs, net, one = Graphs(), Net(), fabric()
     model = one.setup(net)
     model.mark_forward_method("generate")
-    compiled = torch.compile(model.generate, backend=graphs, fullgraph=True)
+    compiled: Any = torch.compile(model.generate, backend=graphs, fullgraph=True)
     torch.testing.assert_close(compiled(X), net.generate(X) + added(one))
     assert len(graphs.seen) == 1
 
