@@ -1,5 +1,6 @@
 """Tells a raw ``loss.backward()`` where only ``fabric.backward(loss)`` gives right gradients."""
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,6 +102,10 @@ class _Tie(Function):
     @staticmethod
     def jvp(_ctx: Any, tangent: torch.Tensor, _leaf: torch.Tensor | None) -> torch.Tensor:
         return tangent
+
+
+# `apply` asks for it each time, and working it out takes longer than all the rest.
+_Tie.forward.__signature__ = inspect.signature(_Tie.forward)  # type: ignore[attr-defined]
 
 
 def backward_guard(strategy: Strategy, precision: Precision) -> BackwardGuard | None:

@@ -8,9 +8,10 @@ or another optimizer ended an iteration, in between. The factors are powers of t
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar, Final, cast
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import Field
@@ -112,12 +113,9 @@ class Float16MixedPrecision(_MixedPrecision):
         self._all_reduce: Callable[[torch.Tensor, Any | None, str], torch.Tensor] | None = None
         self._losses = 0
         """How many losses were scaled."""
-        self._stepped_at: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
-        """For each optimizer, how many losses were scaled when it last stepped."""
-        self._unscaled: WeakSet[Optimizer] = WeakSet()
-        """The optimizers whose outstanding gradients have their true size."""
-        self._found: WeakKeyDictionary[Optimizer, torch.Tensor] = WeakKeyDictionary()
-        """What was found in the outstanding gradients of an optimizer in this iteration, on this rank."""
+        self._progress: WeakKeyDictionary[Optimizer, _Progress] = WeakKeyDictionary()
+        self._looked = False
+        """Whether outstanding gradients may have their true size."""
         self._overflowed: bool | None = None
         """Whether a step of this iteration was skipped; ``None`` before the first step with gradients."""
 
@@ -127,25 +125,25 @@ class Float16MixedPrecision(_MixedPrecision):
 
     def setup_optimizer(self, optimizer: Optimizer) -> None:
         """Know it before its first step, because its gradients may be outstanding by then."""
-        self._stepped_at.setdefault(optimizer, 0)
+        self._progress.setdefault(optimizer, _Progress())
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """End the iteration whose steps were taken, and scale the loss."""
         if self._overflowed is not None:
             self._end_iteration()
-        elif self._unscaled:
+        elif self._looked:
             self._rescale(lambda: None)
         self._losses += 1
         return self._scaler.scale(loss)
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the scale, once, and look for an overflow."""
-        if optimizer in self._unscaled or not self._is_outstanding(optimizer):
+        progress = self._progress.setdefault(optimizer, _Progress())
+        if progress.unscaled or progress.losses == self._losses:
             return
         found = self._scaler.look(optimizer)
-        earlier = self._found.get(optimizer)
-        self._found[optimizer] = found if earlier is None else torch.maximum(found, earlier)
-        self._unscaled.add(optimizer)
+        progress.found = found if progress.found is None else torch.maximum(found, progress.found)
+        progress.unscaled = self._looked = True
 
     def optimizer_step(
         self,
@@ -202,12 +200,11 @@ class Float16MixedPrecision(_MixedPrecision):
         self._rescale(lambda: self._scaler.load_state_dict({**state, **own}))
         self._overflowed = None
 
-    def _is_outstanding(self, optimizer: Optimizer) -> bool:
-        return self._stepped_at.get(optimizer, 0) != self._losses
-
     def _may_step(self, optimizer: Optimizer) -> bool:
         """Say whether no gradient overflowed, on any rank; count the step as taken."""
-        if not self._is_outstanding(optimizer):
+        self.unscale_gradients(optimizer)
+        progress = self._progress[optimizer]
+        if progress.losses == self._losses:
             if next(_gradients(optimizer), None) is not None:
                 raise MisuseError(
                     "the gradients don't come from a scaled loss, or the optimizer has stepped on them before",
@@ -215,13 +212,13 @@ class Float16MixedPrecision(_MixedPrecision):
                     instead="fabric.backward(loss) before each step, in the place of loss.backward()",
                 )
             return True
-        self.unscale_gradients(optimizer)
-        found = self._found.pop(optimizer)
+        found = progress.found
+        if found is None:
+            raise AssertionError("gradients were unscaled, and nobody looked at them")
         if self._all_reduce is not None:
             found = self._all_reduce(found, None, "max")
         verdict = found.item()
-        self._unscaled.discard(optimizer)
-        self._stepped_at[optimizer] = self._losses
+        progress.losses, progress.unscaled, progress.found = self._losses, False, None
         if verdict != _NO_GRADIENTS:
             self._overflowed = bool(self._overflowed) or verdict >= _OVERFLOW
         return verdict < _OVERFLOW
@@ -230,20 +227,42 @@ class Float16MixedPrecision(_MixedPrecision):
         overflowed = bool(self._overflowed)
         self._overflowed = None
         self._rescale(lambda: self._scaler.settle(overflowed=overflowed))
-        self._found.clear()
+        for progress in self._progress.values():
+            progress.found = None
 
     def _rescale(self, change: Callable[[], None]) -> None:
         """Change the scale, and bring outstanding gradients to the new one ([Note: outstanding gradients])."""
-        before = self._scaler.current()
+        outstanding = [
+            (progress, gradients)
+            for optimizer, progress in self._progress.items()
+            if progress.losses != self._losses and (gradients := list(_gradients(optimizer)))
+        ]
+        before = self._scaler.current() if outstanding else None
         change()
-        after = self._scaler.current()
+        after = self._scaler.current() if outstanding else None
         if before is not None and after is not None:
-            for optimizer in self._stepped_at:
-                if self._is_outstanding(optimizer):
-                    factor = after if optimizer in self._unscaled else after / before
-                    for gradient in _gradients(optimizer):
-                        gradient.mul_(factor.to(gradient.device))
-        self._unscaled.clear()
+            for progress, gradients in outstanding:
+                factor = after if progress.unscaled else after / before
+                for gradient in gradients:
+                    gradient.mul_(factor.to(gradient.device))
+        for progress in self._progress.values():
+            progress.unscaled = False
+        self._looked = False
+
+
+@dataclass
+class _Progress:
+    """How far an optimizer is.
+
+    Args:
+        losses: How many losses were scaled when it last stepped; its gradients are outstanding while there are more.
+        unscaled: Its outstanding gradients have their true size.
+        found: What was found in them in this iteration, on this rank.
+    """
+
+    losses: int = 0
+    unscaled: bool = False
+    found: torch.Tensor | None = None
 
 
 class _Scaler(GradScaler):
@@ -253,29 +272,36 @@ class _Scaler(GradScaler):
         """Divide the gradients by the scale, and give what was found in them, as a scalar."""
         self._per_optimizer_states.clear()
         self.unscale_(optimizer)
-        found = list(self._found_inf_per_device(optimizer).values())
-        if not found:
-            return self._scalar(_NO_GRADIENTS)
-        # Where the scale is, whether or not a rank has gradients: the ranks must agree on that to compare.
-        return torch.stack([one.to(self._scalar(0).device) for one in found]).amax()
+        scale = self._made()
+        # Where the scale is, whatever this rank's gradients are: the ranks must agree on the device to compare.
+        found: list[torch.Tensor] = [one.to(scale.device) for one in self._found_inf_per_device(optimizer).values()]
+        if len(found) == 1:
+            return found[0]
+        return torch.stack(found).amax() if found else torch.full_like(scale, _NO_GRADIENTS)
 
     def settle(self, *, overflowed: bool) -> None:
         """Update the scale after an iteration."""
-        found = self._scalar(float(overflowed))
+        scale = self._made()
         self._per_optimizer_states.clear()
-        self._per_optimizer_states[0]["found_inf_per_device"] = {found.device: found}
+        self._per_optimizer_states[0]["found_inf_per_device"] = {
+            scale.device: torch.full_like(scale, float(overflowed)),
+        }
         self.update()
 
     def current(self) -> torch.Tensor | None:
         """Give the scale as a scalar of its own; ``None`` before the first loss."""
         return None if self._scale is None else self._scale.clone()
 
-    def _scalar(self, value: float) -> torch.Tensor:
-        if self._scale is None:
+    def _made(self) -> torch.Tensor:
+        scale: torch.Tensor | None = self._scale
+        if scale is None:
             raise AssertionError("no loss was scaled yet")
-        return torch.full_like(self._scale, value)
+        return scale
 
     def _unscale_grads_(self, optimizer: Optimizer, *args: Any) -> dict[torch.device, torch.Tensor]:
+        if all(type(one.grad) in _PLAIN for group in optimizer.param_groups for one in group["params"]):
+            return super()._unscale_grads_(optimizer, *args)
+        # PyTorch compares over the mesh of the first gradient alone, and takes no plain gradients beside spread ones.
         carriers = []
         for gradient in _gradients(optimizer):
             carrier = gradient.detach()
@@ -285,6 +311,9 @@ class _Scaler(GradScaler):
         return super()._unscale_grads_(local, *args)
 
 
+_PLAIN: Final = frozenset({torch.Tensor, type(None)})
+
+
 def _gradients(optimizer: Optimizer) -> Iterator[torch.Tensor]:
     """Give this rank's own part of each gradient that there is."""
     for group in optimizer.param_groups:
@@ -292,7 +321,7 @@ def _gradients(optimizer: Optimizer) -> Iterator[torch.Tensor]:
             gradient = parameter.grad
             if gradient is None:
                 continue
-            if type(gradient) is not torch.Tensor:
+            if type(gradient) not in _PLAIN:
                 from torch.distributed.tensor import DTensor
 
                 if isinstance(gradient, DTensor):
