@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-__all__ = ["Reader", "TensorStorageMetadata", "load", "save"]
+__all__ = ["CheckpointException", "Reader", "TensorStorageMetadata", "load", "save"]
 
 
 class Reader(FileSystemReader):

@@ -60,7 +60,7 @@ class DistributedCheckpoint(Checkpoint):
             with _quiet():
                 _dcp().save({keys[way]: tensor for way, tensor in tensors.items()}, checkpoint_id=aside)
             _on_rank_zero(finish)
-        except Exception as error:
+        except (Exception, _dcp().CheckpointException) as error:
             if _rank() == 0:
                 shutil.rmtree(aside, ignore_errors=True)
                 if old.exists() and not path.exists():
@@ -96,7 +96,7 @@ class DistributedCheckpoint(Checkpoint):
                     {kept["tensors"][way]: tensor for way, tensor in tensors.items()},
                     storage_reader=_dcp().Reader(path),
                 )
-        except Exception as error:
+        except (Exception, _dcp().CheckpointException) as error:
             raise CheckpointError("the checkpoint can't be read", where=str(path), got=_first_line(error)) from error
         return _joined(kept["plain"], tensors)
 
@@ -201,4 +201,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, _dcp().CheckpointException):
+        rank, (failure, _) = next(iter(error.failures.items()))
+        return f"on rank {rank}: {_first_line(failure)}"
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -80,7 +80,7 @@ class DDPStrategy(DistributedStrategy):
         }[name]
         try:
             wrapped.register_comm_hook(state, hook)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise SetupError(
                 f"the communication hook {name!r} can't be used here: {error}",
                 where="options of the strategy DDPStrategy",
