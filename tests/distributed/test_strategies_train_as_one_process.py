@@ -196,7 +196,11 @@ def test_float32(strategy: str, recipe: Recipe, two_ranks: RankPool, four_ranks:
     _check(strategy, recipe, two_ranks, four_ranks, atol=1e-5, parameters_atol=5e-5)
 
 
-@pytest.mark.parametrize("recipe", [Recipe("bf16-mixed", clip_norm=0.3, accumulate=2)], ids=str)
+@pytest.mark.parametrize(
+    "recipe",
+    [Recipe("bf16-mixed", clip_norm=0.3, accumulate=2), Recipe("16-mixed", clip_norm=0.3, optimizer="sgd")],
+    ids=str,
+)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_mixed(strategy: str, recipe: Recipe, two_ranks: RankPool, four_ranks: RankPool) -> None:
     """In mixed precision, where sharding computes a little more in 16 bits than autocast does, to 5e-2 and 3e-2."""
