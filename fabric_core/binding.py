@@ -8,7 +8,7 @@ import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any, Final, TypeVar, cast
 
 import pluggy
@@ -68,11 +68,6 @@ def _options(*, wrapper: bool) -> pluggy.HookimplOpts:
     }
 
 
-@lru_cache(maxsize=16)
-def _behaviours(kind: str) -> Mapping[str, tuple[str, ...]]:
-    return behaviours(CONTRACTS[kind])
-
-
 def _wraps(extension: object, name: str) -> str | None:
     """Say of which kind a method of an extension wraps a behaviour, if it does."""
     kind: str | None = getattr(inspect.getattr_static(extension, name, None), _MARK, None)
@@ -112,7 +107,7 @@ def check_extension(extension: object) -> None:
 
 def _check_wrapper(extension: object, name: str, kind: str) -> None:
     method = getattr(type(extension), name)
-    known = _behaviours(kind)
+    known = behaviours(CONTRACTS[kind])
     where = f"{type(extension).__module__}.{type(extension).__qualname__}.{name}"
     if name not in known:
         near = get_close_matches(name, known, n=1)
@@ -173,9 +168,9 @@ def bind(owner: P, extensions: Sequence[object], trace: Trace | None = None) -> 
             got=got,
             instead=expected,
         )
-    names = _behaviours(owner.kind)
+    names = behaviours(contract)
     bound: dict[str, Callable[..., Any]] = {name: getattr(owner, name) for name in names}
-    wrapped = {name for name in names if any(_wraps(one, name) == owner.kind for one in extensions)}
+    wrapped = {name for one in extensions for name in names if _wraps(one, name) == owner.kind}
     if wrapped:
         manager = _Manager(contract)
         for plugin in (owner, *reversed(extensions)):

@@ -108,8 +108,13 @@ class Plugin:
         return f"{type(self).__name__}({given})"
 
 
-def behaviours(contract: type[Any]) -> dict[str, tuple[str, ...]]:
+def behaviours(contract: type[Any]) -> Mapping[str, tuple[str, ...]]:
     """Give the behaviours that a contract specifies, each with the names of its arguments, in order."""
+    return _behaviours(cast("Any", contract))
+
+
+@lru_cache(maxsize=32)
+def _behaviours(contract: type[Any]) -> Mapping[str, tuple[str, ...]]:
     return {
         name: tuple(inspect.signature(method).parameters)[1:]
         for name, method in vars(contract).items()
@@ -132,6 +137,8 @@ def signature_fault(contract: type[Plugin], plugin: type[Any]) -> tuple[str, str
 def _signature_fault(contract: type[Any], plugin: type[Any]) -> tuple[str, str] | None:
     for name, arguments in behaviours(contract).items():
         method = getattr(plugin, name)
+        if method is getattr(contract, name):
+            continue
         shown = ", ".join(("self", *arguments))
         if not callable(method):
             return f"{name} = {method!r}", f"def {name}({shown})"
