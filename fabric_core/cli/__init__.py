@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fabric_core.assembly import plan
-from fabric_core.cli._describe import field_type, meanings
-from fabric_core.errors import FabricError, FabricWarning, UnknownPluginError
+from fabric_core.cli._describe import contract_page, field_type, meanings
+from fabric_core.errors import FabricError, FabricWarning, RequestError, UnknownPluginError
 from fabric_core.launching import environment
 from fabric_core.registry import EXTENSION, GROUPS, Offer, Registry
 from fabric_core.request import Request, fill, read_environment, read_file
@@ -137,6 +137,14 @@ def explain(
         rows.append((choice.kind, shown(choice), choice.distribution, choice.reason, rejected))
     _print_table(("kind", "choice", "from", "because", "instead of"), rows)
     Console().print(f"{chosen.world_size} process(es), devices {list(chosen.device_indices)}")
+
+
+@app.command()
+def contract(kind: str) -> None:
+    """Print the reference of a contract as Markdown: what a plugin of a kind, or an extension, must and may have."""
+    if kind not in GROUPS:
+        raise RequestError("there is no such kind", got=kind, instead=f"one of {', '.join(GROUPS)}")
+    typer.echo(contract_page(kind).rstrip())
 
 
 @app.command()

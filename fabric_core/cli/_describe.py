@@ -1,14 +1,19 @@
-"""What a model's fields mean: the text that stands below each in the source."""
+"""Contracts and options in words: taken from what stands in the source."""
 
 import ast
 import inspect
+import re
 import textwrap
 from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel
 
-__all__ = ["field_type", "meanings"]
+from fabric_core.contracts import API_VERSION, CONTRACTS, LifeCycle
+from fabric_core.contracts._spec import behaviours
+from fabric_core.registry import EXTENSION
+
+__all__ = ["contract_page", "field_type", "meanings"]
 
 
 def meanings(model: type[BaseModel]) -> dict[str, str]:
@@ -31,3 +36,76 @@ def field_type(annotation: Any) -> str:
     """Show a type as one writes it."""
     shown = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     return shown.replace("typing.", "").replace("NoneType", "None")
+
+
+def contract_page(kind: str) -> str:
+    """Give the reference page of a contract, or of extensions, as Markdown, from the contract itself."""
+    contract = LifeCycle if kind == EXTENSION else CONTRACTS[kind]
+    lines = [
+        f"# The contract of {'an' if kind[0] in 'aeiou' else 'a'} {kind}",
+        "",
+        f"Written by `fabric contract {kind}` from version {API_VERSION} of the contracts; a test keeps it true.",
+        "",
+        *_prose(inspect.getdoc(contract) or ""),
+        "",
+    ]
+    declared = getattr(contract, "capabilities", None)
+    if declared is not None:
+        lines += [
+            f"## What it declares: `{type(declared).__name__}`",
+            "",
+            "| name | default | meaning |",
+            "|---|---|---|",
+        ]
+        said = meanings(type(declared))
+        for name, info in type(declared).model_fields.items():
+            lines.append(f"| `{name}` | `{_cell(info.default)}` | {_code(said.get(name, ''))} |")
+        lines.append("")
+    properties = {name: one for name, one in vars(contract).items() if isinstance(one, property)}
+    if properties:
+        lines += ["## Properties", ""]
+    for name, one in properties.items():
+        lines += [f"### `{name}`{_must(one.fget)}", "", *_prose(inspect.getdoc(one) or ""), ""]
+    lines += ["## Life-cycle hooks" if kind == EXTENSION else "## Behaviours", ""]
+    for name, arguments in behaviours(contract).items():
+        method = vars(contract)[name]
+        lines += [
+            f"### `{name}({', '.join(arguments)})`{_must(method)}",
+            "",
+            *_prose(inspect.getdoc(method) or ""),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _must(method: Any) -> str:
+    return ": required" if getattr(method, "__isabstractmethod__", False) else ""
+
+
+def _cell(value: Any) -> str:
+    return str(sorted(value) if isinstance(value, frozenset) else value)
+
+
+def _code(text: str) -> str:
+    return text.replace("``", "`").replace("|", "\\|")
+
+
+def _prose(docstring: str) -> list[str]:
+    """Turn a docstring into Markdown: its sections become lists."""
+    lines: list[str] = []
+    section = ""
+    for line in _code(docstring).splitlines():
+        heading = re.fullmatch(r"(Args|Returns|Raises):", line)
+        if heading is not None:
+            section = {"Args": "Arguments", "Returns": "Returns", "Raises": "Raises"}[heading[1]]
+            lines += [f"{section}:", ""]
+        elif not section:
+            lines.append(line)
+        elif re.match(r"    \w+: ", line) and section != "Returns":
+            name, _, text = line.strip().partition(": ")
+            lines.append(f"- `{name}`: {text}")
+        elif section == "Returns" and re.match(r"    \S", line) and lines[-1] == "":
+            lines.append(f"- {line.strip()}")
+        else:
+            lines.append(f"  {line.strip()}" if line.strip() else "")
+    return [line.rstrip() for line in lines]
