@@ -13,7 +13,6 @@ import json
 import math
 import re
 import reprlib
-import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -84,7 +83,7 @@ class PluginRef(BaseModel):
         source: Where it was named: an argument, a variable, a file.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, defer_build=True)
 
     name: str
     distribution: str | None = None
@@ -110,7 +109,7 @@ class PluginRef(BaseModel):
 class Request(BaseModel):
     """What the user asked for. Says nothing of what is possible here."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, defer_build=True)
 
     accelerator: PluginRef
     strategy: PluginRef
@@ -230,6 +229,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
             "the configuration file can't be read", where=where, got=str(error), instead="an existing file"
         ) from error
     try:
+        import tomllib
+
         content = tomllib.loads(data.decode()) if path.suffix == ".toml" else _read_yaml(data.decode())
     except NotInstalledError:
         raise

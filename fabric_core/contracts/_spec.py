@@ -39,7 +39,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 class PluginOptions(BaseModel):
     """The options of a plugin: a pydantic model that refuses what it doesn't know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, defer_build=True)
 
 
 class Plugin:

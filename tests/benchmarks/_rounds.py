@@ -1,5 +1,6 @@
 """Interleaved measuring: every contestant runs once a round, so that a slow moment hits all alike."""
 
+import os
 import statistics
 import subprocess
 import sys
@@ -30,8 +31,10 @@ def medians(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict
 
 def command_seconds(*arguments: str) -> float:
     """Run this interpreter in a fresh process and give the wall time in seconds; a failure is shown and raised."""
+    # What was imported once is compiled, as it is once it is installed: the round that warms up writes it.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
     if done.returncode != 0:
         raise RuntimeError(f"the benchmarked command failed:\n{done.stderr}")
