@@ -1,7 +1,7 @@
 """The façade: everything a training script calls, in the order of a script's life."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, Self
@@ -58,6 +58,8 @@ from fabric_core.wrapping import (
 
 __all__ = ["Fabric"]
 
+_BACKWARD: Final = ("gradient", "retain_graph", "create_graph", "inputs")
+"""The arguments of ``torch.Tensor.backward``, in order."""
 _TIMEOUT: Final = timedelta(minutes=30)
 
 
@@ -512,12 +514,14 @@ class Fabric:
             model: The model that it came from; needed by strategies that have an engine for each model.
             kwargs: As for ``torch.Tensor.backward``.
         """
-        arguments = {
-            **dict(zip(("gradient", "retain_graph", "create_graph", "inputs"), args, strict=False)),
-            **kwargs,
-        }
-        with self._guard.opened() if self._guard is not None else nullcontext():
-            self._strategy.backward(self._precision.scale_loss(tensor), arguments)
+        if args:
+            kwargs.update(zip(_BACKWARD[: len(args)], args, strict=True))
+        loss = self._precision.scale_loss(tensor)
+        if self._guard is None:
+            self._strategy.backward(loss, kwargs)
+        else:
+            with self._guard.opened():
+                self._strategy.backward(loss, kwargs)
 
     def clip_gradients(
         self,

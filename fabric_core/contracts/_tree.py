@@ -38,8 +38,7 @@ def map_tree(
     if kind is list:
         return _map_items(data, enumerate(data), function, objects)
     if kind is tuple:
-        mapped = _map_items(data, enumerate(data), function, objects)
-        return data if mapped is data else tuple(mapped)
+        return tuple(_map_items(data, enumerate(data), function, objects))
     return _map_object(data, function, objects)
 
 

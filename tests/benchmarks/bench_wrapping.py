@@ -153,7 +153,7 @@ def main() -> None:
     for case, prepare in CASES.items():
         found = medians({name: partial(microseconds, prepare(setup)) for name, setup in SETUPS.items()}, rounds)
         base = found["plain PyTorch"]
-        rows.append([case, f"{base:.2f}", *[f"+{found[name] - base:.2f}" for name in list(SETUPS)[1:]]])
+        rows.append([case, f"{base:.2f}", *[f"{found[name] - base:+.2f}" for name in list(SETUPS)[1:]]])
     print(table("Added microseconds per call", ["call", *SETUPS], rows))
 
 

@@ -54,6 +54,9 @@ class Numbers(Dataset[int]):
         return index
 
 
+DATA = Numbers()
+
+
 class Stream(IterableDataset[int]):
     def __iter__(self) -> Iterator[int]:
         return iter(range(5))
@@ -243,6 +246,9 @@ def test_workers_and_single_samples_are_kept(half: Fabric) -> None:
     loader = half.setup_dataloaders(load(num_workers=1, persistent_workers=True, prefetch_factor=3))
     assert (loader.num_workers, loader.persistent_workers, loader.prefetch_factor) == (1, True, 3)
     assert values(loader) == values(loader) == [1, 3, 5, 7, 9]
+    original = load(num_workers=1, persistent_workers=True)
+    assert values(original) == list(range(10))
+    assert values(half.setup_dataloaders(original)) == [1, 3, 5, 7, 9]
     single = half.setup_dataloaders(load(batch_size=None))
     assert single.batch_sampler is None
     assert values(single) == [1, 3, 5, 7, 9]
@@ -281,25 +287,19 @@ class Renaming(DataLoader[int]):
     [
         load(sampler=SubsetRandomSampler([1, 2])),
         load(sampler=WeightedRandomSampler([1.0] * 10, 10)),
-        load(sampler=RandomSampler(Numbers(), replacement=True)),
+        load(DATA, sampler=RandomSampler(DATA, replacement=True)),
+        load(DATA, sampler=RandomSampler(DATA, num_samples=4)),
         load(sampler=[3, 1, 2]),
         load(sampler=SequentialSampler(range(3))),
         DataLoader(Numbers(), batch_sampler=OwnBatches()),
         Renaming(Numbers()),
     ],
-    ids=["subset", "weighted", "replacement", "list", "other source", "batches", "kept elsewhere"],
+    ids=["subset", "weighted", "replacement", "fewer", "list", "other source", "batches", "kept elsewhere"],
 )
 def test_an_order_that_can_not_be_divided_is_refused(half: Fabric, original: Any) -> None:
     """Nothing is guessed: the error says what to write."""
     with pytest.raises(SetupError, match="use_distributed_sampler=False"):
         half.setup_dataloaders(original)
-
-
-def test_a_shuffle_of_a_part_of_the_data_is_refused(half: Fabric) -> None:
-    """A sampler that draws fewer than all is no plain shuffle."""
-    data = Numbers()
-    with pytest.raises(SetupError, match="RandomSampler"):
-        half.setup_dataloaders(load(data, sampler=RandomSampler(data, num_samples=4)))
 
 
 # Epochs

@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 import threading
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -196,6 +197,17 @@ def test_its_own_names_can_not_be_overwritten(set_up: Setup, name: str) -> None:
         setattr(model, name, 1)
     with pytest.raises(AttributeError, match="can't be deleted"):
         delattr(model, name)
+
+
+def test_a_method_that_is_replaced_is_seen(set_up: Setup) -> None:
+    """A method that the user puts on the original takes the place of the one that was read before."""
+    model, net = set_up()
+    assert model.describe() == "a net of 3"
+    net.describe = types.MethodType(lambda _: "another", net)  # type: ignore[method-assign]
+    assert model.describe() == "another"
+    setattr(model, "forward", types.MethodType(lambda _, x: x + 1, net))  # noqa: B010 - a property to type checkers
+    assert torch.equal(model.forward(X), X + 1)
+    assert torch.equal(model(X), X + 1)
 
 
 def test_hasattr_tells_the_truth(set_up: Setup) -> None:
