@@ -177,6 +177,88 @@ def test_clipping_raises_for_an_overflow_only_when_asked() -> None:
             fabric.clip_gradients(wrapped, optimizer, max_norm=1.0)
 
 
+def two_weights() -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Make a model of two layers, and an optimizer for each."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    first, second = (torch.optim.SGD(layer.parameters(), lr=0.1) for layer in model)
+    return model, first, second
+
+
+def test_an_overflow_that_was_clipped_away_still_skips_the_step() -> None:
+    """Clipping by value makes an infinite gradient finite, more gradients are added; the step is skipped anyway."""
+    model = nn.Linear(1, 1)
+    with fabric_of(init_scale=8.0) as fabric:
+        wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        before = model.weight.detach().clone()
+        fabric.backward(wrapped(torch.ones(1, 1)).sum() * math.inf)
+        fabric.clip_gradients(wrapped, optimizer, clip_val=1.0)
+        assert all(parameter.grad is not None and parameter.grad.isfinite() for parameter in model.parameters())
+        fabric.backward(wrapped(torch.ones(1, 1)).sum())
+        optimizer.step()
+        assert torch.equal(before, model.weight)
+        assert fabric.precision.state_dict()["scale"] == 4.0
+
+
+def test_an_overflow_belongs_to_its_iteration() -> None:
+    """Gradients that overflowed, were clipped and then cleared don't skip a step of a later iteration."""
+    model, *optimizers = two_weights()
+    with fabric_of(init_scale=8.0) as fabric:
+        wrapped, first, second = fabric.setup(model, *optimizers)
+        fabric.backward(wrapped(torch.ones(1, 1)).sum() * math.inf)
+        fabric.clip_gradients(wrapped, second, clip_val=1.0)
+        first.step()
+        first.zero_grad()
+        second.zero_grad()
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        fabric.backward(wrapped(torch.ones(1, 1)).sum())
+        first.step()
+        second.step()
+        assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_steps_without_gradients_say_nothing_about_the_scale() -> None:
+    """Only iterations with gradients count towards the scale's growth."""
+    model, *optimizers = two_weights()
+    with fabric_of() as fabric:
+        wrapped, first, second = fabric.setup(model, *optimizers)
+        for parameter in model.get_submodule("1").parameters():
+            parameter.requires_grad_(False)
+        fabric.backward(wrapped(torch.ones(1, 1)).sum() / 64)
+        second.step()
+        assert fabric.precision.state_dict()["_growth_tracker"] == 0
+        first.step()
+        assert fabric.precision.state_dict()["_growth_tracker"] == 1
+
+
+def test_a_closure_computes_gradients_where_they_are_switched_off() -> None:
+    """As in PyTorch's own optimizers, a step under `no_grad` runs its closure with gradients."""
+    model = nn.Linear(1, 1)
+    with fabric_of(init_scale=8.0) as fabric:
+        wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+        def closure() -> Tensor:
+            loss: Tensor = wrapped(torch.ones(1, 1)).sum()
+            fabric.backward(loss)
+            return loss
+
+        before = model.weight.detach().clone()
+        with torch.no_grad():
+            optimizer.step(closure)
+        assert not torch.equal(before, model.weight)
+
+
+def test_a_loaded_scale_is_the_next_losses() -> None:
+    """What was stepped before the load has no say in it."""
+    model = nn.Linear(1, 1)
+    with fabric_of(init_scale=8.0) as fabric:
+        wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        start = fabric.precision.state_dict()
+        fabric.backward(wrapped(torch.ones(1, 1)).sum() * math.inf)
+        optimizer.step()
+        fabric.precision.load_state_dict(start)
+        assert fabric.precision.state_dict() == start
+
+
 def test_sparse_gradients_are_unscaled() -> None:
     """An embedding with sparse gradients trains as it does without scaling."""
     results = []

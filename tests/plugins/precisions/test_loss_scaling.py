@@ -139,7 +139,7 @@ MOVES = st.one_of(
 
 
 @laws
-@given(st.lists(MOVES, max_size=20))
+@given(st.lists(MOVES, min_size=5, max_size=30))
 def test_whatever_the_order_nothing_is_mixed_up(moves: list[tuple[str, Any]]) -> None:
     """While nothing overflows, any order of calls trains as without scaling, while the scale keeps doubling."""
 
