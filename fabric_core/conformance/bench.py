@@ -85,6 +85,7 @@ def _run(pool: RankPool, place: "Place", function: Callable[..., Any], args: tup
 def _measure(function: Callable[..., Any], place: "Place", args: tuple[Any, ...]) -> Any:
     """Run a measurement in a rank, and clear away what a wrong plugin left, so that the next one starts clean."""
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    matmul = torch.get_float32_matmul_precision()
     try:
         with warnings.catch_warnings():
             # Every rank would print them again.
@@ -98,6 +99,7 @@ def _measure(function: Callable[..., Any], place: "Place", args: tuple[Any, ...]
         torch.set_default_dtype(dtype)
         torch.set_default_device(None)
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(matmul)
         torch.set_grad_enabled(True)
         for device_type in ("cpu", "cuda"):
             torch.set_autocast_enabled(device_type, False)

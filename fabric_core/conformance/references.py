@@ -1,6 +1,7 @@
 """Small right plugins of every kind: what the kit surrounds a plugin with, and what its mutants are made from."""
 
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -525,8 +526,8 @@ class OneFile(Checkpoint):
     capabilities = CheckpointCapabilities()
 
     def recognises(self, path: Path) -> bool:
-        """A file."""
-        return path.is_file()
+        """A zip archive, which is what ``torch.save`` writes."""
+        return zipfile.is_zipfile(path)
 
     def write(self, path: Path, tree: Mapping[str, Any]) -> None:
         """Write aside and rename."""

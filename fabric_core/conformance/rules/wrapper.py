@@ -1,5 +1,229 @@
-"""Rules."""
+"""Rules for wrappers: what they add, and what they leave as it is."""
 
-from fabric_core.conformance.rule import Table
+import contextlib
+import pickle
+from typing import Any, Final
 
-TABLE = Table("wrapper")
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fabric_core.conformance import cases
+from fabric_core.conformance.bench import Bench, Place
+from fabric_core.conformance.cases import Training, distance
+from fabric_core.conformance.rule import Broken, Level, Table
+from fabric_core.wrapping import unwrap
+
+TABLE: Final = Table("wrapper")
+
+_CLOSE: Final = 1e-6
+"""How far 64-bit numbers may be off that were computed by other kernels."""
+
+
+def _wrapped(bench: Bench, case: Training) -> tuple[nn.Module, nn.Module, nn.Module]:
+    plain, model = cases.build(case), cases.build(case)
+    return plain, model, bench.plugin().wrap_module(model)
+
+
+@TABLE.rule(
+    "WRA-401",
+    "Before the strategy it gives back the very module that it was given.",
+    reason="The user's own references, and the optimizer's, stay true.",
+    advice='change the module in place, or declare the stage "after_strategy"',
+)
+def _in_place(bench: Bench) -> None:
+    _, model, wrapped = _wrapped(bench, Training())
+    if bench.declared["stage"] == "before_strategy" and wrapped is not model:
+        raise Broken(f"it gives a new {type(wrapped).__name__}")
+
+
+@TABLE.rule(
+    "WRA-402",
+    "Names and values of parameters and buffers stay.",
+    reason="Checkpoints are named by them.",
+    advice="wrap by hooks or by changing forward; take prefixes off in state_dict",
+)
+def _names(bench: Bench) -> None:
+    plain, model, _ = _wrapped(bench, Training(tied=True, buffers=True))
+    before = [name for name, _ in plain.named_parameters()]
+    after = [name for name, _ in model.named_parameters()]
+    if after != before or distance(cases.copied(plain), cases.copied(model)) != 0:
+        raise Broken(f"{before} become {after}, or hold other values")
+
+
+@TABLE.rule(
+    "WRA-403",
+    "The wrapped module computes what the module computes, gradients included.",
+    reason="A wrapper saves memory or time; it is no other model.",
+    advice="compare outputs and gradients with the bare module's",
+    examples=cases.trainings(),
+    count=4,
+)
+def _transparent(bench: Bench, case: Training) -> None:
+    plain, model, wrapped = _wrapped(bench, case)
+    x, _ = next(cases.batches(case))
+    expected, got = plain(x, scale=2.0), wrapped(x, scale=2.0)
+    expected.sum().backward()
+    got.sum().backward()
+    gradients = [
+        (one.grad, other.grad)
+        for one, other in zip(plain.parameters(), model.parameters(), strict=True)
+        if one.grad is not None
+    ]
+    if any(other is None for _, other in gradients):
+        raise Broken("a parameter has no gradient")
+    off = max((one - other).abs().max().item() for one, other in [(expected, got), *gradients])
+    if not off <= _CLOSE:
+        raise Broken(f"outputs or gradients differ by {off:.3g}")
+
+
+def _train(place: Place, case: Training) -> tuple[cases.Weights, bool]:
+    with place.fabric() as fabric:
+        model = cases.build(case)
+        wrapped, stepper = fabric.setup(model, cases.optimizer_for(case, model.parameters()))
+        for x, y in cases.batches(case):
+            fabric.backward(nn.functional.mse_loss(wrapped(x.to(fabric.device)), y.to(fabric.device)))
+            stepper.step()
+            stepper.zero_grad()
+        return {name: one.cpu() for name, one in cases.copied(model).items()}, unwrap(wrapped) is model
+
+
+@TABLE.rule(
+    "WRA-404",
+    "A training with it ends where one without it ends.",
+    reason="What is transparent once must stay so over steps.",
+    advice="keep no gradient or activation from one step to the next",
+    examples=cases.trainings(),
+    count=4,
+)
+def _trains(bench: Bench, case: Training) -> None:
+    got, _ = bench.run(_train, case)[0]
+    if not distance(got, cases.trained_alone(case)) <= _CLOSE:
+        raise Broken(f"the parameters differ by {distance(got, cases.trained_alone(case)):.3g}")
+
+
+@TABLE.rule(
+    "WRA-405",
+    "`unwrap` gives back the user's own module.",
+    reason="Users save, export and evaluate it.",
+    advice="leave what the core wraps to the core",
+)
+def _unwraps(bench: Bench) -> None:
+    if not bench.run(_train, Training())[0][1]:
+        raise Broken("it gives something else")
+
+
+@TABLE.rule(
+    "WRA-406",
+    "`forward_context` gives a new context each time, always or never.",
+    reason="A model calls another one; both were set up.",
+    advice="make the context in forward_context",
+)
+def _contexts(bench: Bench) -> None:
+    plugin = bench.plugin()
+    first, second = plugin.forward_context(), plugin.forward_context()
+    if (first is None) != (second is None) or (first is not None and first is second):
+        raise Broken(f"first {first!r}, then {second!r}")
+    with contextlib.ExitStack() as stack:
+        for context in (first, second):
+            if context is not None:
+                stack.enter_context(context)
+
+
+@TABLE.rule(
+    "WRA-407",
+    "The order that it declares can be kept: it is neither before nor after itself, nor on both sides of another.",
+    reason="Otherwise no order of wrappers is right.",
+    advice="name in `before` what must come later, in `after` what must come earlier, and not itself",
+)
+def _order(bench: Bench) -> None:
+    before, after = bench.declared["before"], bench.declared["after"]
+    if before & after or bench.subject.name in before | after:
+        raise Broken(f"before {sorted(before)}, after {sorted(after)}")
+
+
+@TABLE.rule(
+    "WRA-408",
+    "A module that was transformed before the strategy pickles, and computes the same after it.",
+    reason="Models travel to processes that are started.",
+    advice="register functions of a module's top level as hooks, no closures",
+    level=Level.SHOULD,
+)
+def _pickles(bench: Bench) -> None:
+    if bench.declared["stage"] != "before_strategy":
+        return
+    _, model, wrapped = _wrapped(bench, Training())
+    try:
+        again = pickle.loads(pickle.dumps(model))  # noqa: S301 - our own
+    except Exception as error:
+        raise Broken(f"it doesn't pickle: {error!r}") from error
+    x, _ = next(cases.batches(Training()))
+    if not torch.allclose(again(x), wrapped(x), rtol=0, atol=_CLOSE):
+        raise Broken("it computes something else")
+
+
+@TABLE.rule(
+    "WRA-409",
+    "An optimizer that it wraps is an optimizer of the same parameters, and steps as before.",
+    reason="Schedulers and checkpoints know the optimizer.",
+    advice="change it in place, or give an Optimizer around it",
+)
+def _optimizers(bench: Bench) -> None:
+    case = Training()
+    plain, model = cases.build(case), cases.build(case)
+    expected = cases.optimizer_for(case, plain.parameters())
+    wrapped = bench.plugin().wrap_optimizer(cases.optimizer_for(case, model.parameters()))
+    if not isinstance(wrapped, Optimizer):
+        raise Broken(f"it is a {type(wrapped).__name__}")
+    x, y = next(cases.batches(case))
+    for module, optimizer in ((plain, expected), (model, wrapped)):
+        nn.functional.mse_loss(module(x), y).backward()
+        optimizer.step()
+    if not distance(cases.copied(plain), cases.copied(model)) <= _CLOSE:
+        raise Broken("a step goes elsewhere")
+
+
+@TABLE.rule(
+    "WRA-410",
+    "A loader that it wraps gives the same batches in the same order, and again in the next epoch.",
+    reason="A prefetcher is no other data set.",
+    advice="iterate over the loader anew in __iter__",
+)
+def _loaders(bench: Bench) -> None:
+    data = [torch.tensor([index]) for index in range(5)]
+    wrapped = bench.plugin().wrap_dataloader(data)
+    for epoch in range(2):
+        seen = [one.tolist() for one in wrapped]
+        if seen != [one.tolist() for one in data]:
+            raise Broken(f"epoch {epoch} gives {seen}")
+
+
+def _leaves(place: Place) -> list[str]:
+    def look() -> dict[str, Any]:
+        return {
+            "the default type": torch.get_default_dtype(),
+            "the default device": torch.get_default_device(),
+            "grad mode": torch.is_grad_enabled(),
+            "autocast": torch.is_autocast_enabled("cpu"),
+            "the random state": torch.get_rng_state().tolist(),
+        }
+
+    with place.fabric() as fabric:
+        model = cases.build(Training())
+        before = look()
+        wrapped = fabric.setup(model)
+        with contextlib.suppress(TypeError):
+            wrapped(next(cases.batches(Training()))[0].to(fabric.device), scale=None)
+        return [name for name, value in look().items() if value != before[name]]
+
+
+@TABLE.rule(
+    "WRA-411",
+    "Wrapping a module, and a run that raises, leave PyTorch's settings and random numbers alone.",
+    reason="The script's other computations are none of its business.",
+    advice="undo in `finally`",
+)
+def _settings(bench: Bench) -> None:
+    left = bench.run(_leaves)[0]
+    if left:
+        raise Broken(f"it leaves {', '.join(left)} changed")

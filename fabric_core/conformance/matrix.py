@@ -1,0 +1,99 @@
+"""The kit's proof of itself: every mutant against every rule of its kind.
+
+``python -m fabric_core.conformance.matrix`` runs it, and fails where a mutant's failing rules are not exactly those
+that are written at it.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from fabric_core.conformance import references
+from fabric_core.conformance.mutants import Mutant, accelerator, others, precision, registration, strategy
+from fabric_core.conformance.report import run_rules
+from fabric_core.conformance.rule import Level
+from fabric_core.conformance.rules import RULES
+from fabric_core.conformance.subject import Subject
+
+__all__ = ["MUTANTS", "REFERENCES", "failing", "unproven"]
+
+MUTANTS: Final[tuple[Mutant, ...]] = tuple(
+    mutant for module in (registration, accelerator, precision, strategy, others) for mutant in module.MUTANTS.found
+)
+"""All mutants."""
+
+REFERENCES: Final[tuple[Subject, ...]] = tuple(
+    Subject.of(cls.kind, cls) for cls in (getattr(references, name) for name in references.__all__)
+)
+"""All references, which fail no rule."""
+
+_TIMEOUT: Final = 15.0
+"""How many seconds a measurement of a mutant may take: some hang, and shall."""
+
+
+def failing(subject: Subject, seed: int | None = None) -> dict[str, str]:
+    """Judge a plugin by every rule of its kind; give the rules that it fails, and the messages."""
+    report = run_rules(subject, seed=seed, shrink=False, timeout=_TIMEOUT)
+    return {verdict.rule: verdict.message for verdict in report.verdicts if verdict.failed}
+
+
+def unproven() -> list[str]:
+    """Name the rules of the level MUST that no mutant is expected to fail."""
+    killed = {rule for mutant in MUTANTS for rule in mutant.fails}
+    return [rule.id for rule in RULES if rule.level == Level.MUST and rule.id not in killed]
+
+
+def _judge(subject: Subject) -> tuple[dict[str, str], float]:
+    begin = time.perf_counter()
+    return failing(subject), time.perf_counter() - begin
+
+
+def run(subjects: Sequence[Subject], workers: int) -> list[tuple[dict[str, str], float]]:
+    """Judge plugins in several processes at once."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        return list(pool.map(_judge, subjects))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the matrix; the exit code is 1 where it isn't exact."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", help="mutants' names, or module:Class")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="write the rules that each mutant fails, as JSON")
+    chosen = parser.parse_args(arguments)
+    begin = time.perf_counter()
+    mutants = [one for one in MUTANTS if not chosen.only or {one.name, one.subject.value} & set(chosen.only)]
+    right = [] if chosen.only else list(REFERENCES)
+    expected = [frozenset[str]()] * len(right) + [mutant.fails for mutant in mutants]
+    subjects = [*right, *(mutant.subject for mutant in mutants)]
+    seen: dict[str, Any] = {}
+    inexact = 0
+    for subject, wanted, (got, seconds) in zip(subjects, expected, run(subjects, chosen.workers), strict=True):
+        seen[subject.value] = sorted(got)
+        exact = set(got) == wanted and all(message.startswith(rule) for rule, message in got.items())
+        inexact += not exact
+        sys.stdout.write(
+            f"{'exact ' if exact else 'WRONG '} {seconds:5.1f} s  {subject.value}: {' '.join(sorted(got))}\n"
+        )
+        if not exact:
+            for rule in sorted(set(got) - wanted):
+                sys.stdout.write(f"    unexpected {got[rule][:400]}\n")
+            sys.stdout.write(f"    missing {sorted(wanted - set(got))}\n")
+    if chosen.out:
+        chosen.out.write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(
+        f"{len(mutants)} mutants, {len(RULES)} rules, {len(unproven())} UNPROVEN; {inexact} not exact; "
+        f"{time.perf_counter() - begin:.0f} s\n"
+    )
+    return 1 if inexact else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""Wrong wrappers, launchers, checkpoint formats and loggers."""
+
+import copy
+import os
+import zipfile
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fabric_core.conformance.mutants import Mutants
+from fabric_core.conformance.references import OneFile, Remembering, Surroundings, Tagging
+from fabric_core.contracts import LaunchOrder, Ranks, WrapperCapabilities
+from fabric_core.errors import CheckpointError, LaunchError
+
+MUTANTS = Mutants()
+mutant = MUTANTS.mutant
+
+
+# Wrappers
+
+
+@mutant("gives another module than it was given")
+class Cloning(Tagging):
+    def wrap_module(self, module: nn.Module) -> nn.Module:
+        return super().wrap_module(copy.deepcopy(module))
+
+
+@mutant("adds a parameter to the user's module")
+class Adding(Tagging):
+    def wrap_module(self, module: nn.Module) -> nn.Module:
+        module.register_parameter("ours", nn.Parameter(torch.zeros(1), requires_grad=False))
+        return super().wrap_module(module)
+
+
+def _louder(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output * 1.5
+
+
+@mutant("changes what the module returns")
+class Loud(Tagging):
+    def wrap_module(self, module: nn.Module) -> nn.Module:
+        module.register_forward_hook(_louder)
+        return module
+
+
+@mutant("gives the same context again")
+class Reusing(Tagging):
+    context = nullcontext()
+
+    def forward_context(self) -> AbstractContextManager[Any] | None:
+        return self.context
+
+
+@mutant("must come after itself")
+class Circular(Tagging):
+    capabilities = WrapperCapabilities(after=frozenset({"Circular"}))
+
+
+@mutant("puts a function into the module that doesn't pickle")
+class Stuck(Tagging):
+    def wrap_module(self, module: nn.Module) -> nn.Module:
+        module.register_forward_pre_hook(lambda _module, _inputs: None)
+        return module
+
+
+class _Proxy:
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.step = optimizer.step
+        self.zero_grad = optimizer.zero_grad
+        self.param_groups = optimizer.param_groups
+
+
+@mutant("gives an optimizer that is none")
+class Faking(Tagging):
+    def wrap_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        return _Proxy(optimizer)  # type: ignore[return-value]
+
+
+@mutant("stops the optimizer")
+class Braking(Tagging):
+    def wrap_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        return optimizer
+
+
+@mutant("gives a loader that ends after one epoch")
+class Spent(Tagging):
+    def wrap_dataloader(self, dataloader: Any) -> Any:
+        return iter(list(dataloader))
+
+
+@mutant("draws a random number as it wraps")
+class Rolling(Tagging):
+    def wrap_module(self, module: nn.Module) -> nn.Module:
+        torch.rand(1)
+        return super().wrap_module(module)
+
+
+# Launchers
+
+
+@mutant("recognises every process as its own")
+class Claiming(Surroundings):
+    def detect(self, environment: Mapping[str, str]) -> Ranks | None:
+        return super().detect(environment) or Ranks()
+
+
+@mutant("writes into the environment that it reads")
+class Scribbling(Surroundings):
+    def detect(self, environment: Mapping[str, str]) -> Ranks | None:
+        environment["SEEN"] = "1"  # type: ignore[index]
+        return super().detect(environment)
+
+
+@mutant("takes every rank for rank 0")
+class Royal(Surroundings):
+    def detect(self, environment: Mapping[str, str]) -> Ranks | None:
+        return super().detect({**environment, "RANK": "0"} if "RANK" in environment else environment)
+
+
+@mutant("raises what it likes for an environment that it can't read")
+class Blunt(Surroundings):
+    def detect(self, environment: Mapping[str, str]) -> Ranks | None:
+        try:
+            return super().detect(environment)
+        except LaunchError as error:
+            raise KeyError("RANK") from error
+
+
+@mutant("loses what the function returns")
+class Losing(Surroundings):
+    def start(self, order: LaunchOrder) -> Any:
+        super().start(order)
+
+
+@mutant("hides that the function failed")
+class Hiding(Surroundings):
+    def start(self, order: LaunchOrder) -> Any:
+        with suppress(Exception):
+            return super().start(order)
+
+
+@mutant("can't be torn down where nothing was joined")
+class Clinging(Surroundings):
+    def teardown(self) -> None:
+        raise RuntimeError("nothing was joined")
+
+
+# Checkpoints
+
+
+@mutant("only keeps tensors")
+class Narrow(OneFile):
+    def write(self, path: Path, tree: Mapping[str, Any]) -> None:
+        super().write(path, {name: one for name, one in tree.items() if isinstance(one, dict)})
+
+
+@mutant("converts what it reads to 32 bits")
+class Coarse(OneFile):
+    def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
+        tree = super().read(path, into)
+        if "model" in tree:
+            tree["model"] = {name: one.float() for name, one in tree["model"].items()}
+        return tree
+
+
+@mutant("raises what it likes for what it can't read")
+class Raw(OneFile):
+    def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
+        try:
+            return super().read(path, into)
+        except CheckpointError as error:
+            raise KeyError(path) from error
+
+
+@mutant("gives nothing where a checkpoint is damaged")
+class Soothing(OneFile):
+    def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
+        try:
+            return super().read(path, into)
+        except CheckpointError:
+            # Half a zip archive still begins as one.
+            if path.is_file() and path.read_bytes()[:2] == b"PK" and not zipfile.is_zipfile(path):
+                return {}
+            raise
+
+
+@mutant("takes every file for its own")
+class Possessive(OneFile):
+    def recognises(self, path: Path) -> bool:
+        return path.is_file()
+
+
+@mutant("writes over the old checkpoint")
+class Direct(OneFile):
+    def write(self, path: Path, tree: Mapping[str, Any]) -> None:
+        try:
+            with path.open("wb") as file:
+                torch.save(dict(tree), file)
+        except Exception as error:
+            raise CheckpointError("the checkpoint can't be written") from error
+
+
+@mutant("runs what lies in a file")
+class Gullible(OneFile):
+    def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
+        try:
+            tree: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+        except Exception as error:
+            raise CheckpointError("the checkpoint can't be read") from error
+        return tree
+
+
+@mutant("never replaces a checkpoint")
+class Keeping(OneFile):
+    def write(self, path: Path, tree: Mapping[str, Any]) -> None:
+        other = path.with_name(".other")
+        super().write(other, tree)
+        if path.exists():
+            other.unlink()
+        else:
+            other.rename(path)
+
+
+@mutant("leaves what it writes aside")
+class Messy(OneFile):
+    def write(self, path: Path, tree: Mapping[str, Any]) -> None:
+        path.with_name("aside").write_text(os.name, encoding="utf-8")
+        super().write(path, tree)
+
+
+# Loggers
+
+
+@mutant("needs a step")
+class Counting(Remembering):
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None) -> None:
+        if step is None:
+            raise ValueError("no step")
+        super().log_metrics(metrics, step)
+
+
+@mutant("can be finalized once")
+class Final(Remembering):
+    closed = False
+
+    def finalize(self, status: str) -> None:
+        if self.closed:
+            raise ValueError("closed before")
+        self.closed = True

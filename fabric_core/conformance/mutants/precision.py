@@ -1,0 +1,299 @@
+"""Wrong precisions."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fabric_core.conformance.mutants import Mutants
+from fabric_core.conformance.references import Doubled, Full, Mixed, Scaled
+from fabric_core.contracts import PrecisionPolicy, map_tensors
+
+MUTANTS = Mutants()
+mutant = MUTANTS.mutant
+
+
+@mutant("changes its policy each time")
+class Wavering(Full):
+    asked = 0
+
+    @property
+    def policy(self) -> PrecisionPolicy:
+        self.asked += 1
+        return PrecisionPolicy(reduce_dtype=torch.float64 if self.asked % 2 else None)
+
+
+@mutant("asks for a type of integers")
+class Counting(Full):
+    @property
+    def policy(self) -> PrecisionPolicy:
+        return PrecisionPolicy(reduce_dtype=torch.int32)
+
+
+@mutant("leaves parameters as they are")
+class Idle(Doubled):
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
+
+
+@mutant("converts buffers of integers too")
+class Sweeping(Doubled):
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        for name, buffer in list(module.named_buffers()):
+            module.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], buffer.double())
+        return module.to(torch.float64)
+
+
+@mutant("sets parameters to zero as it converts them")
+class Forgetful(Doubled):
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.zero_()
+        return module.to(torch.float64)
+
+
+@mutant("thaws what was frozen")
+class Thawing(Full):
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module.requires_grad_(True)
+
+
+@mutant("takes shared weights apart")
+class Parting(Full):
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        again = getattr(module, "again", None)
+        if isinstance(again, nn.Linear):
+            again.weight = nn.Parameter(again.weight.detach().clone())
+        return module
+
+
+def _shallow(data: Any, dtype: torch.dtype) -> Any:
+    return data.to(dtype) if isinstance(data, torch.Tensor) and data.is_floating_point() else data
+
+
+@mutant("converts inputs that lie at the top only")
+class Shallow(Doubled):
+    def convert_input(self, data: Any) -> Any:
+        if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], dict):  # noqa: PLR2004 - args, kwargs
+            return tuple(_shallow(one, torch.float64) for one in data[0]), data[1]
+        return _shallow(data, torch.float64)
+
+
+@mutant("converts integers in inputs")
+class Overeager(Doubled):
+    def convert_input(self, data: Any) -> Any:
+        return map_tensors(data, lambda one: one.to(torch.float64) if not one.is_complex() else one)
+
+
+@mutant("copies inputs")
+class Copying(Full):
+    def convert_input(self, data: Any) -> Any:
+        return map_tensors(data, lambda one: one.clone() if one.is_floating_point() else one)
+
+
+@mutant("leaves outputs as they come")
+class Careless(Doubled):
+    def convert_output(self, data: Any) -> Any:
+        return data
+
+
+@mutant("converts integers in outputs")
+class Flooding(Doubled):
+    def convert_output(self, data: Any) -> Any:
+        return map_tensors(data, lambda one: one.to(torch.float32) if not one.is_complex() else one)
+
+
+@mutant("copies outputs")
+class Echoing(Full):
+    def convert_output(self, data: Any) -> Any:
+        return map_tensors(data, lambda one: one.clone() if one.is_floating_point() else one)
+
+
+@mutant("says autocast, and doesn't")
+class Silent(Mixed):
+    def forward_context(self, device_type: str) -> AbstractContextManager[Any] | None:
+        return None
+
+
+@mutant("autocasts to another type than it says")
+class Mistyped(Mixed):
+    def forward_context(self, device_type: str) -> AbstractContextManager[Any] | None:
+        return torch.autocast(device_type, torch.float16)
+
+
+@mutant("autocasts, and doesn't say so")
+class Secret(Full):
+    def forward_context(self, device_type: str) -> AbstractContextManager[Any] | None:
+        return torch.autocast(device_type, torch.bfloat16)
+
+
+@contextmanager
+def _forgotten(*, on_errors_only: bool) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    if on_errors_only:
+        torch.set_float32_matmul_precision(before)
+
+
+@mutant("doesn't undo what its forward context does")
+class Leaking(Full):
+    def forward_context(self, device_type: str) -> AbstractContextManager[Any] | None:
+        return _forgotten(on_errors_only=False)
+
+
+@mutant("undoes what its forward context does only where nothing raises")
+class Optimistic(Full):
+    def forward_context(self, device_type: str) -> AbstractContextManager[Any] | None:
+        return _forgotten(on_errors_only=True)
+
+
+class _Plain:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+@mutant("gives the same context again")
+class Reusing(Full):
+    context: AbstractContextManager[Any] | None = None
+
+    def forward_context(self, device_type: str) -> AbstractContextManager[Any] | None:
+        self.context = self.context or _Plain()
+        return self.context
+
+
+@mutant("makes parameters in the default type")
+class Plain(Doubled):
+    def init_context(self) -> AbstractContextManager[Any] | None:  # type: ignore[override]
+        return None
+
+
+@mutant("leaves the default type changed")
+class Sticky(Doubled):
+    @contextmanager
+    def init_context(self) -> Iterator[None]:
+        torch.set_default_dtype(torch.float64)
+        yield
+
+
+@mutant("divides by another number than it multiplied by")
+class Unequal(Scaled):
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        before, self.scale = self.scale, self.scale * 2
+        super().unscale_gradients(optimizer)
+        self.scale = before
+
+
+@mutant("unscales again each time it is asked")
+class Repeating(Scaled):
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        self.unscaled.discard(id(optimizer))
+        super().unscale_gradients(optimizer)
+
+
+@mutant("scales, and never unscales")
+class Oblivious(Scaled):
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        pass
+
+
+@mutant("says that it scales, and doesn't")
+class Pretending(Full):
+    @property
+    def policy(self) -> PrecisionPolicy:
+        return PrecisionPolicy(loss_scaling=True)
+
+
+@mutant("scales, and doesn't say so")
+class Hidden(Full):
+    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss * 8
+
+
+@mutant("never steps")
+class Lazy(Full):
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        step: Callable[[Callable[[], Any] | None], Any],
+        closure: Callable[[], Any] | None,
+    ) -> Any:
+        return None
+
+
+@mutant("steps twice")
+class Hasty(Full):
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        step: Callable[[Callable[[], Any] | None], Any],
+        closure: Callable[[], Any] | None,
+    ) -> Any:
+        step(closure)
+        return step(closure)
+
+
+@mutant("steps whatever the gradients are")
+class Reckless(Scaled):
+    def finite(self, optimizer: Optimizer) -> bool:
+        return True
+
+
+@mutant("never changes its scale")
+class Stubborn(Scaled):
+    def update(self) -> None:
+        self.overflown = False
+
+
+@mutant("makes its scale smaller for each optimizer")
+class Nervous(Scaled):
+    def finite(self, optimizer: Optimizer) -> bool:
+        fine = super().finite(optimizer)
+        if not fine:
+            self.update()
+            self.overflown = True
+        return fine
+
+
+@mutant("forgets its scale")
+class Amnesic(Scaled):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+@mutant("has a state that needs code to be read")
+class Coded(Scaled):
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "code": contextlib.nullcontext()}
+
+
+@mutant("sets PyTorch's matmul precision for good")
+class Lasting(Full):
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        torch.set_float32_matmul_precision("high")
+        return module
+
+
+@mutant("shares one scale among all its objects")
+class Communal(Scaled):
+    common: ClassVar[dict[str, float]] = {}
+
+    def update(self) -> None:
+        self.scale = self.common.get("scale", self.scale)
+        super().update()
+        self.common["scale"] = self.scale
+
+
+@mutant("gives a copy of the module")
+class Cloning(Full):
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return copy.deepcopy(module)

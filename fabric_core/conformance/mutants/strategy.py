@@ -1,0 +1,557 @@
+"""Wrong strategies."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from fabric_core.conformance.mutants import Mutants
+from fabric_core.conformance.references import Alone, Averaging, Routed, Sharding
+from fabric_core.contracts import PrecisionPolicy, StrategyCapabilities, World
+from fabric_core.errors import RequestError, SetupError
+
+MUTANTS = Mutants()
+mutant = MUTANTS.mutant
+
+
+# Gradients
+
+
+@mutant("sums gradients, and doesn't divide")
+class Summing(Averaging):
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().average(parameters)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(self.world.world_size)
+
+
+@mutant("never averages")
+class Solitary(Averaging):
+    def averages(self, module: nn.Module) -> bool:
+        return False
+
+
+@mutant("leaves the last parameter out of the averaging")
+class Forgetful(Averaging):
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().average(parameters[:-1])
+
+
+@mutant("averages in 16 bits")
+class Coarse(Averaging):
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().average(parameters)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.copy_(parameter.grad.bfloat16())
+
+
+@mutant("adds a little of its own to each rank's gradients")
+class Drifting(Averaging):
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().average(parameters)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.add_(1e-13 * self.world.global_rank)
+
+
+@mutant("lets every rank start with its own parameters")
+class Unequal(Averaging):
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        self._modules = (*self._modules, module)
+        return module
+
+
+@mutant("throws gathered gradients away before each pass")
+class Wiping(Averaging):
+    def backward(self, loss: torch.Tensor, arguments: Mapping[str, Any]) -> None:
+        for module in self._modules:
+            module.zero_grad()
+        super().backward(loss, arguments)
+
+
+@mutant("ignores what a backward pass is asked for")
+class Deaf(Averaging):
+    def backward(self, loss: torch.Tensor, arguments: Mapping[str, Any]) -> None:
+        super().backward(loss, {})
+
+
+@mutant("synchronises inside no_backward_sync")
+class Chatty(Averaging):
+    @contextmanager
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
+        yield
+
+
+@mutant("leaves gradients apart, and doesn't declare it")
+class Shy(Averaging):
+    capabilities = StrategyCapabilities(distributed=True)
+
+
+@mutant("doesn't look whether no_backward_sync is enabled")
+class Always(Averaging):
+    @contextmanager
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
+        with super().no_backward_sync(module, True):
+            yield
+
+
+@mutant("stays apart after an exception")
+class Sulking(Averaging):
+    @contextmanager
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
+        before = self._apart
+        if enabled:
+            self._apart = before | {id(module)}
+        yield
+        self._apart = before
+
+
+@mutant("refuses a parameter without a gradient")
+class Strict(Averaging):
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        if any(parameter.grad is None for parameter in parameters):
+            raise RuntimeError("a parameter has no gradient")
+        super().average(parameters)
+
+
+@mutant("takes unused parameters, and declares that it doesn't")
+class Modest(Averaging):
+    capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, unused_parameters=False)
+
+
+@mutant("clips what a scaled loss makes large")
+class Fearful(Averaging):
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().average(parameters)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.clamp_(-10, 10)
+
+
+# Modules
+
+
+@mutant("refuses a model with nothing to train")
+class Demanding(Averaging):
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            raise SetupError("nothing to train")
+        return super().setup_module(module)
+
+
+@mutant("adds a module to the user's")
+class Adding(Averaging):
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        module.add_module("ours", nn.Linear(1, 1, dtype=torch.float64).requires_grad_(False))
+        return super().setup_module(module)
+
+
+@mutant("thaws what was frozen")
+class Thawing(Averaging):
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        return super().setup_module(module.requires_grad_(True))
+
+
+@mutant("sets an attribute on the user's module")
+class Marking(Averaging):
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        module.__dict__["ours"] = True
+        return super().setup_module(module)
+
+
+@mutant("converts the model to 32 bits")
+class Converting(Averaging):
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        return super().setup_module(module.float())
+
+
+@mutant("computes in 16 bits, whatever the precision asks")
+class Squeezing(Averaging):
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        super().setup_module(module)
+        for child in module.modules():
+            if isinstance(child, nn.Linear):
+                child.register_forward_hook(_squeeze)
+        return module
+
+
+def _squeeze(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.bfloat16().to(output.dtype) if output.dtype == torch.float64 else output.bfloat16()
+
+
+@mutant("loses keyword arguments")
+class Dropping(Averaging):
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        return _Positional(super().setup_module(module))
+
+
+class _Positional(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **_kwargs: Any) -> Any:
+        return self.module(*args)
+
+
+@mutant("draws random numbers when it sets up a model")
+class Rolling(Averaging):
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        torch.rand(1)
+        return super().setup_module(module)
+
+
+@mutant("declares to shard, and doesn't")
+class Boasting(Averaging):
+    capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, sharded=True)
+
+
+@mutant("shards, and doesn't declare it")
+class Secret(Sharding):
+    capabilities = StrategyCapabilities(distributed=True, wraps_forward=True, no_backward_sync=True)
+
+
+@mutant("only synchronises what passes through its module, and doesn't declare it")
+class Open(Routed):
+    capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True)
+
+
+@mutant("knows the last model only")
+class Single(Averaging):
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        self._modules = ()
+        return super().setup_module(module)
+
+
+@mutant("takes several models, and declares that it doesn't")
+class OneModel(Averaging):
+    capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, multiple_models=False)
+
+
+@mutant("says that it carries out the policy, and doesn't")
+class Careless(Averaging):
+    capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, carries_policy=True)
+
+
+@mutant("leaves the default device changed")
+class Sticky(Averaging):
+    @contextmanager
+    def init_module(self, empty: bool) -> Iterator[None]:
+        torch.set_default_device("meta" if empty else "cpu")
+        yield
+
+
+# Optimizers
+
+
+@mutant("leaves an optimizer the parameters that were replaced")
+class Stale(Sharding):
+    def setup_optimizer(self, optimizer: Optimizer, replaced: Mapping[torch.Tensor, torch.Tensor]) -> Optimizer:
+        return optimizer
+
+
+@mutant("only takes optimizers that were made before the model's setup")
+class Early(Sharding):
+    def setup_optimizer(self, optimizer: Optimizer, replaced: Mapping[torch.Tensor, torch.Tensor]) -> Optimizer:
+        if not any(one in replaced for group in optimizer.param_groups for one in group["params"]):
+            raise SetupError("too late")
+        return super().setup_optimizer(optimizer, replaced)
+
+
+@mutant("steps the first optimizer only")
+class Favouring(Averaging):
+    favourite: Optimizer | None = None
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
+        self.favourite = self.favourite or optimizer
+        return super().optimizer_step(optimizer, closure) if optimizer is self.favourite else None
+
+
+@mutant("takes several optimizers, and declares that it doesn't")
+class OneOptimizer(Averaging):
+    capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, multiple_optimizers=False)
+
+
+@mutant("says nothing of what a closure returned")
+class Mute(Averaging):
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
+        super().optimizer_step(optimizer, closure)
+
+
+# Clipping
+
+
+@mutant("gives the norm of its own shards")
+class Narrow(Sharding):
+    def clip_grad_norm(
+        self, parameters: Sequence[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
+    ) -> torch.Tensor:
+        norm: Any = nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
+        local: torch.Tensor = norm.to_local()
+        return local
+
+
+@mutant("gives the norm as it comes, distributed")
+class Distributed(Sharding):
+    def clip_grad_norm(
+        self, parameters: Sequence[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
+    ) -> torch.Tensor:
+        return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
+
+
+@mutant("gives the norm, and doesn't clip")
+class Looking(Averaging):
+    def clip_grad_norm(
+        self, parameters: Sequence[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
+    ) -> torch.Tensor:
+        return super().clip_grad_norm(parameters, float("inf"), norm_type, error_if_nonfinite)
+
+
+@mutant("only knows the norm of two")
+class Euclidean(Averaging):
+    def clip_grad_norm(
+        self, parameters: Sequence[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
+    ) -> torch.Tensor:
+        return super().clip_grad_norm(parameters, max_norm, 2.0, error_if_nonfinite)
+
+
+@mutant("clips to an infinite norm")
+class Trusting(Averaging):
+    def clip_grad_norm(
+        self, parameters: Sequence[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
+    ) -> torch.Tensor:
+        return super().clip_grad_norm(parameters, max_norm, norm_type, False)
+
+
+@mutant("doesn't clip values")
+class Passive(Averaging):
+    def clip_grad_value(self, parameters: Sequence[torch.Tensor], clip_value: float) -> None:
+        pass
+
+
+# Collectives
+
+
+@mutant("takes the minimum for the maximum")
+class Inverted(Averaging):
+    def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
+        return super().all_reduce(tensor, group, "min" if reduce_op == "max" else reduce_op)
+
+
+@mutant("reduces in place")
+class InPlace(Averaging):
+    def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
+        return tensor.copy_(super().all_reduce(tensor, group, reduce_op))
+
+
+@mutant("gives every reduction as a floating-point number")
+class Floating(Averaging):
+    def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
+        result = super().all_reduce(tensor, group, reduce_op)
+        return result if result.is_floating_point() else result.float()
+
+
+@mutant("takes a reduction that it doesn't know for a sum")
+class Guessing(Averaging):
+    def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
+        return super().all_reduce(tensor, group, reduce_op if reduce_op != "no such" else "sum")
+
+
+@mutant("gathers in the opposite order")
+class Reversed(Averaging):
+    def all_gather(self, tensor: torch.Tensor, group: Any | None, sync_grads: bool) -> list[torch.Tensor]:
+        return super().all_gather(tensor, group, sync_grads)[::-1]
+
+
+@mutant("cuts what it gathers to the smallest")
+class Cutting(Averaging):
+    def all_gather(self, tensor: torch.Tensor, group: Any | None, sync_grads: bool) -> list[torch.Tensor]:
+        parts = super().all_gather(tensor, group, sync_grads)
+        rows = min((len(one) for one in parts if one.ndim), default=0)
+        return [one[:rows] if one.ndim else one for one in parts]
+
+
+@mutant("lets no gradient through a gather")
+class Detached(Averaging):
+    def all_gather(self, tensor: torch.Tensor, group: Any | None, sync_grads: bool) -> list[torch.Tensor]:
+        return [one.requires_grad_(sync_grads) for one in super().all_gather(tensor, group, False)]
+
+
+@mutant("always sends from rank 0")
+class Royal(Averaging):
+    def broadcast(self, obj: Any, src: int) -> Any:
+        super().broadcast(obj, src)
+        return super().broadcast(obj, 0)
+
+
+@mutant("takes a rank that there isn't for the last")
+class Wrapping(Averaging):
+    def broadcast(self, obj: Any, src: int) -> Any:
+        return super().broadcast(obj, min(src, self.world.world_size - 1))
+
+
+@mutant("raises what it likes for a rank that there isn't")
+class Blunt(Averaging):
+    def broadcast(self, obj: Any, src: int) -> Any:
+        try:
+            return super().broadcast(obj, src)
+        except RequestError as error:
+            raise KeyError(src) from error
+
+
+@mutant("waits for nobody")
+class Impatient(Averaging):
+    def barrier(self, name: str | None) -> None:
+        pass
+
+
+@mutant("lets only rank 0 wait")
+class Waiting(Averaging):
+    def barrier(self, name: str | None) -> None:
+        if self.world.global_rank == 0:
+            super().barrier(name)
+
+
+@mutant("reduces over all ranks, whatever the group")
+class Public(Averaging):
+    def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
+        return super().all_reduce(tensor, None, reduce_op)
+
+
+@mutant("gives every rank the first part of the data")
+class Repeating(Averaging):
+    def data_shard(self) -> tuple[int, int]:
+        return 0, self.world.world_size
+
+
+@mutant("declares to be distributed, and joins nobody")
+class Hermit(Alone):
+    capabilities = StrategyCapabilities(distributed=True)
+
+
+@mutant("takes several processes that don't know each other")
+class Crowd(Alone):
+    capabilities = StrategyCapabilities()
+
+
+# State
+
+
+@mutant("gives its wrapper's names")
+class Prefixed(Averaging):
+    def module_state(self, module: nn.Module, full: bool) -> dict[str, Any]:
+        return {f"module.{name}": value for name, value in super().module_state(module, full).items()}
+
+
+@mutant("gives shards where the whole is asked")
+class Partial(Sharding):
+    def module_state(self, module: nn.Module, full: bool) -> dict[str, Any]:
+        return super().module_state(module, False)
+
+
+@mutant("gives the whole where shards are asked")
+class Lavish(Sharding):
+    def module_state(self, module: nn.Module, full: bool) -> dict[str, Any]:
+        return {name: getattr(one, "full_tensor", lambda one=one: one)() for name, one in module.state_dict().items()}
+
+
+@mutant("leaves buffers out of the state")
+class Bare(Averaging):
+    def module_state(self, module: nn.Module, full: bool) -> dict[str, Any]:
+        return {name: one for name, one in module.state_dict().items() if name in dict(module.named_parameters())}
+
+
+@mutant("forgets the optimizer's state")
+class Amnesic(Averaging):
+    def optimizer_state(self, optimizer: Optimizer, full: bool) -> dict[str, Any]:
+        return {**super().optimizer_state(optimizer, full), "state": {}}
+
+
+@mutant("doesn't load the optimizer's state")
+class Fresh(Averaging):
+    def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any], full: bool) -> None:
+        pass
+
+
+@mutant("never looks whether keys fit")
+class Lenient(Averaging):
+    def load_module_state(self, module: nn.Module, state: Mapping[str, Any], full: bool, strict: bool) -> None:
+        super().load_module_state(module, state, full, False)
+
+
+@mutant("takes keys that it doesn't know")
+class Welcoming(Averaging):
+    def load_module_state(self, module: nn.Module, state: Mapping[str, Any], full: bool, strict: bool) -> None:
+        own = module.state_dict()
+        super().load_module_state(module, {name: one for name, one in state.items() if name in own}, full, strict)
+
+
+@mutant("is strict always")
+class Pedantic(Averaging):
+    def load_module_state(self, module: nn.Module, state: Mapping[str, Any], full: bool, strict: bool) -> None:
+        super().load_module_state(module, state, full, True)
+
+
+@mutant("leaves tensors out that don't fit")
+class Skipping(Averaging):
+    def load_module_state(self, module: nn.Module, state: Mapping[str, Any], full: bool, strict: bool) -> None:
+        own = module.state_dict()
+        fitting = {
+            name: own[name] if name in own and own[name].shape != one.shape else one for name, one in state.items()
+        }
+        super().load_module_state(module, fitting, full, strict)
+
+
+@mutant("loads nothing")
+class Idle(Averaging):
+    def load_module_state(self, module: nn.Module, state: Mapping[str, Any], full: bool, strict: bool) -> None:
+        before = {name: one.clone() for name, one in module.state_dict().items()}
+        super().load_module_state(module, state, full, strict)
+        module.load_state_dict(before)
+
+
+# Life
+
+
+@mutant("can't be torn down before it was connected")
+class Clinging(Averaging):
+    def teardown(self) -> None:
+        self.world  # noqa: B018 - raises
+        super().teardown()
+
+
+@mutant("leaves its process group behind")
+class Leaking(Averaging):
+    def teardown(self) -> None:
+        self._owns = False
+        super().teardown()
+
+
+@mutant("takes others' process group down")
+class Greedy(Averaging):
+    def connect(self, world: World, policy: PrecisionPolicy) -> None:
+        super().connect(world, policy)
+        self._owns = True
+
+
+@mutant("waits for all ranks as it leaves")
+class Polite(Averaging):
+    def teardown(self) -> None:
+        if self._owns and dist.is_initialized():
+            with contextlib.suppress(RuntimeError):
+                dist.barrier()
+        super().teardown()
+
+
+@mutant("sets an option of PyTorch as it connects")
+class Meddling(Averaging):
+    def connect(self, world: World, policy: PrecisionPolicy) -> None:
+        torch.set_default_dtype(torch.float64)
+        super().connect(world, policy)
