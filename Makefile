@@ -38,6 +38,11 @@ lint: $(INSTALLED) ## Check style, formatting, types and import rules
 docs: $(INSTALLED) ## Run every code block of the documentation and check its links
 	$(BIN)/python -m pytest tests/docs
 
+.PHONY: mutants
+mutants: $(INSTALLED) ## Prove the conformance kit: every mutant, every rule, twenty seeds
+	$(BIN)/python -m fabric_core.conformance.matrix
+	FABRIC_CONFORMANCE_SEEDS=20 $(BIN)/python -m pytest -q tests/conformance/test_mutants.py
+
 .PHONY: bench
 bench: $(BENCH_INSTALLED) ## Compare speed with plain PyTorch and with the peers
 	@shopt -s nullglob; scripts=(tests/benchmarks/bench_*.py); \

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fabric_core.assembly import plan
+from fabric_core.cli._conformance import conformance
 from fabric_core.cli._describe import contract_page, field_type, meanings
 from fabric_core.errors import FabricError, FabricWarning, RequestError, UnknownPluginError
 from fabric_core.launching import environment
@@ -22,6 +23,7 @@ __all__ = ["main"]
 app = typer.Typer(no_args_is_help=True, help="Look into plugins and plans.", add_completion=False)
 plugins = typer.Typer(no_args_is_help=True, help="The plugins that are installed.")
 app.add_typer(plugins, name="plugins")
+app.command()(conformance)
 
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 _Config = Annotated[Path | None, typer.Option(help="A configuration file, TOML or YAML.")]

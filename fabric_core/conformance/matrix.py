@@ -5,11 +5,13 @@ that are written at it.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -51,14 +53,15 @@ def unproven() -> list[str]:
 
 def _judge(subject: Subject) -> tuple[dict[str, str], float]:
     begin = time.perf_counter()
-    return failing(subject), time.perf_counter() - begin
+    with contextlib.redirect_stdout(io.StringIO()):  # a mutant prints
+        return failing(subject), time.perf_counter() - begin
 
 
-def run(subjects: Sequence[Subject], workers: int) -> list[tuple[dict[str, str], float]]:
-    """Judge plugins in several processes at once."""
+def run(subjects: Sequence[Subject], workers: int) -> Iterator[tuple[dict[str, str], float]]:
+    """Judge plugins in several processes at once; gives the results in order, as they come."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        return list(pool.map(_judge, subjects))
+        yield from pool.map(_judge, subjects)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for rule in sorted(set(got) - wanted):
                 sys.stdout.write(f"    unexpected {got[rule][:400]}\n")
             sys.stdout.write(f"    missing {sorted(wanted - set(got))}\n")
+        sys.stdout.flush()
     if chosen.out:
         chosen.out.write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(

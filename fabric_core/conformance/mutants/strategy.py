@@ -1,6 +1,7 @@
 """Wrong strategies."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -412,11 +413,11 @@ class Impatient(Averaging):
         pass
 
 
-@mutant("lets only rank 0 wait")
+@mutant("lets rank 0 wait for ever")
 class Waiting(Averaging):
     def barrier(self, name: str | None) -> None:
-        if self.world.global_rank == 0:
-            super().barrier(name)
+        if self.world.global_rank == 0 and self.world.world_size > 1:
+            threading.Event().wait()
 
 
 @mutant("reduces over all ranks, whatever the group")

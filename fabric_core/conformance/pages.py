@@ -1,0 +1,136 @@
+"""The pages of the documentation that are made from the kit's own tables.
+
+``python -m fabric_core.conformance.pages docs`` writes them; a test fails where they are stale.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from fabric_core.conformance.matrix import MUTANTS, REFERENCES, unproven
+from fabric_core.conformance.report import profile_of
+from fabric_core.conformance.rule import Level, Rule
+from fabric_core.conformance.rules import RULES
+
+__all__ = ["matrix_page", "pages", "specification_page"]
+
+_KINDS: Final[Mapping[str, str]] = {
+    "any": "Plugins of every kind",
+    "accelerator": "Accelerators",
+    "precision": "Precisions",
+    "strategy": "Strategies",
+    "wrapper": "Wrappers",
+    "launcher": "Launchers",
+    "checkpoint": "Checkpoint formats",
+    "logger": "Loggers",
+}
+
+
+def specification_page() -> str:
+    """Give the page with every rule."""
+    lines = [
+        "# The rules",
+        "",
+        "This page is made from the conformance kit's table. How to use the kit, and what the levels and profiles",
+        "mean, is told in [Check a plugin](../how-to/check-a-plugin.md); which mutant each rule catches, in",
+        "[The kit's proof](conformance-matrix.md).",
+        "",
+        f"There are {len(RULES)} rules.",
+    ]
+    for kind, title in _KINDS.items():
+        lines += ["", f"## {title}"]
+        for rule in RULES:
+            if rule.kind == kind:
+                lines += ["", *_described(rule)]
+    return "\n".join(lines) + "\n"
+
+
+def _described(rule: Rule) -> list[str]:
+    conditions = [f"with `{need}`" for need in rule.needs] + [f"without `{lack}`" for lack in rule.lacks]
+    where = " and ".join(map(str, rule.world_sizes))
+    facts = [f"{rule.level}", f"profile {profile_of(rule)}", f"{where} process{'es' if where != '1' else ''}"]
+    return [
+        f"### {rule.id}",
+        "",
+        rule.sentence,
+        "",
+        f"- {', '.join([*facts, *conditions])}",
+        f"- Why: {rule.reason}",
+        f"- If it fails: {rule.advice}.",
+    ]
+
+
+def matrix_page() -> str:
+    """Give the page with every mutant, and the rules that it fails."""
+    lines = [
+        "# The kit's proof",
+        "",
+        "A kit that accepts everything would pass every plugin. So the kit ships with small right plugins, and with",
+        "mutants: each changes one thing of a right one. `make mutants` judges them all by all rules of their kind and",
+        "fails unless each mutant fails exactly the rules in its row, and each right one none.",
+        "",
+        f"There are {len(MUTANTS)} mutants of {len(REFERENCES)} right plugins, and {len(RULES)} rules.",
+        "",
+        "![Mutants (rows) against rules (columns)](conformance-matrix.png)",
+        "",
+        "## UNPROVEN",
+        "",
+        "No mutant fails these rules of the level MUST, so that nothing shows that they catch anything:",
+        "",
+        *(f"- {one.id}: {one.sentence}" for one in RULES if one.id in unproven()),
+    ]
+    for kind, title in _KINDS.items():
+        of_kind = [mutant for mutant in MUTANTS if mutant.subject.kind == kind]
+        if of_kind:
+            lines += ["", f"## {title}", "", "| mutant | what is wrong | fails |", "|---|---|---|"]
+            lines += [f"| {one.name} | {one.what} | {_linked(one.fails)} |" for one in of_kind]
+    return "\n".join(lines) + "\n"
+
+
+def _linked(rules: frozenset[str]) -> str:
+    return ", ".join(f"[{rule}](conformance-rules.md#{rule.lower()})" for rule in sorted(rules))
+
+
+def pages() -> dict[str, str]:
+    """Give every page, by its place below the documentation's folder."""
+    return {
+        "reference/conformance-rules.md": specification_page(),
+        "reference/conformance-matrix.md": matrix_page(),
+    }
+
+
+def draw(path: Path) -> None:
+    """Draw the matrix: a dot for each rule that a mutant fails."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rules = [rule for rule in RULES if rule.level != Level.UNTESTED]
+    columns = {rule.id: index for index, rule in enumerate(rules)}
+    points = [(columns[rule], row) for row, mutant in enumerate(MUTANTS) for rule in mutant.fails]
+    figure, axes = plt.subplots(figsize=(16, 14), layout="constrained")
+    axes.scatter([x for x, _ in points], [y for _, y in points], s=9, color="black", marker="s")
+    bare = [columns[rule] for rule in unproven()]
+    for column in bare:
+        axes.axvspan(column - 0.5, column + 0.5, color="orange", alpha=0.5, linewidth=0)
+    starts = [index for index, rule in enumerate(rules) if index == 0 or rules[index - 1].kind != rule.kind]
+    for start in starts:
+        axes.axvline(start - 0.5, color="grey", linewidth=0.5)
+        axes.text(start, -3, _KINDS[rules[start].kind], rotation=30, fontsize=8)
+    axes.set_xlim(-1, len(rules))
+    axes.set_ylim(len(MUTANTS), -1)
+    axes.set_xticks(range(len(rules)), [rule.id for rule in rules], rotation=90, fontsize=4)
+    axes.set_yticks(range(len(MUTANTS)), [f"{one.subject.kind} {one.name}" for one in MUTANTS], fontsize=4)
+    axes.set_xlabel(f"{len(rules)} rules; orange: no mutant fails this MUST")
+    axes.set_ylabel(f"{len(MUTANTS)} mutants; a square: the mutant fails the rule")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    for place, text in pages().items():
+        (folder / place).write_text(text, encoding="utf-8")
+    draw(folder / "reference" / "conformance-matrix.png")

@@ -1,0 +1,119 @@
+"""How the kit speaks: verdicts, reports, expected failures, hangs and examples."""
+
+import json
+import operator
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fabric_core.conformance import RankPool, Report, Subject, replay, run_rules, suite
+from fabric_core.conformance.bench import Bench
+from fabric_core.conformance.cases import Training
+from fabric_core.conformance.pool import RankHang
+from fabric_core.conformance.report import SCHEMA
+from fabric_core.conformance.rule import Broken
+from fabric_core.conformance.rules import RULES_BY_ID
+from fabric_core.conformance.runner import Outcome, judge
+from fabric_core.errors import RequestError
+
+LAZY = "fabric_core.conformance.mutants.precision:Lazy"
+SUMMING = "fabric_core.conformance.mutants.strategy:Summing"
+
+
+def _run(value: str, *only: str, **more: Any) -> Report:
+    return run_rules(Subject.of("precision" if "precision" in value else "strategy", value), only=only, **more)
+
+
+def _fits(data: Any, schema: Any) -> bool:
+    """Check data against the parts of JSON schema that the report's uses."""
+    kinds: dict[str, Any] = {
+        "object": dict,
+        "array": list,
+        "string": str,
+        "integer": int,
+        "number": (int, float),
+        "boolean": bool,
+    }
+    names = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    if not any(data is None if name == "null" else isinstance(data, kinds[name]) for name in names):
+        return False
+    if isinstance(data, list):
+        return all(_fits(one, schema["items"]) for one in data)
+    if isinstance(data, dict):
+        known = schema.get("properties", {})
+        other = schema.get("additionalProperties")
+        return set(schema.get("required", ())) <= set(data) and all(
+            _fits(value, known[name]) if name in known else bool(other) and _fits(value, other)
+            for name, value in data.items()
+        )
+    return True
+
+
+def test_a_failure_says_what_to_change_and_how_to_see_it_again() -> None:
+    """The smallest failing example comes as a script, which fails in the same way when it runs."""
+    (verdict,) = _run(SUMMING, "STR-301").failures
+    assert verdict.world_size == 2
+    assert "average gradients over the ranks" in verdict.message
+    assert "steps=1" in verdict.message
+    begin = verdict.message.index("example = ") + len("example = cases.")
+    example = eval(verdict.message[begin:].partition("\n")[0])  # noqa: S307 - the kit's own snippet
+    assert isinstance(example, Training)
+    with pytest.raises(Broken, match="parameters differ"):
+        replay("strategy", SUMMING, "STR-301", example, world_size=2)
+
+
+def test_report_fits_its_schema_and_is_written(tmp_path: Path) -> None:
+    """JSON, Markdown and the badge say the same: what is broken, and on what it ran."""
+    report = _run(LAZY, "PRE-228", "PRE-229", "PRE-236", "REG-005")
+    assert _fits(report.as_dict(), SCHEMA)
+    assert not _fits({**report.as_dict(), "seed": "text"}, SCHEMA)
+    report.write(tmp_path / "report.json")
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["counts"] == {"kept": 1, "broken": 1, "skipped": 1, "untested": 1}
+    assert {"torch", "python", "fabric-registry"} == set(data["versions"])
+    assert "## PRE-228" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "report.badge.json").read_text())["color"] == "red"
+
+
+def test_a_rule_is_skipped_for_the_capability_that_is_missing() -> None:
+    """A rule that says nothing about a plugin names the capability that the plugin doesn't declare."""
+    (verdict,) = _run("fabric_core.conformance.references:Alone", "STR-319", world_sizes=(1,)).verdicts
+    assert verdict.outcome == Outcome.SKIPPED
+    assert "'sharded'" in verdict.message
+
+
+def test_expected_failures_are_counted_apart_and_strict() -> None:
+    """A rule in xfail that is broken is no failure; one that is kept is."""
+    report = _run(LAZY, "PRE-228", "PRE-203", expected={"PRE-228": "known", "PRE-203": "not true"})
+    assert [one.rule for one in report.failures] == ["PRE-203"]
+    assert report.as_dict()["counts"] == {"expected": 1, "unexpectedly kept": 1}
+
+
+@pytest.mark.parametrize(("xfail", "message"), [({"STR-999": "why"}, "no rule"), ({"STR-301": " "}, "no reason")])
+def test_xfail_needs_a_rule_and_a_reason(xfail: dict[str, str], message: str) -> None:
+    """A typing error in xfail, or an empty reason, is refused when the suite is made."""
+    with pytest.raises(RequestError, match=message):
+        suite("strategy", "ddp", xfail=xfail)
+
+
+def test_a_hang_is_a_verdict_with_the_rank_and_the_place() -> None:
+    """A rank that doesn't come back is named, with the line where it is; the next call works again."""
+    bench = Bench(Subject.of("strategy", "fabric_core.conformance.mutants.strategy:Waiting"), timeout=3.0)
+    bench.world_size = 2
+    try:
+        verdict = judge(RULES_BY_ID["STR-359"], bench, world_sizes=(2,))
+        assert verdict.outcome == Outcome.HANGS
+        assert "rank 0:" in verdict.message
+        assert "barrier" in verdict.message
+    finally:
+        bench.close()
+
+
+def test_pool_survives_a_hang() -> None:
+    """After a hang the pool's next call starts new ranks."""
+    with RankPool(1, timeout=1.0) as pool:
+        with pytest.raises(RankHang, match=r"ranks \[0\] did not come back in 1 s"):
+            pool.run(time.sleep, 30)
+        assert pool.run(operator.add, 1, 2) == [3]
