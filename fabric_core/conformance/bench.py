@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -77,6 +78,9 @@ def _run(pool: RankPool, place: "Place", function: Callable[..., Any], args: tup
     try:
         return pool.run(_measure, function, place, args)
     except RankRaised as error:
+        # What a rank that raised has half made in PyTorch would keep it from meeting the others again.
+        if pool.world_size > 1:
+            pool.close()
         # The message of an error may go on in indented lines.
         last = [line for line in error.trace.strip().splitlines() if line[:1].strip()][-1]
         raise Broken(f"rank {error.rank} raised {last}\n{error.trace}") from None
@@ -103,6 +107,14 @@ def _measure(function: Callable[..., Any], place: "Place", args: tuple[Any, ...]
         torch.set_grad_enabled(True)
         for device_type in ("cpu", "cuda"):
             torch.set_autocast_enabled(device_type, False)
+
+
+@cache
+def _store(port: int) -> Any:
+    """Connect to the store of this rank's pool, once."""
+    from torch.distributed import TCPStore
+
+    return TCPStore(os.environ["MASTER_ADDR"], port, wait_for_workers=False)
 
 
 class Place:
@@ -136,7 +148,7 @@ class Place:
         """Open a process group of the kit's own, beside whatever group the plugin has."""
         import torch.distributed as dist
 
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
+        store = _store(int(os.environ["MASTER_PORT"]))
         call = dist.PrefixStore(f"oracle/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         group = dist.ProcessGroupGloo(call, self.rank, self.world_size, timedelta(seconds=60))
         try:
@@ -154,7 +166,19 @@ class Place:
         fabric = self.unlaunched(**parts)
         with fabric:
             fabric.launch()
+            self._meet()
             yield fabric
+
+    def _meet(self) -> None:
+        """Wait until every rank is connected: one that leaves at once would break the others' connecting."""
+        if self.world_size == 1:
+            return
+        store = _store(int(os.environ["MASTER_PORT"]))
+        call = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        meeting = store.add(f"kit/{call}/{self.rank}", 1)
+        if store.add(f"kit/{call}/meeting/{meeting}", 1) == self.world_size:
+            store.set(f"kit/{call}/met/{meeting}", "")
+        store.wait([f"kit/{call}/met/{meeting}"])
 
     def unlaunched(self, **parts: Plugin) -> Fabric:
         """Build a ``Fabric``."""

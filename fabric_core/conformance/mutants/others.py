@@ -24,13 +24,13 @@ mutant = MUTANTS.mutant
 # Wrappers
 
 
-@mutant("gives another module than it was given")
+@mutant("gives another module than it was given", "WRA-401", "WRA-403", "WRA-404", "WRA-405", "WRA-411")
 class Cloning(Tagging):
     def wrap_module(self, module: nn.Module) -> nn.Module:
         return super().wrap_module(copy.deepcopy(module))
 
 
-@mutant("adds a parameter to the user's module")
+@mutant("adds a parameter to the user's module", "WRA-402", "WRA-403", "WRA-404")
 class Adding(Tagging):
     def wrap_module(self, module: nn.Module) -> nn.Module:
         module.register_parameter("ours", nn.Parameter(torch.zeros(1), requires_grad=False))
@@ -41,14 +41,14 @@ def _louder(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Ten
     return output * 1.5
 
 
-@mutant("changes what the module returns")
+@mutant("changes what the module returns", "WRA-403", "WRA-404")
 class Loud(Tagging):
     def wrap_module(self, module: nn.Module) -> nn.Module:
         module.register_forward_hook(_louder)
         return module
 
 
-@mutant("gives the same context again")
+@mutant("gives the same context again", "WRA-406")
 class Reusing(Tagging):
     context = nullcontext()
 
@@ -56,12 +56,12 @@ class Reusing(Tagging):
         return self.context
 
 
-@mutant("must come after itself")
+@mutant("must come after itself", "WRA-407")
 class Circular(Tagging):
     capabilities = WrapperCapabilities(after=frozenset({"Circular"}))
 
 
-@mutant("puts a function into the module that doesn't pickle")
+@mutant("puts a function into the module that doesn't pickle", "WRA-408")
 class Stuck(Tagging):
     def wrap_module(self, module: nn.Module) -> nn.Module:
         module.register_forward_pre_hook(lambda _module, _inputs: None)
@@ -75,13 +75,13 @@ class _Proxy:
         self.param_groups = optimizer.param_groups
 
 
-@mutant("gives an optimizer that is none")
+@mutant("gives an optimizer that is none", "WRA-404", "WRA-405", "WRA-409")
 class Faking(Tagging):
     def wrap_optimizer(self, optimizer: Optimizer) -> Optimizer:
         return _Proxy(optimizer)  # type: ignore[return-value]
 
 
-@mutant("stops the optimizer")
+@mutant("stops the optimizer", "WRA-404", "WRA-409")
 class Braking(Tagging):
     def wrap_optimizer(self, optimizer: Optimizer) -> Optimizer:
         for group in optimizer.param_groups:
@@ -89,13 +89,13 @@ class Braking(Tagging):
         return optimizer
 
 
-@mutant("gives a loader that ends after one epoch")
+@mutant("gives a loader that ends after one epoch", "WRA-410")
 class Spent(Tagging):
     def wrap_dataloader(self, dataloader: Any) -> Any:
         return iter(list(dataloader))
 
 
-@mutant("draws a random number as it wraps")
+@mutant("draws a random number as it wraps", "WRA-411")
 class Rolling(Tagging):
     def wrap_module(self, module: nn.Module) -> nn.Module:
         torch.rand(1)
@@ -105,26 +105,26 @@ class Rolling(Tagging):
 # Launchers
 
 
-@mutant("recognises every process as its own")
+@mutant("recognises every process as its own", "LAU-501")
 class Claiming(Surroundings):
     def detect(self, environment: Mapping[str, str]) -> Ranks | None:
         return super().detect(environment) or Ranks()
 
 
-@mutant("writes into the environment that it reads")
+@mutant("writes into the environment that it reads", "LAU-502")
 class Scribbling(Surroundings):
     def detect(self, environment: Mapping[str, str]) -> Ranks | None:
         environment["SEEN"] = "1"  # type: ignore[index]
         return super().detect(environment)
 
 
-@mutant("takes every rank for rank 0")
+@mutant("takes every rank for rank 0", "LAU-503")
 class Royal(Surroundings):
     def detect(self, environment: Mapping[str, str]) -> Ranks | None:
         return super().detect({**environment, "RANK": "0"} if "RANK" in environment else environment)
 
 
-@mutant("raises what it likes for an environment that it can't read")
+@mutant("raises what it likes for an environment that it can't read", "LAU-504")
 class Blunt(Surroundings):
     def detect(self, environment: Mapping[str, str]) -> Ranks | None:
         try:
@@ -133,20 +133,20 @@ class Blunt(Surroundings):
             raise KeyError("RANK") from error
 
 
-@mutant("loses what the function returns")
+@mutant("loses what the function returns", "LAU-505")
 class Losing(Surroundings):
     def start(self, order: LaunchOrder) -> Any:
         super().start(order)
 
 
-@mutant("hides that the function failed")
+@mutant("hides that the function failed", "LAU-506")
 class Hiding(Surroundings):
     def start(self, order: LaunchOrder) -> Any:
         with suppress(Exception):
             return super().start(order)
 
 
-@mutant("can't be torn down where nothing was joined")
+@mutant("can't be torn down where nothing was joined", "LAU-507")
 class Clinging(Surroundings):
     def teardown(self) -> None:
         raise RuntimeError("nothing was joined")
@@ -155,13 +155,13 @@ class Clinging(Surroundings):
 # Checkpoints
 
 
-@mutant("only keeps tensors")
+@mutant("only keeps tensors", "CHK-601", "CHK-605", "CHK-607")
 class Narrow(OneFile):
     def write(self, path: Path, tree: Mapping[str, Any]) -> None:
         super().write(path, {name: one for name, one in tree.items() if isinstance(one, dict)})
 
 
-@mutant("converts what it reads to 32 bits")
+@mutant("converts what it reads to 32 bits", "CHK-601", "CHK-605", "CHK-607")
 class Coarse(OneFile):
     def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
         tree = super().read(path, into)
@@ -170,7 +170,7 @@ class Coarse(OneFile):
         return tree
 
 
-@mutant("raises what it likes for what it can't read")
+@mutant("raises what it likes for what it can't read", "CHK-602", "CHK-603", "CHK-606")
 class Raw(OneFile):
     def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
         try:
@@ -179,7 +179,7 @@ class Raw(OneFile):
             raise KeyError(path) from error
 
 
-@mutant("gives nothing where a checkpoint is damaged")
+@mutant("gives nothing where a checkpoint is damaged", "CHK-603")
 class Soothing(OneFile):
     def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
         try:
@@ -191,13 +191,13 @@ class Soothing(OneFile):
             raise
 
 
-@mutant("takes every file for its own")
+@mutant("takes every file for its own", "CHK-604")
 class Possessive(OneFile):
     def recognises(self, path: Path) -> bool:
         return path.is_file()
 
 
-@mutant("writes over the old checkpoint")
+@mutant("writes over the old checkpoint", "CHK-605")
 class Direct(OneFile):
     def write(self, path: Path, tree: Mapping[str, Any]) -> None:
         try:
@@ -207,7 +207,7 @@ class Direct(OneFile):
             raise CheckpointError("the checkpoint can't be written") from error
 
 
-@mutant("runs what lies in a file")
+@mutant("runs what lies in a file", "CHK-606")
 class Gullible(OneFile):
     def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
         try:
@@ -217,7 +217,7 @@ class Gullible(OneFile):
         return tree
 
 
-@mutant("never replaces a checkpoint")
+@mutant("never replaces a checkpoint", "CHK-607")
 class Keeping(OneFile):
     def write(self, path: Path, tree: Mapping[str, Any]) -> None:
         other = path.with_name(".other")
@@ -228,7 +228,7 @@ class Keeping(OneFile):
             other.rename(path)
 
 
-@mutant("leaves what it writes aside")
+@mutant("leaves what it writes aside", "CHK-608")
 class Messy(OneFile):
     def write(self, path: Path, tree: Mapping[str, Any]) -> None:
         path.with_name("aside").write_text(os.name, encoding="utf-8")
@@ -238,7 +238,7 @@ class Messy(OneFile):
 # Loggers
 
 
-@mutant("needs a step")
+@mutant("needs a step", "LOG-701")
 class Counting(Remembering):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None) -> None:
         if step is None:
@@ -246,7 +246,7 @@ class Counting(Remembering):
         super().log_metrics(metrics, step)
 
 
-@mutant("can be finalized once")
+@mutant("can be finalized once", "LOG-701", "LOG-702")
 class Final(Remembering):
     closed = False
 

@@ -18,7 +18,7 @@ MUTANTS = Mutants()
 mutant = MUTANTS.mutant
 
 
-@mutant("changes its policy each time")
+@mutant("changes its policy each time", "PRE-201")
 class Wavering(Full):
     asked = 0
 
@@ -28,20 +28,35 @@ class Wavering(Full):
         return PrecisionPolicy(reduce_dtype=torch.float64 if self.asked % 2 else None)
 
 
-@mutant("asks for a type of integers")
+@mutant("asks for a type of integers", "PRE-202", "PRE-222", "PRE-223", "PRE-224", "PRE-233")
 class Counting(Full):
     @property
     def policy(self) -> PrecisionPolicy:
         return PrecisionPolicy(reduce_dtype=torch.int32)
 
 
-@mutant("leaves parameters as they are")
+@mutant(
+    "leaves parameters as they are",
+    "PRE-203",
+    "PRE-213",
+    "PRE-214",
+    "PRE-215",
+    "PRE-216",
+    "PRE-222",
+    "PRE-223",
+    "PRE-224",
+    "PRE-225",
+    "PRE-228",
+    "PRE-232",
+    "PRE-233",
+    "PRE-234",
+)
 class Idle(Doubled):
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module
 
 
-@mutant("converts buffers of integers too")
+@mutant("converts buffers of integers too", "PRE-204")
 class Sweeping(Doubled):
     def convert_module(self, module: nn.Module) -> nn.Module:
         for name, buffer in list(module.named_buffers()):
@@ -49,7 +64,7 @@ class Sweeping(Doubled):
         return module.to(torch.float64)
 
 
-@mutant("sets parameters to zero as it converts them")
+@mutant("sets parameters to zero as it converts them", "PRE-205", "PRE-222", "PRE-223", "PRE-224", "PRE-233")
 class Forgetful(Doubled):
     def convert_module(self, module: nn.Module) -> nn.Module:
         with torch.no_grad():
@@ -58,13 +73,13 @@ class Forgetful(Doubled):
         return module.to(torch.float64)
 
 
-@mutant("thaws what was frozen")
+@mutant("thaws what was frozen", "PRE-206")
 class Thawing(Full):
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module.requires_grad_(True)
 
 
-@mutant("takes shared weights apart")
+@mutant("takes shared weights apart", "PRE-203", "PRE-205", "PRE-206", "PRE-233")
 class Parting(Full):
     def convert_module(self, module: nn.Module) -> nn.Module:
         again = getattr(module, "again", None)
@@ -77,7 +92,7 @@ def _shallow(data: Any, dtype: torch.dtype) -> Any:
     return data.to(dtype) if isinstance(data, torch.Tensor) and data.is_floating_point() else data
 
 
-@mutant("converts inputs that lie at the top only")
+@mutant("converts inputs that lie at the top only", "PRE-207")
 class Shallow(Doubled):
     def convert_input(self, data: Any) -> Any:
         if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], dict):  # noqa: PLR2004 - args, kwargs
@@ -85,49 +100,49 @@ class Shallow(Doubled):
         return _shallow(data, torch.float64)
 
 
-@mutant("converts integers in inputs")
+@mutant("converts integers in inputs", "PRE-208", "PRE-209")
 class Overeager(Doubled):
     def convert_input(self, data: Any) -> Any:
         return map_tensors(data, lambda one: one.to(torch.float64) if not one.is_complex() else one)
 
 
-@mutant("copies inputs")
+@mutant("copies inputs", "PRE-209")
 class Copying(Full):
     def convert_input(self, data: Any) -> Any:
         return map_tensors(data, lambda one: one.clone() if one.is_floating_point() else one)
 
 
-@mutant("leaves outputs as they come")
+@mutant("leaves outputs as they come", "PRE-210", "PRE-214")
 class Careless(Doubled):
     def convert_output(self, data: Any) -> Any:
         return data
 
 
-@mutant("converts integers in outputs")
+@mutant("converts integers in outputs", "PRE-211", "PRE-212")
 class Flooding(Doubled):
     def convert_output(self, data: Any) -> Any:
         return map_tensors(data, lambda one: one.to(torch.float32) if not one.is_complex() else one)
 
 
-@mutant("copies outputs")
+@mutant("copies outputs", "PRE-212")
 class Echoing(Full):
     def convert_output(self, data: Any) -> Any:
         return map_tensors(data, lambda one: one.clone() if one.is_floating_point() else one)
 
 
-@mutant("says autocast, and doesn't")
+@mutant("says autocast, and doesn't", "PRE-213", "PRE-218")
 class Silent(Mixed):
     def forward_context(self, device_type: str) -> AbstractContextManager[Any] | None:
         return None
 
 
-@mutant("autocasts to another type than it says")
+@mutant("autocasts to another type than it says", "PRE-213", "PRE-218")
 class Mistyped(Mixed):
     def forward_context(self, device_type: str) -> AbstractContextManager[Any] | None:
         return torch.autocast(device_type, torch.float16)
 
 
-@mutant("autocasts, and doesn't say so")
+@mutant("autocasts, and doesn't say so", "PRE-213", "PRE-219", "PRE-222", "PRE-223", "PRE-224", "PRE-233")
 class Secret(Full):
     def forward_context(self, device_type: str) -> AbstractContextManager[Any] | None:
         return torch.autocast(device_type, torch.bfloat16)
@@ -142,13 +157,13 @@ def _forgotten(*, on_errors_only: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-@mutant("doesn't undo what its forward context does")
+@mutant("doesn't undo what its forward context does", "PRE-215", "PRE-216", "PRE-217", "PRE-234")
 class Leaking(Full):
     def forward_context(self, device_type: str) -> AbstractContextManager[Any] | None:
         return _forgotten(on_errors_only=False)
 
 
-@mutant("undoes what its forward context does only where nothing raises")
+@mutant("undoes what its forward context does only where nothing raises", "PRE-216")
 class Optimistic(Full):
     def forward_context(self, device_type: str) -> AbstractContextManager[Any] | None:
         return _forgotten(on_errors_only=True)
@@ -162,7 +177,7 @@ class _Plain:
         pass
 
 
-@mutant("gives the same context again")
+@mutant("gives the same context again", "PRE-217")
 class Reusing(Full):
     context: AbstractContextManager[Any] | None = None
 
@@ -171,13 +186,13 @@ class Reusing(Full):
         return self.context
 
 
-@mutant("makes parameters in the default type")
+@mutant("makes parameters in the default type", "PRE-220")
 class Plain(Doubled):
     def init_context(self) -> AbstractContextManager[Any] | None:  # type: ignore[override]
         return None
 
 
-@mutant("leaves the default type changed")
+@mutant("leaves the default type changed", "PRE-221")
 class Sticky(Doubled):
     @contextmanager
     def init_context(self) -> Iterator[None]:
@@ -185,7 +200,7 @@ class Sticky(Doubled):
         yield
 
 
-@mutant("divides by another number than it multiplied by")
+@mutant("divides by another number than it multiplied by", "PRE-222", "PRE-223", "PRE-224", "PRE-233")
 class Unequal(Scaled):
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         before, self.scale = self.scale, self.scale * 2
@@ -193,33 +208,33 @@ class Unequal(Scaled):
         self.scale = before
 
 
-@mutant("unscales again each time it is asked")
+@mutant("unscales again each time it is asked", "PRE-223")
 class Repeating(Scaled):
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         self.unscaled.discard(id(optimizer))
         super().unscale_gradients(optimizer)
 
 
-@mutant("scales, and never unscales")
+@mutant("scales, and never unscales", "PRE-222", "PRE-223", "PRE-224", "PRE-233")
 class Oblivious(Scaled):
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         pass
 
 
-@mutant("says that it scales, and doesn't")
+@mutant("says that it scales, and doesn't", "PRE-226", "PRE-229", "PRE-230", "PRE-231")
 class Pretending(Full):
     @property
     def policy(self) -> PrecisionPolicy:
         return PrecisionPolicy(loss_scaling=True)
 
 
-@mutant("scales, and doesn't say so")
+@mutant("scales, and doesn't say so", "PRE-222", "PRE-223", "PRE-224", "PRE-227", "PRE-233")
 class Hidden(Full):
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         return loss * 8
 
 
-@mutant("never steps")
+@mutant("never steps", "PRE-228", "PRE-233")
 class Lazy(Full):
     def optimizer_step(
         self,
@@ -230,7 +245,7 @@ class Lazy(Full):
         return None
 
 
-@mutant("steps twice")
+@mutant("steps twice", "PRE-233")
 class Hasty(Full):
     def optimizer_step(
         self,
@@ -242,19 +257,19 @@ class Hasty(Full):
         return step(closure)
 
 
-@mutant("steps whatever the gradients are")
+@mutant("steps whatever the gradients are", "PRE-229", "PRE-230", "PRE-231")
 class Reckless(Scaled):
     def finite(self, optimizer: Optimizer) -> bool:
         return True
 
 
-@mutant("never changes its scale")
+@mutant("never changes its scale", "PRE-230")
 class Stubborn(Scaled):
     def update(self) -> None:
         self.overflown = False
 
 
-@mutant("makes its scale smaller for each optimizer")
+@mutant("makes its scale smaller for each optimizer", "PRE-231")
 class Nervous(Scaled):
     def finite(self, optimizer: Optimizer) -> bool:
         fine = super().finite(optimizer)
@@ -264,26 +279,26 @@ class Nervous(Scaled):
         return fine
 
 
-@mutant("forgets its scale")
+@mutant("forgets its scale", "PRE-232")
 class Amnesic(Scaled):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
 
 
-@mutant("has a state that needs code to be read")
+@mutant("has a state that needs code to be read", "PRE-232")
 class Coded(Scaled):
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "code": contextlib.nullcontext()}
 
 
-@mutant("sets PyTorch's matmul precision for good")
+@mutant("sets PyTorch's matmul precision for good", "PRE-234")
 class Lasting(Full):
     def convert_module(self, module: nn.Module) -> nn.Module:
         torch.set_float32_matmul_precision("high")
         return module
 
 
-@mutant("shares one scale among all its objects")
+@mutant("shares one scale among all its objects", "REG-014")
 class Communal(Scaled):
     common: ClassVar[dict[str, float]] = {}
 
@@ -293,7 +308,9 @@ class Communal(Scaled):
         self.common["scale"] = self.scale
 
 
-@mutant("gives a copy of the module")
+@mutant(
+    "gives a copy of the module", "PRE-213", "PRE-214", "PRE-215", "PRE-222", "PRE-223", "PRE-224", "PRE-225", "PRE-233"
+)
 class Cloning(Full):
     def convert_module(self, module: nn.Module) -> nn.Module:
         return copy.deepcopy(module)

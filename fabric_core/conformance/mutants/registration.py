@@ -18,31 +18,116 @@ MUTANTS.elsewhere(
     "logger",
     "fabric_core.conformance.mutants.loud:Loud",
     "draws a random number, prints and imports something heavy when it is imported",
+    "REG-002",
+    "REG-003",
+    "REG-004",
 )
 
 
-@mutant("has a name that can't be written in a string", name="two words")
+@mutant("has a name that can't be written in a string", "REG-001", name="two words")
 class Unspeakable(Remembering):
     pass
 
 
-@mutant("leaves an abstract method")
+@mutant(
+    "leaves an abstract method",
+    "LOG-701",
+    "LOG-702",
+    "REG-005",
+    "REG-007",
+    "REG-008",
+    "REG-009",
+    "REG-010",
+    "REG-011",
+    "REG-012",
+    "REG-013",
+    "REG-014",
+    "REG-015",
+    "REG-016",
+    "REG-017",
+    "REG-018",
+    "REG-020",
+)
 class Unfinished(Remembering):
     log_metrics = Logger.log_metrics
 
 
-@mutant("was written for an old version of the contracts")
+@mutant(
+    "was written for an old version of the contracts",
+    "LOG-701",
+    "LOG-702",
+    "REG-005",
+    "REG-006",
+    "REG-007",
+    "REG-008",
+    "REG-009",
+    "REG-010",
+    "REG-011",
+    "REG-012",
+    "REG-013",
+    "REG-014",
+    "REG-015",
+    "REG-016",
+    "REG-017",
+    "REG-018",
+    "REG-020",
+)
 class Outdated(Remembering):
     api_version: ClassVar[int] = 0
 
 
-@mutant("gives an argument a default value")
+@mutant(
+    "gives an argument a default value",
+    "LOG-701",
+    "LOG-702",
+    "REG-005",
+    "REG-007",
+    "REG-008",
+    "REG-009",
+    "REG-010",
+    "REG-011",
+    "REG-012",
+    "REG-013",
+    "REG-014",
+    "REG-015",
+    "REG-016",
+    "REG-017",
+    "REG-018",
+    "REG-020",
+)
 class Defaulted(Remembering):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         super().log_metrics(metrics, step)
 
 
-@mutant("says that it is of another kind")
+@mutant(
+    "says that it is of another kind",
+    "REG-005",
+    "REG-007",
+    "REG-008",
+    "REG-009",
+    "REG-010",
+    "REG-011",
+    "REG-012",
+    "REG-013",
+    "REG-014",
+    "REG-015",
+    "REG-016",
+    "REG-017",
+    "REG-018",
+    "REG-020",
+    "WRA-401",
+    "WRA-402",
+    "WRA-403",
+    "WRA-404",
+    "WRA-405",
+    "WRA-406",
+    "WRA-407",
+    "WRA-408",
+    "WRA-409",
+    "WRA-410",
+    "WRA-411",
+)
 class Disguised(Remembering):
     kind: ClassVar[str] = "wrapper"
 
@@ -53,7 +138,25 @@ class LooseOptions(PluginOptions):
     model_config = ConfigDict(extra="allow")
 
 
-@mutant("takes options that it doesn't have")
+@mutant(
+    "takes options that it doesn't have",
+    "LOG-701",
+    "LOG-702",
+    "REG-005",
+    "REG-007",
+    "REG-008",
+    "REG-009",
+    "REG-010",
+    "REG-011",
+    "REG-012",
+    "REG-013",
+    "REG-014",
+    "REG-015",
+    "REG-016",
+    "REG-017",
+    "REG-018",
+    "REG-020",
+)
 class Loose(Remembering):
     Options = LooseOptions
 
@@ -64,7 +167,7 @@ class TupleOptions(PluginOptions):
     names: Any = ("a", "b")
 
 
-@mutant("has options that come back from JSON as something else")
+@mutant("has options that come back from JSON as something else", "REG-010")
 class Untravelled(Remembering):
     Options = TupleOptions
 
@@ -76,7 +179,7 @@ class SoftOptions(PluginOptions):
     level: int = 1
 
 
-@mutant("lets its options be changed")
+@mutant("lets its options be changed", "REG-011")
 class Soft(Remembering):
     Options = SoftOptions
 
@@ -87,7 +190,7 @@ class LevelOptions(PluginOptions):
     level: int = 1
 
 
-@mutant("ignores keyword arguments", options={"level": 2})
+@mutant("ignores keyword arguments", "REG-012", options={"level": 2})
 class Deaf(Remembering):
     Options = LevelOptions
 
@@ -95,46 +198,86 @@ class Deaf(Remembering):
         super().__init__(options)
 
 
-@mutant("draws a random number when it is made")
+@mutant("draws a random number when it is made", "REG-013")
 class Rolling(Remembering):
     def __init__(self, options: PluginOptions | None = None, /, **given: Any) -> None:
         super().__init__(options, **given)
         torch.rand(1)
 
 
-@mutant("keeps what it is told on the class")
+@mutant("keeps what it is told on the class", "REG-014")
 class Shared(Remembering):
     seen: ClassVar[dict[str, float]] = {}
 
 
-@mutant("doesn't pickle")
+@mutant("doesn't pickle", "REG-015")
 class Stuck(Remembering):
     def __reduce__(self) -> Any:
         raise TypeError("it holds a lock")
 
 
-@mutant("is something else in another process")
+@mutant("is something else in another process", "REG-016")
 class Elsewhere(Remembering):
     def __repr__(self) -> str:
         return f"Elsewhere(process={os.getpid()})"
 
 
-@mutant("says nothing about itself")
+@mutant("says nothing about itself", "REG-017")
 class Mute(Remembering):
     __doc__ = ""
 
 
-@mutant("shows itself as an address")
+@mutant("shows itself as an address", "REG-018")
 class Anonymous(Remembering):
     def __repr__(self) -> str:
         return "<an object>"
 
 
-@mutant("takes the automatic choice from everybody")
+@mutant("takes the automatic choice from everybody", "REG-020")
 class Greedy(Host):
     capabilities = AcceleratorCapabilities(priority=1_000_000)
 
 
-@mutant("has capabilities of no model")
+@mutant(
+    "has capabilities of no model",
+    "ACC-101",
+    "ACC-102",
+    "ACC-103",
+    "ACC-104",
+    "ACC-105",
+    "ACC-106",
+    "ACC-107",
+    "ACC-108",
+    "ACC-109",
+    "ACC-110",
+    "ACC-111",
+    "ACC-112",
+    "ACC-113",
+    "ACC-114",
+    "ACC-115",
+    "ACC-116",
+    "ACC-117",
+    "ACC-118",
+    "ACC-119",
+    "ACC-120",
+    "ACC-121",
+    "ACC-122",
+    "ACC-123",
+    "ACC-124",
+    "REG-005",
+    "REG-007",
+    "REG-008",
+    "REG-009",
+    "REG-010",
+    "REG-011",
+    "REG-012",
+    "REG-013",
+    "REG-014",
+    "REG-015",
+    "REG-016",
+    "REG-017",
+    "REG-018",
+    "REG-020",
+)
 class Formless(Host):
     capabilities = {"priority": 0}  # type: ignore[assignment] # noqa: RUF012 - the mutation

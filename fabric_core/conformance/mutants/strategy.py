@@ -23,7 +23,30 @@ mutant = MUTANTS.mutant
 # Gradients
 
 
-@mutant("sums gradients, and doesn't divide")
+@mutant(
+    "sums gradients, and doesn't divide",
+    "STR-301",
+    "STR-303",
+    "STR-304",
+    "STR-305",
+    "STR-308",
+    "STR-309",
+    "STR-310",
+    "STR-321",
+    "STR-323",
+    "STR-324",
+    "STR-325",
+    "STR-326",
+    "STR-328",
+    "STR-330",
+    "STR-340",
+    "STR-341",
+    "STR-344",
+    "STR-372",
+    "STR-373",
+    "STR-385",
+    "STR-396",
+)
 class Summing(Averaging):
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         super().average(parameters)
@@ -32,19 +55,90 @@ class Summing(Averaging):
                 parameter.grad.mul_(self.world.world_size)
 
 
-@mutant("never averages")
+@mutant(
+    "never averages",
+    "STR-301",
+    "STR-302",
+    "STR-303",
+    "STR-304",
+    "STR-305",
+    "STR-308",
+    "STR-309",
+    "STR-310",
+    "STR-321",
+    "STR-323",
+    "STR-324",
+    "STR-325",
+    "STR-326",
+    "STR-328",
+    "STR-330",
+    "STR-340",
+    "STR-341",
+    "STR-344",
+    "STR-372",
+    "STR-373",
+    "STR-385",
+    "STR-396",
+)
 class Solitary(Averaging):
     def averages(self, module: nn.Module) -> bool:
         return False
 
 
-@mutant("leaves the last parameter out of the averaging")
+@mutant(
+    "leaves the last parameter out of the averaging",
+    "STR-301",
+    "STR-302",
+    "STR-303",
+    "STR-304",
+    "STR-305",
+    "STR-308",
+    "STR-309",
+    "STR-310",
+    "STR-321",
+    "STR-323",
+    "STR-324",
+    "STR-325",
+    "STR-326",
+    "STR-328",
+    "STR-330",
+    "STR-340",
+    "STR-341",
+    "STR-344",
+    "STR-372",
+    "STR-373",
+    "STR-385",
+    "STR-396",
+)
 class Forgetful(Averaging):
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         super().average(parameters[:-1])
 
 
-@mutant("averages in 16 bits")
+@mutant(
+    "averages in 16 bits",
+    "STR-301",
+    "STR-303",
+    "STR-304",
+    "STR-305",
+    "STR-308",
+    "STR-309",
+    "STR-310",
+    "STR-321",
+    "STR-323",
+    "STR-324",
+    "STR-325",
+    "STR-326",
+    "STR-328",
+    "STR-330",
+    "STR-340",
+    "STR-341",
+    "STR-344",
+    "STR-372",
+    "STR-373",
+    "STR-385",
+    "STR-396",
+)
 class Coarse(Averaging):
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         super().average(parameters)
@@ -53,7 +147,7 @@ class Coarse(Averaging):
                 parameter.grad.copy_(parameter.grad.bfloat16())
 
 
-@mutant("adds a little of its own to each rank's gradients")
+@mutant("adds a little of its own to each rank's gradients", "STR-302")
 class Drifting(Averaging):
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         super().average(parameters)
@@ -62,14 +156,14 @@ class Drifting(Averaging):
                 parameter.grad.add_(1e-13 * self.world.global_rank)
 
 
-@mutant("lets every rank start with its own parameters")
+@mutant("lets every rank start with its own parameters", "STR-303")
 class Unequal(Averaging):
     def setup_module(self, module: nn.Module) -> nn.Module:
         self._modules = (*self._modules, module)
         return module
 
 
-@mutant("throws gathered gradients away before each pass")
+@mutant("throws gathered gradients away before each pass", "STR-304", "STR-305", "STR-331", "STR-396")
 class Wiping(Averaging):
     def backward(self, loss: torch.Tensor, arguments: Mapping[str, Any]) -> None:
         for module in self._modules:
@@ -77,25 +171,40 @@ class Wiping(Averaging):
         super().backward(loss, arguments)
 
 
-@mutant("ignores what a backward pass is asked for")
+@mutant("ignores what a backward pass is asked for", "STR-331")
 class Deaf(Averaging):
     def backward(self, loss: torch.Tensor, arguments: Mapping[str, Any]) -> None:
         super().backward(loss, {})
 
 
-@mutant("synchronises inside no_backward_sync")
+@mutant("synchronises inside no_backward_sync", "STR-306")
 class Chatty(Averaging):
     @contextmanager
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
         yield
 
 
-@mutant("leaves gradients apart, and doesn't declare it")
+@mutant("leaves gradients apart, and doesn't declare it", "STR-307")
 class Shy(Averaging):
     capabilities = StrategyCapabilities(distributed=True)
 
 
-@mutant("doesn't look whether no_backward_sync is enabled")
+@mutant(
+    "doesn't look whether no_backward_sync is enabled",
+    "STR-301",
+    "STR-302",
+    "STR-303",
+    "STR-304",
+    "STR-305",
+    "STR-308",
+    "STR-321",
+    "STR-323",
+    "STR-324",
+    "STR-325",
+    "STR-328",
+    "STR-385",
+    "STR-396",
+)
 class Always(Averaging):
     @contextmanager
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
@@ -103,7 +212,7 @@ class Always(Averaging):
             yield
 
 
-@mutant("stays apart after an exception")
+@mutant("stays apart after an exception", "STR-309")
 class Sulking(Averaging):
     @contextmanager
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
@@ -114,7 +223,7 @@ class Sulking(Averaging):
         self._apart = before
 
 
-@mutant("refuses a parameter without a gradient")
+@mutant("refuses a parameter without a gradient", "STR-310", "STR-326")
 class Strict(Averaging):
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         if any(parameter.grad is None for parameter in parameters):
@@ -122,12 +231,12 @@ class Strict(Averaging):
         super().average(parameters)
 
 
-@mutant("takes unused parameters, and declares that it doesn't")
+@mutant("takes unused parameters, and declares that it doesn't", "STR-311")
 class Modest(Averaging):
     capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, unused_parameters=False)
 
 
-@mutant("clips what a scaled loss makes large")
+@mutant("clips what a scaled loss makes large", "STR-385")
 class Fearful(Averaging):
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         super().average(parameters)
@@ -139,7 +248,7 @@ class Fearful(Averaging):
 # Modules
 
 
-@mutant("refuses a model with nothing to train")
+@mutant("refuses a model with nothing to train", "STR-312")
 class Demanding(Averaging):
     def setup_module(self, module: nn.Module) -> nn.Module:
         if not any(parameter.requires_grad for parameter in module.parameters()):
@@ -147,33 +256,132 @@ class Demanding(Averaging):
         return super().setup_module(module)
 
 
-@mutant("adds a module to the user's")
+@mutant(
+    "adds a module to the user's",
+    "STR-301",
+    "STR-303",
+    "STR-304",
+    "STR-305",
+    "STR-306",
+    "STR-310",
+    "STR-312",
+    "STR-313",
+    "STR-314",
+    "STR-315",
+    "STR-316",
+    "STR-317",
+    "STR-318",
+    "STR-320",
+    "STR-321",
+    "STR-323",
+    "STR-324",
+    "STR-325",
+    "STR-326",
+    "STR-328",
+    "STR-330",
+    "STR-370",
+    "STR-372",
+    "STR-373",
+    "STR-374",
+    "STR-377",
+    "STR-385",
+    "STR-393",
+    "STR-396",
+)
 class Adding(Averaging):
     def setup_module(self, module: nn.Module) -> nn.Module:
         module.add_module("ours", nn.Linear(1, 1, dtype=torch.float64).requires_grad_(False))
         return super().setup_module(module)
 
 
-@mutant("thaws what was frozen")
+@mutant("thaws what was frozen", "STR-314")
 class Thawing(Averaging):
     def setup_module(self, module: nn.Module) -> nn.Module:
         return super().setup_module(module.requires_grad_(True))
 
 
-@mutant("sets an attribute on the user's module")
+@mutant("sets an attribute on the user's module", "STR-315")
 class Marking(Averaging):
     def setup_module(self, module: nn.Module) -> nn.Module:
         module.__dict__["ours"] = True
         return super().setup_module(module)
 
 
-@mutant("converts the model to 32 bits")
+@mutant(
+    "converts the model to 32 bits",
+    "STR-301",
+    "STR-302",
+    "STR-303",
+    "STR-304",
+    "STR-305",
+    "STR-306",
+    "STR-308",
+    "STR-309",
+    "STR-310",
+    "STR-312",
+    "STR-313",
+    "STR-314",
+    "STR-315",
+    "STR-316",
+    "STR-317",
+    "STR-318",
+    "STR-320",
+    "STR-321",
+    "STR-323",
+    "STR-324",
+    "STR-325",
+    "STR-326",
+    "STR-328",
+    "STR-330",
+    "STR-331",
+    "STR-340",
+    "STR-341",
+    "STR-342",
+    "STR-343",
+    "STR-344",
+    "STR-370",
+    "STR-371",
+    "STR-372",
+    "STR-373",
+    "STR-385",
+    "STR-392",
+    "STR-393",
+    "STR-394",
+    "STR-396",
+)
 class Converting(Averaging):
     def setup_module(self, module: nn.Module) -> nn.Module:
         return super().setup_module(module.float())
 
 
-@mutant("computes in 16 bits, whatever the precision asks")
+@mutant(
+    "computes in 16 bits, whatever the precision asks",
+    "STR-301",
+    "STR-303",
+    "STR-304",
+    "STR-305",
+    "STR-306",
+    "STR-308",
+    "STR-309",
+    "STR-310",
+    "STR-312",
+    "STR-317",
+    "STR-321",
+    "STR-323",
+    "STR-324",
+    "STR-325",
+    "STR-326",
+    "STR-328",
+    "STR-330",
+    "STR-340",
+    "STR-341",
+    "STR-344",
+    "STR-372",
+    "STR-373",
+    "STR-385",
+    "STR-387",
+    "STR-396",
+)
 class Squeezing(Averaging):
     def setup_module(self, module: nn.Module) -> nn.Module:
         super().setup_module(module)
@@ -187,7 +395,7 @@ def _squeeze(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Te
     return output.bfloat16().to(output.dtype) if output.dtype == torch.float64 else output.bfloat16()
 
 
-@mutant("loses keyword arguments")
+@mutant("loses keyword arguments", "STR-306", "STR-317")
 class Dropping(Averaging):
     def setup_module(self, module: nn.Module) -> nn.Module:
         return _Positional(super().setup_module(module))
@@ -202,46 +410,46 @@ class _Positional(nn.Module):
         return self.module(*args)
 
 
-@mutant("draws random numbers when it sets up a model")
+@mutant("draws random numbers when it sets up a model", "STR-318")
 class Rolling(Averaging):
     def setup_module(self, module: nn.Module) -> nn.Module:
         torch.rand(1)
         return super().setup_module(module)
 
 
-@mutant("declares to shard, and doesn't")
+@mutant("declares to shard, and doesn't", "STR-319", "STR-343", "STR-380")
 class Boasting(Averaging):
     capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, sharded=True)
 
 
-@mutant("shards, and doesn't declare it")
+@mutant("shards, and doesn't declare it", "STR-315", "STR-320")
 class Secret(Sharding):
     capabilities = StrategyCapabilities(distributed=True, wraps_forward=True, no_backward_sync=True)
 
 
-@mutant("only synchronises what passes through its module, and doesn't declare it")
+@mutant("only synchronises what passes through its module, and doesn't declare it", "STR-321", "STR-323")
 class Open(Routed):
     capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True)
 
 
-@mutant("knows the last model only")
+@mutant("knows the last model only", "STR-326")
 class Single(Averaging):
     def setup_module(self, module: nn.Module) -> nn.Module:
         self._modules = ()
         return super().setup_module(module)
 
 
-@mutant("takes several models, and declares that it doesn't")
+@mutant("takes several models, and declares that it doesn't", "STR-327")
 class OneModel(Averaging):
     capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, multiple_models=False)
 
 
-@mutant("says that it carries out the policy, and doesn't")
+@mutant("says that it carries out the policy, and doesn't", "STR-386")
 class Careless(Averaging):
     capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, carries_policy=True)
 
 
-@mutant("leaves the default device changed")
+@mutant("leaves the default device changed", "STR-388")
 class Sticky(Averaging):
     @contextmanager
     def init_module(self, empty: bool) -> Iterator[None]:
@@ -252,13 +460,33 @@ class Sticky(Averaging):
 # Optimizers
 
 
-@mutant("leaves an optimizer the parameters that were replaced")
+@mutant(
+    "leaves an optimizer the parameters that were replaced",
+    "STR-301",
+    "STR-303",
+    "STR-304",
+    "STR-305",
+    "STR-310",
+    "STR-321",
+    "STR-324",
+    "STR-326",
+    "STR-328",
+    "STR-330",
+    "STR-340",
+    "STR-341",
+    "STR-342",
+    "STR-343",
+    "STR-344",
+    "STR-372",
+    "STR-373",
+    "STR-396",
+)
 class Stale(Sharding):
     def setup_optimizer(self, optimizer: Optimizer, replaced: Mapping[torch.Tensor, torch.Tensor]) -> Optimizer:
         return optimizer
 
 
-@mutant("only takes optimizers that were made before the model's setup")
+@mutant("only takes optimizers that were made before the model's setup", "STR-325", "STR-326")
 class Early(Sharding):
     def setup_optimizer(self, optimizer: Optimizer, replaced: Mapping[torch.Tensor, torch.Tensor]) -> Optimizer:
         if not any(one in replaced for group in optimizer.param_groups for one in group["params"]):
@@ -266,7 +494,7 @@ class Early(Sharding):
         return super().setup_optimizer(optimizer, replaced)
 
 
-@mutant("steps the first optimizer only")
+@mutant("steps the first optimizer only", "STR-326", "STR-328")
 class Favouring(Averaging):
     favourite: Optimizer | None = None
 
@@ -275,12 +503,12 @@ class Favouring(Averaging):
         return super().optimizer_step(optimizer, closure) if optimizer is self.favourite else None
 
 
-@mutant("takes several optimizers, and declares that it doesn't")
+@mutant("takes several optimizers, and declares that it doesn't", "STR-329")
 class OneOptimizer(Averaging):
     capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, multiple_optimizers=False)
 
 
-@mutant("says nothing of what a closure returned")
+@mutant("says nothing of what a closure returned", "STR-330")
 class Mute(Averaging):
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
         super().optimizer_step(optimizer, closure)
@@ -289,17 +517,19 @@ class Mute(Averaging):
 # Clipping
 
 
-@mutant("gives the norm of its own shards")
+@mutant("gives the norm of its own shards", "STR-340", "STR-341", "STR-343", "STR-396")
 class Narrow(Sharding):
     def clip_grad_norm(
         self, parameters: Sequence[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
     ) -> torch.Tensor:
-        norm: Any = nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
-        local: torch.Tensor = norm.to_local()
-        return local
+        shards: list[Any] = [one.grad for one in parameters if one.grad is not None]
+        norm = nn.utils.get_total_norm([one.to_local() for one in shards], norm_type, error_if_nonfinite)
+        for one in shards:
+            one.mul_(min(1.0, max_norm / (norm.item() + 1e-6)))
+        return norm
 
 
-@mutant("gives the norm as it comes, distributed")
+@mutant("gives the norm as it comes, distributed", "STR-342")
 class Distributed(Sharding):
     def clip_grad_norm(
         self, parameters: Sequence[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
@@ -307,7 +537,7 @@ class Distributed(Sharding):
         return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
 
 
-@mutant("gives the norm, and doesn't clip")
+@mutant("gives the norm, and doesn't clip", "STR-341", "STR-396")
 class Looking(Averaging):
     def clip_grad_norm(
         self, parameters: Sequence[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
@@ -315,7 +545,7 @@ class Looking(Averaging):
         return super().clip_grad_norm(parameters, float("inf"), norm_type, error_if_nonfinite)
 
 
-@mutant("only knows the norm of two")
+@mutant("only knows the norm of two", "STR-340", "STR-341")
 class Euclidean(Averaging):
     def clip_grad_norm(
         self, parameters: Sequence[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
@@ -323,7 +553,7 @@ class Euclidean(Averaging):
         return super().clip_grad_norm(parameters, max_norm, 2.0, error_if_nonfinite)
 
 
-@mutant("clips to an infinite norm")
+@mutant("clips to an infinite norm", "STR-343")
 class Trusting(Averaging):
     def clip_grad_norm(
         self, parameters: Sequence[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
@@ -331,7 +561,7 @@ class Trusting(Averaging):
         return super().clip_grad_norm(parameters, max_norm, norm_type, False)
 
 
-@mutant("doesn't clip values")
+@mutant("doesn't clip values", "STR-344")
 class Passive(Averaging):
     def clip_grad_value(self, parameters: Sequence[torch.Tensor], clip_value: float) -> None:
         pass
@@ -340,38 +570,38 @@ class Passive(Averaging):
 # Collectives
 
 
-@mutant("takes the minimum for the maximum")
+@mutant("takes the minimum for the maximum", "STR-350")
 class Inverted(Averaging):
     def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
         return super().all_reduce(tensor, group, "min" if reduce_op == "max" else reduce_op)
 
 
-@mutant("reduces in place")
+@mutant("reduces in place", "STR-351")
 class InPlace(Averaging):
     def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
         return tensor.copy_(super().all_reduce(tensor, group, reduce_op))
 
 
-@mutant("gives every reduction as a floating-point number")
+@mutant("gives every reduction as a floating-point number", "STR-352")
 class Floating(Averaging):
     def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
         result = super().all_reduce(tensor, group, reduce_op)
         return result if result.is_floating_point() else result.float()
 
 
-@mutant("takes a reduction that it doesn't know for a sum")
+@mutant("takes a reduction that it doesn't know for a sum", "STR-353")
 class Guessing(Averaging):
     def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
         return super().all_reduce(tensor, group, reduce_op if reduce_op != "no such" else "sum")
 
 
-@mutant("gathers in the opposite order")
+@mutant("gathers in the opposite order", "STR-354", "STR-355", "STR-356")
 class Reversed(Averaging):
     def all_gather(self, tensor: torch.Tensor, group: Any | None, sync_grads: bool) -> list[torch.Tensor]:
         return super().all_gather(tensor, group, sync_grads)[::-1]
 
 
-@mutant("cuts what it gathers to the smallest")
+@mutant("cuts what it gathers to the smallest", "STR-355")
 class Cutting(Averaging):
     def all_gather(self, tensor: torch.Tensor, group: Any | None, sync_grads: bool) -> list[torch.Tensor]:
         parts = super().all_gather(tensor, group, sync_grads)
@@ -379,26 +609,26 @@ class Cutting(Averaging):
         return [one[:rows] if one.ndim else one for one in parts]
 
 
-@mutant("lets no gradient through a gather")
+@mutant("lets no gradient through a gather", "STR-356")
 class Detached(Averaging):
     def all_gather(self, tensor: torch.Tensor, group: Any | None, sync_grads: bool) -> list[torch.Tensor]:
         return [one.requires_grad_(sync_grads) for one in super().all_gather(tensor, group, False)]
 
 
-@mutant("always sends from rank 0")
+@mutant("always sends from rank 0", "STR-357")
 class Royal(Averaging):
     def broadcast(self, obj: Any, src: int) -> Any:
         super().broadcast(obj, src)
         return super().broadcast(obj, 0)
 
 
-@mutant("takes a rank that there isn't for the last")
+@mutant("takes a rank that there isn't for the last", "STR-358")
 class Wrapping(Averaging):
     def broadcast(self, obj: Any, src: int) -> Any:
         return super().broadcast(obj, min(src, self.world.world_size - 1))
 
 
-@mutant("raises what it likes for a rank that there isn't")
+@mutant("raises what it likes for a rank that there isn't", "STR-358")
 class Blunt(Averaging):
     def broadcast(self, obj: Any, src: int) -> Any:
         try:
@@ -407,37 +637,85 @@ class Blunt(Averaging):
             raise KeyError(src) from error
 
 
-@mutant("waits for nobody")
+@mutant("waits for nobody", "STR-359")
 class Impatient(Averaging):
     def barrier(self, name: str | None) -> None:
         pass
 
 
-@mutant("lets rank 0 wait for ever")
+@mutant("lets rank 0 wait for ever", "STR-359", "STR-391")
 class Waiting(Averaging):
     def barrier(self, name: str | None) -> None:
         if self.world.global_rank == 0 and self.world.world_size > 1:
             threading.Event().wait()
 
 
-@mutant("reduces over all ranks, whatever the group")
+@mutant("reduces over all ranks, whatever the group", "STR-360")
 class Public(Averaging):
     def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
         return super().all_reduce(tensor, None, reduce_op)
 
 
-@mutant("gives every rank the first part of the data")
+@mutant(
+    "gives every rank the first part of the data",
+    "STR-301",
+    "STR-303",
+    "STR-304",
+    "STR-305",
+    "STR-308",
+    "STR-309",
+    "STR-310",
+    "STR-321",
+    "STR-323",
+    "STR-324",
+    "STR-325",
+    "STR-326",
+    "STR-328",
+    "STR-330",
+    "STR-340",
+    "STR-341",
+    "STR-344",
+    "STR-361",
+    "STR-372",
+    "STR-373",
+    "STR-385",
+    "STR-396",
+)
 class Repeating(Averaging):
     def data_shard(self) -> tuple[int, int]:
         return 0, self.world.world_size
 
 
-@mutant("declares to be distributed, and joins nobody")
+@mutant(
+    "declares to be distributed, and joins nobody",
+    "STR-303",
+    "STR-350",
+    "STR-351",
+    "STR-353",
+    "STR-354",
+    "STR-355",
+    "STR-356",
+    "STR-357",
+    "STR-358",
+    "STR-359",
+    "STR-362",
+    "STR-395",
+)
 class Hermit(Alone):
     capabilities = StrategyCapabilities(distributed=True)
 
 
-@mutant("takes several processes that don't know each other")
+@mutant(
+    "takes several processes that don't know each other",
+    "STR-303",
+    "STR-354",
+    "STR-355",
+    "STR-356",
+    "STR-357",
+    "STR-359",
+    "STR-363",
+    "STR-396",
+)
 class Crowd(Alone):
     capabilities = StrategyCapabilities()
 
@@ -445,62 +723,62 @@ class Crowd(Alone):
 # State
 
 
-@mutant("gives its wrapper's names")
+@mutant("gives its wrapper's names", "STR-370", "STR-372", "STR-373", "STR-379", "STR-396")
 class Prefixed(Averaging):
     def module_state(self, module: nn.Module, full: bool) -> dict[str, Any]:
         return {f"module.{name}": value for name, value in super().module_state(module, full).items()}
 
 
-@mutant("gives shards where the whole is asked")
+@mutant("gives shards where the whole is asked", "STR-371", "STR-372", "STR-373", "STR-396")
 class Partial(Sharding):
     def module_state(self, module: nn.Module, full: bool) -> dict[str, Any]:
         return super().module_state(module, False)
 
 
-@mutant("gives the whole where shards are asked")
+@mutant("gives the whole where shards are asked", "STR-379", "STR-380")
 class Lavish(Sharding):
     def module_state(self, module: nn.Module, full: bool) -> dict[str, Any]:
         return {name: getattr(one, "full_tensor", lambda one=one: one)() for name, one in module.state_dict().items()}
 
 
-@mutant("leaves buffers out of the state")
+@mutant("leaves buffers out of the state", "STR-373", "STR-379")
 class Bare(Averaging):
     def module_state(self, module: nn.Module, full: bool) -> dict[str, Any]:
         return {name: one for name, one in module.state_dict().items() if name in dict(module.named_parameters())}
 
 
-@mutant("forgets the optimizer's state")
+@mutant("forgets the optimizer's state", "STR-372", "STR-373")
 class Amnesic(Averaging):
     def optimizer_state(self, optimizer: Optimizer, full: bool) -> dict[str, Any]:
         return {**super().optimizer_state(optimizer, full), "state": {}}
 
 
-@mutant("doesn't load the optimizer's state")
+@mutant("doesn't load the optimizer's state", "STR-373")
 class Fresh(Averaging):
     def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any], full: bool) -> None:
         pass
 
 
-@mutant("never looks whether keys fit")
+@mutant("never looks whether keys fit", "STR-375", "STR-376")
 class Lenient(Averaging):
     def load_module_state(self, module: nn.Module, state: Mapping[str, Any], full: bool, strict: bool) -> None:
         super().load_module_state(module, state, full, False)
 
 
-@mutant("takes keys that it doesn't know")
+@mutant("takes keys that it doesn't know", "STR-376")
 class Welcoming(Averaging):
     def load_module_state(self, module: nn.Module, state: Mapping[str, Any], full: bool, strict: bool) -> None:
         own = module.state_dict()
         super().load_module_state(module, {name: one for name, one in state.items() if name in own}, full, strict)
 
 
-@mutant("is strict always")
+@mutant("is strict always", "STR-377")
 class Pedantic(Averaging):
     def load_module_state(self, module: nn.Module, state: Mapping[str, Any], full: bool, strict: bool) -> None:
         super().load_module_state(module, state, full, True)
 
 
-@mutant("leaves tensors out that don't fit")
+@mutant("leaves tensors out that don't fit", "STR-378")
 class Skipping(Averaging):
     def load_module_state(self, module: nn.Module, state: Mapping[str, Any], full: bool, strict: bool) -> None:
         own = module.state_dict()
@@ -510,7 +788,7 @@ class Skipping(Averaging):
         super().load_module_state(module, fitting, full, strict)
 
 
-@mutant("loads nothing")
+@mutant("loads nothing", "STR-373", "STR-374", "STR-377", "STR-379", "STR-396")
 class Idle(Averaging):
     def load_module_state(self, module: nn.Module, state: Mapping[str, Any], full: bool, strict: bool) -> None:
         before = {name: one.clone() for name, one in module.state_dict().items()}
@@ -521,28 +799,28 @@ class Idle(Averaging):
 # Life
 
 
-@mutant("can't be torn down before it was connected")
+@mutant("can't be torn down before it was connected", "STR-390", "STR-391")
 class Clinging(Averaging):
     def teardown(self) -> None:
         self.world  # noqa: B018 - raises
         super().teardown()
 
 
-@mutant("leaves its process group behind")
+@mutant("leaves its process group behind", "STR-392")
 class Leaking(Averaging):
     def teardown(self) -> None:
         self._owns = False
         super().teardown()
 
 
-@mutant("takes others' process group down")
+@mutant("takes others' process group down", "STR-394")
 class Greedy(Averaging):
     def connect(self, world: World, policy: PrecisionPolicy) -> None:
         super().connect(world, policy)
         self._owns = True
 
 
-@mutant("waits for all ranks as it leaves")
+@mutant("waits for all ranks as it leaves", "STR-395")
 class Polite(Averaging):
     def teardown(self) -> None:
         if self._owns and dist.is_initialized():
@@ -551,7 +829,29 @@ class Polite(Averaging):
         super().teardown()
 
 
-@mutant("sets an option of PyTorch as it connects")
+@mutant(
+    "sets an option of PyTorch as it connects",
+    "STR-301",
+    "STR-303",
+    "STR-304",
+    "STR-305",
+    "STR-312",
+    "STR-321",
+    "STR-323",
+    "STR-324",
+    "STR-325",
+    "STR-326",
+    "STR-328",
+    "STR-340",
+    "STR-341",
+    "STR-344",
+    "STR-372",
+    "STR-373",
+    "STR-377",
+    "STR-385",
+    "STR-392",
+    "STR-396",
+)
 class Meddling(Averaging):
     def connect(self, world: World, policy: PrecisionPolicy) -> None:
         torch.set_default_dtype(torch.float64)

@@ -349,7 +349,7 @@ def _multiply(place: Place, dtypes: list[torch.dtype]) -> list[str]:
     for dtype in dtypes:
         try:
             x = torch.full((2, 2), 2, device=device, dtype=dtype)
-            right = bool(((x @ x).float() == 8).all())
+            right = bool(((x @ x).to(torch.complex64) == 8).all())
         except (RuntimeError, TypeError):
             right = False
         if not right:
@@ -366,7 +366,7 @@ def _multiply(place: Place, dtypes: list[torch.dtype]) -> list[str]:
 )
 def _supported_works(bench: Bench) -> None:
     plugin = bench.plugin()
-    every = (*_FLOATS, torch.int64, torch.float8_e4m3fn, torch.complex64)
+    every = (*_FLOATS, torch.int64, torch.float8_e4m3fn, torch.complex64, torch.bool)
     faults = bench.run(_multiply, [dtype for dtype in every if plugin.supports(dtype)])[0]
     if faults:
         raise Broken(f"it says that it supports {', '.join(faults)}, and can't multiply in it")
