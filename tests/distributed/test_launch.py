@@ -198,6 +198,7 @@ def test_ranks_do_not_outlive_the_command(tmp_path: Path, how: signal.Signals) -
     """Ending the command that was typed ends its ranks, even where it could not say goodbye."""
     with subprocess.Popen(
         [sys.executable, _script(tmp_path, _SLEEPING), str(tmp_path)],
+        env={**os.environ, "TMPDIR": str(tmp_path)},  # what a killed process could not remove goes with the test
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as process:
