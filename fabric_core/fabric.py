@@ -73,7 +73,8 @@ class Fabric:
         num_nodes: The number of machines.
         precision: The number types, by name.
         wrappers: What else transforms models, in order.
-        plugins: Instances of plugins, and extensions.
+        plugins: Extensions, and plugins of the kinds ``precision``, ``launcher`` and ``checkpoint``: instances, text
+            (``"launcher=name:option=value"``), or mappings with ``kind`` and ``name``.
         callbacks: Objects whose methods ``fabric.call`` calls.
         loggers: What takes metrics.
 

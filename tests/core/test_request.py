@@ -38,6 +38,13 @@ def test_a_reference_survives_the_way_through_text(ref: PluginRef) -> None:
     assert parse_plugin(str(ref), "strategy") == ref
 
 
+@pytest.mark.parametrize("value", ["a[b", "a]b", "{", "}]", 'a"b', "a,b", " a", "[1", "1", "true", "", "\\", "=", ":"])
+def test_text_that_looks_like_something_else_stays_the_text(value: str) -> None:
+    """Brackets, quotes, commas and JSON inside a text don't swallow or split the options that follow."""
+    ref = PluginRef(name="x", options={"first": value, "then": [1, {"a": 2}], "last": value}, source="strategy")
+    assert parse_plugin(str(ref), "strategy") == ref
+
+
 @QUIET
 @given(REFS)
 def test_a_mapping_says_what_text_says(ref: PluginRef) -> None:
