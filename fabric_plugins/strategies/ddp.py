@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final, Literal
-from weakref import WeakSet
 
 from torch import nn
 
@@ -45,16 +44,18 @@ class DDPStrategy(DistributedStrategy):
 
     def __init__(self, options: DDPOptions | None = None, /, **given: Any) -> None:
         super().__init__(options, **given)
-        self._wrapped: WeakSet[Any] = WeakSet()
+        self._wrapped: Any = None
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Wrap a module; one without trainable parameters has nothing to average."""
         if not any(parameter.requires_grad for parameter in module.parameters()):
             return module
-        from torch.nn.parallel import DistributedDataParallel
+        from fabric_plugins.strategies._replicated import Known, Replicated
 
+        if self._wrapped is None:
+            self._wrapped = Known()
         device = self.world.device
-        wrapped = DistributedDataParallel(
+        wrapped = Replicated(
             module,
             device_ids=None if device.index is None else [device.index],
             find_unused_parameters=self.options.find_unused_parameters,
@@ -62,7 +63,7 @@ class DDPStrategy(DistributedStrategy):
             gradient_as_bucket_view=self.options.gradient_as_bucket_view,
             bucket_cap_mb=self.options.bucket_cap_mb,
         )
-        self._wrapped.add(wrapped)
+        wrapped.know(self._wrapped)
         self._register_hook(wrapped)
         return wrapped
 
@@ -94,9 +95,9 @@ class DDPStrategy(DistributedStrategy):
         Its reducer must not be the last owner of the process group: it would end the group's threads while it holds
         the interpreter's lock, which they may wait for.
         """
-        for wrapped in self._wrapped:
+        for wrapped in self._wrapped or ():
             del wrapped.reducer, wrapped.logger
-        self._wrapped.clear()
+        self._wrapped = None
         super().teardown()
 
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:

@@ -284,3 +284,24 @@ def _side_by_side(fabric: Fabric) -> None:
 def test_models_live_side_by_side(everywhere: Everywhere) -> None:
     """Two models in one graph, an optimizer for one of them."""
     everywhere(_side_by_side)
+
+
+def _copied(fabric: Fabric, kept: list[Any]) -> list[float]:
+    net = make()
+    model = fabric.setup(net)
+    clone = copy.deepcopy(model)
+    kept.append(clone)
+    fabric.backward(clone(batch()[fabric.global_rank :: fabric.world_size]).sum())
+    assert net.head.bias.grad is None
+    return [float(one) for one in whole(clone.head.bias.grad)]
+
+
+def _copied_and_kept(strategy: str) -> list[float]:
+    kept: list[Any] = []
+    return _on(strategy, 2, lambda fabric: _copied(fabric, kept), "32-true")  # type: ignore[no-any-return]
+
+
+def test_a_copy_trains_with_the_others_and_outlives_the_processes_group(two_ranks: RankPool) -> None:
+    """A deep copy is synchronised as its original is, and ends with the ranks although somebody still holds it."""
+    for _ in range(3):
+        assert two_ranks.run(_copied_and_kept, "ddp") == [[2.0, 2.0]] * 2
