@@ -64,6 +64,8 @@ def why_not(rule: Rule, declared: dict[str, Any]) -> str | None:
     """Say why a rule says nothing about a plugin that declares this; ``None`` where it does."""
     for need in rule.needs:
         if not declared.get(need):
+            if need == "available":
+                return "it needs a device of the plugin's type, and none is here"
             return f"it says nothing without {need!r}, which the plugin doesn't declare"
     for lack in rule.lacks:
         if declared.get(lack):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fabric_core.contracts import CONTRACTS, Plugin, Preset
+from fabric_core.contracts import CONTRACTS, Accelerator, Plugin, Preset
 from fabric_core.errors import RequestError
 from fabric_core.registry import IN_PROCESS, Offer, Registry
 
@@ -76,11 +76,16 @@ class Subject:
         return preset.plugin(preset.plugin.parse_options(preset.options))
 
     def declared(self) -> dict[str, Any]:
-        """Gather what it declares: capabilities, and the policy where it has one."""
+        """Gather what it declares: capabilities, the policy, and for an accelerator whether a device is here."""
         plugin = self.make()
         found: dict[str, Any] = {}
         for source in (getattr(plugin, "capabilities", None), getattr(plugin, "policy", None)):
             if source is not None:
                 fields = type(source).__dict__.get("__dataclass_fields__") or type(source).model_fields
                 found.update({name: getattr(source, name) for name in fields})
+        if isinstance(plugin, Accelerator):
+            try:
+                found["available"] = bool(plugin.is_available())
+            except Exception:  # noqa: BLE001 - that it raises is for a rule to say
+                found["available"] = False
         return found

@@ -3,6 +3,9 @@
 from fabric_core.conformance import suite
 
 test_cpu = suite("accelerator", "cpu")
+test_cuda = suite("accelerator", "cuda")
+test_mps = suite("accelerator", "mps")
+test_xpu = suite("accelerator", "xpu")
 test_32_true = suite("precision", "32-true")
 test_64_true = suite("precision", "64-true")
 test_16_true = suite("precision", "16-true")
@@ -12,3 +15,14 @@ test_bf16_mixed = suite("precision", "bf16-mixed")
 test_single_device = suite("strategy", "single_device")
 test_ddp = suite("strategy", "ddp")
 test_fsdp = suite("strategy", "fsdp")
+test_compile = suite("wrapper", "compile", options={"backend": "eager"})
+test_activation_checkpointing = suite(
+    "wrapper",
+    "activation_checkpointing",
+    options={"blocks": ["Linear"]},
+    xfail={"WRA-408": "PyTorch's own checkpointing puts closures into the module as hooks, which don't pickle"},
+)
+test_channels_last = suite("wrapper", "channels_last")
+test_elastic = suite("launcher", "elastic")
+test_single_file = suite("checkpoint", "single_file")
+test_distributed = suite("checkpoint", "distributed")

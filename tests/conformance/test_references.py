@@ -1,13 +1,11 @@
-"""The kit's own references keep every rule of their kind."""
+"""The kit's own references keep every rule of their kind; `make mutants` judges all of them."""
 
 from fabric_core.conformance import references, suite
 
 test_host = suite("accelerator", references.Host)
-test_full = suite("precision", references.Full)
-test_doubled = suite("precision", references.Doubled)
-test_mixed = suite("precision", references.Mixed)
 test_scaled = suite("precision", references.Scaled)
-test_alone = suite("strategy", references.Alone)
 test_averaging = suite("strategy", references.Averaging)
-test_routed = suite("strategy", references.Routed)
-test_sharding = suite("strategy", references.Sharding)
+test_tagging = suite("wrapper", references.Tagging)
+test_surroundings = suite("launcher", references.Surroundings)
+test_one_file = suite("checkpoint", references.OneFile)
+test_remembering = suite("logger", references.Remembering)

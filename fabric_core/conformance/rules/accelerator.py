@@ -255,6 +255,7 @@ def _use(place: Place) -> str | None:
     "After `setup_device` its device computes.",
     reason="It is the one thing that an accelerator is for.",
     advice="select and start the device in setup_device",
+    needs=("available",),
 )
 def _computes(bench: Bench) -> None:
     fault = bench.fresh(_use)
@@ -291,6 +292,7 @@ def _teardown_unused(bench: Bench) -> None:
     "`teardown` may be called twice, and the device can be set up again after it.",
     reason="A Fabric may be torn down twice, and another one follows in the same process.",
     advice="forget what was given back, and take it again in setup_device",
+    needs=("available",),
 )
 def _teardown_twice(bench: Bench) -> None:
     bench.run(_tear, "twice")
@@ -318,6 +320,7 @@ def _group(place: Place) -> str | None:
     "Its process group's backend reduces tensors on its device and on the CPU.",
     reason="Gradients travel on the device, objects and checkpoints on the CPU.",
     advice='name both, as in "cpu:gloo,cuda:nccl"',
+    needs=("available",),
 )
 def _backend(bench: Bench) -> None:
     fault = bench.fresh(_group)
@@ -363,6 +366,7 @@ def _multiply(place: Place, dtypes: list[torch.dtype]) -> list[str]:
     "It computes in every type that it says it supports.",
     reason="A precision that the plan let through must not fail in the first step.",
     advice="take the types out of supports",
+    needs=("available",),
 )
 def _supported_works(bench: Bench) -> None:
     plugin = bench.plugin()
@@ -378,6 +382,7 @@ def _supported_works(bench: Bench) -> None:
     reason="What is refused for nothing is a precision that users can't have.",
     advice="add the types to supports",
     level=Level.SHOULD,
+    needs=("available",),
 )
 def _unsupported_fails(bench: Bench) -> None:
     plugin = bench.plugin()
@@ -402,6 +407,7 @@ def _stats(place: Place) -> tuple[dict[Any, Any], dict[str, float | None]]:
     "`memory_stats` gives bytes under `allocated`, `peak` and `total`, which agree with each other.",
     reason="Users compare the numbers between kinds of hardware.",
     advice="leave out what isn't known; give whole bytes",
+    needs=("available",),
 )
 def _memory(bench: Bench) -> None:
     stats, _ = bench.run(_stats)[0]
@@ -417,6 +423,7 @@ def _memory(bench: Bench) -> None:
     "`peak_flops` gives a positive number or None, for every type.",
     reason="It is what a measured throughput is divided by.",
     advice="give FLOP/s as a float, and None for a device or type that isn't known",
+    needs=("available",),
 )
 def _flops(bench: Bench) -> None:
     _, peaks = bench.run(_stats)[0]
@@ -451,6 +458,7 @@ def _state() -> dict[str, Any]:
     "`setup_device` leaves PyTorch's settings alone: types, random numbers, modes.",
     reason="A script's results must not depend on what was set behind its back.",
     advice="make such a setting an option of a precision or of the user's script",
+    needs=("available",),
 )
 def _settings(bench: Bench) -> None:
     changed = bench.run(_setting_up)[0]
