@@ -83,7 +83,7 @@ def _pairs(count: int) -> list[tuple[Mutant, Mutant]]:
         if home != there:
             continue
         classes = [getattr(import_module(home), name) for name in (first, second)]
-        own = [{name for name in vars(cls) if not name.startswith("__")} for cls in classes]
+        own = [{name for name in vars(cls) if not name.startswith("_")} for cls in classes]
         if classes[0].__bases__ == classes[1].__bases__ and not own[0] & own[1]:
             pairs.append((one, other))
     return pairs
