@@ -62,7 +62,7 @@ def test_right_variants_raise_no_false_alarm(variant: tuple[str, str, dict[str, 
     """Other buckets, meshes, units, scales and types: whatever examples are drawn, no rule is broken."""
     kind, name, options = variant
     drawn = [rule.id for rule in rules_for(kind) if rule.examples is not None]
-    only = random.Random(f"{variant}{seed}").sample(drawn, 3)  # noqa: S311 - a choice of tests
+    only = random.Random(f"{variant}{seed}").sample(drawn, 3 if len(SEEDS) == 1 else 1)  # noqa: S311 - a choice of tests
     report = run_rules(Subject.of(kind, name, options), seed=seed, only=only, shrink=False)
     assert [verdict.message for verdict in report.failures] == []
 
@@ -90,12 +90,12 @@ def _pairs(count: int) -> list[tuple[Mutant, Mutant]]:
 
 
 @pytest.mark.parametrize(
-    "pair", _pairs(4 if len(SEEDS) == 1 else 60), ids=lambda pair: f"{pair[0].name}-{pair[1].name}"
+    "pair", _pairs(4 if len(SEEDS) == 1 else 30), ids=lambda pair: f"{pair[0].name}-{pair[1].name}"
 )
 def test_pairs_of_mutants_are_caught(pair: tuple[Mutant, Mutant]) -> None:
     """Two faults don't hide each other: a plugin with both still fails a rule that one of them fails."""
     one, other = pair
-    value = f"fabric_core.conformance.mutants.pairs:{one.name}__{other.name}"
+    value = f"fabric_core.conformance.mutants.pairs:{one.subject.kind}__{one.name}__{other.name}"
     subject = Subject(one.subject.kind, "pair", value)
     report = run_rules(subject, only=sorted(one.fails | other.fails), shrink=False, timeout=15)
     assert report.failures

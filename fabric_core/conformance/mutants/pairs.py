@@ -1,4 +1,4 @@
-"""Two mutants in one: ``Summing__Deaf`` is a class made of both, when it is asked for."""
+"""Two mutants in one: ``strategy__Summing__Deaf`` is a class made of both, when it is asked for."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ __all__: list[str] = []
 
 
 def __getattr__(name: str) -> Any:
-    first, separator, second = name.partition("__")
-    for home in (accelerator, precision, strategy):
-        one, other = getattr(home, first, None), getattr(home, second, None)
-        if separator and isinstance(one, type) and isinstance(other, type):
-            pair = type(name, (one, other), {"__module__": __name__, "__doc__": "Two mutants in one."})
-            globals()[name] = pair
-            return pair
-    raise AttributeError(name)
+    kind, _, names = name.partition("__")
+    home = {"accelerator": accelerator, "precision": precision, "strategy": strategy}.get(kind)
+    if home is None:
+        raise AttributeError(name)
+    bases = tuple(getattr(home, one) for one in names.split("__"))
+    pair = type(name, bases, {"__module__": __name__, "__doc__": "Two mutants in one."})
+    globals()[name] = pair
+    return pair
