@@ -42,6 +42,8 @@ def conformance(
         console.print()
     counts = ", ".join(f"{count} {status}" for status, count in result.as_dict()["counts"].items())
     profiles = ", ".join(f"{profile} {'kept' if kept else 'broken'}" for profile, kept in result.profiles().items())
-    console.print(f"{kind} {name}: {counts}; profiles: {profiles or 'none'}", markup=False, highlight=False)
+    console.print(
+        f"{kind} {name}: {counts}; profiles: {profiles or 'none'}", markup=False, highlight=False, soft_wrap=True
+    )
     if not result.passed:
         raise typer.Exit(1)
