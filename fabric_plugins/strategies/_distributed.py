@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,8 @@ class DistributedStrategy(Strategy):
     options: DistributedOptions
     _world: World | None = None
     _policy: PrecisionPolicy
-    _owns_group = False
+    _groups: ClassVar[WeakKeyDictionary["DistributedStrategy", Any]] = WeakKeyDictionary()
+    """Who uses which default group that was made here. PyTorch has one in a process: who leaves it last ends it."""
 
     @property
     def start_method(self) -> str | None:
@@ -68,6 +70,8 @@ class DistributedStrategy(Strategy):
         """Join the default process group, or make it."""
         self._world, self._policy = world, policy
         if dist.is_initialized():
+            if dist.group.WORLD in self._groups.values():
+                self._groups[self] = dist.group.WORLD
             return
         store = None if world.open_store is None else PrefixStore("default-group", world.open_store())
         dist.init_process_group(
@@ -77,14 +81,14 @@ class DistributedStrategy(Strategy):
             world_size=world.world_size,
             timeout=self.options.timeout or world.timeout,
         )
-        self._owns_group = True
+        self._groups[self] = dist.group.WORLD
 
     def teardown(self) -> None:
-        """Leave the process group, if this strategy made it."""
-        if self._owns_group and dist.is_initialized():
-            dist.destroy_process_group()
-        self._owns_group = False
+        """Leave the process group; the last to leave a group that was made here ends it."""
+        group = self._groups.pop(self, None)
         self._world = None
+        if group is not None and group is dist.group.WORLD and group not in self._groups.values():
+            dist.destroy_process_group()
 
     def _start_as_rank_zero(self, module: nn.Module) -> None:
         """Give every rank the parameters and buffers that rank 0 has, as DDP does; meta ones have none yet."""
