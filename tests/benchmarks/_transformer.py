@@ -48,20 +48,30 @@ class Transformer(nn.Module):
 
 def hand_ddp(model: nn.Module, *, views: bool = True) -> nn.Module:
     """Wrap by hand; gradients are views into the buckets, as ours are by default."""
-    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=views)
+    device = next(model.parameters()).device
+    return nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=None if device.index is None else [device.index],
+        gradient_as_bucket_view=views,
+    )
 
 
-def hand_fsdp(model: Any) -> nn.Module:
-    """Shard by hand, block by block; a model on the meta device gets its memory and values afterwards."""
+def hand_fsdp(model: Any, device: str = "cpu", half: torch.dtype | None = None) -> nn.Module:
+    """Shard by hand, block by block; a model on the meta device gets its memory and values afterwards.
+
+    With a 16-bit type, the blocks compute in it, gradients are reduced in 32 bits, and the output has 32.
+    """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    reduced = None if half is None else torch.float32
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=half, reduce_dtype=reduced))
+    root = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=reduced, output_dtype=reduced)
+    fully_shard(model, mesh=mesh, mp_policy=root)
     if next(model.parameters()).is_meta:
-        model.to_empty(device="cpu")
+        model.to_empty(device=device)
         for module in model.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()

@@ -1,11 +1,15 @@
 """On a GPU: the accelerator, each strategy with NCCL at world size 1, and two ranks that share one GPU over gloo."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader, TensorDataset
 
 from fabric_core import Fabric
 from fabric_core.conformance.pool import RankPool
@@ -91,3 +95,30 @@ def test_the_accelerator() -> None:
     assert peak is None or peak > 1e12
     accelerator.teardown()
     assert torch.cuda.current_device() == before
+
+
+def test_the_next_batch_travels_while_this_one_is_computed_with(tmp_path: Path) -> None:
+    """In a profile, most of the time that batches travel for is time in which another stream computes."""
+    rows, width = 2048, 8192  # 64 MiB a batch
+    with Fabric(accelerator="cuda", devices=1) as fabric:
+        batches = DataLoader(TensorDataset(torch.randn(8 * rows, width)), batch_size=rows, pin_memory=True)
+        loader = fabric.setup_dataloaders(batches)
+        weight = torch.randn(width, width, device=fabric.device)
+        for (x,) in loader:  # starts the libraries and the allocator
+            x @ weight
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+            for (x,) in loader:
+                for _ in range(20):
+                    x @ weight
+            fabric.accelerator.synchronize(fabric.device)
+    profiled.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    copies = [one for one in events if one.get("cat") == "gpu_memcpy" and "HtoD" in one["name"] and one["dur"] > 100]
+    kernels = [one for one in events if one.get("cat") == "kernel"]
+    assert len(copies) == 8
+    (stream,) = {one["args"]["stream"] for one in copies}
+    computing = [one for one in kernels if one["args"]["stream"] != stream]
+    both = sum(
+        max(0.0, min(a["ts"] + a["dur"], b["ts"] + b["dur"]) - max(a["ts"], b["ts"])) for a in copies for b in computing
+    )
+    assert both > sum(one["dur"] for one in copies) / 2  # the first has nothing to overlap with
