@@ -205,9 +205,9 @@ class Fabric:
                     where="this call needs them",
                     instead="call fabric.launch() right after Fabric(...)",
                 )
-            self._join(self._alone())
+            self.launch()
         if self._world is None:
-            raise AssertionError("joining made no world")
+            raise AssertionError("launching made no world")
         return self._world
 
     @property
@@ -263,12 +263,11 @@ class Fabric:
         if self._world is None:
             found = detect(self._launchers)
             if found is not None and (found[2].world_size > 1 or self._plan.world_size > 1):
-                self._launcher = found[1]
-                self._join(found[2])
+                self._join(found[1], found[2])
             elif self._plan.world_size > 1:
                 return self._start(function, args, kwargs)
             else:
-                self._join(Ranks())
+                self._join(None, Ranks())
         return None if function is None else function(self, *args, **kwargs)
 
     def _start(self, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -292,23 +291,23 @@ class Fabric:
             )
         )
 
-    def _alone(self) -> Ranks:
-        """Give the place of a single process that needs no ``launch``; joining refuses it where it is not alone."""
-        found = detect(self._launchers)
-        return found[2] if found is not None and found[2].world_size > 1 else Ranks()
-
     def _rank(self) -> int | None:
         return None if self._world is None else self._world.global_rank
 
-    def _join(self, ranks: Ranks) -> None:
+    def _join(self, launcher: Launcher | None, ranks: Ranks) -> None:
         world = make_world(ranks, self._plan, _TIMEOUT)
-        self._world = world
-        if self._launcher is not None:
-            self._launcher.joined(ranks)
+        if launcher is not None:
+            self._launcher = launcher  # and it stays on failure: it lets the first rank that failed speak
+            launcher.joined(ranks)
         agree(world, self._plan)
-        self._accelerator.setup_device(world.device)
-        self._strategy.connect(world, self.precision.policy)
-        self._precision.connect(self._strategy.all_reduce)
+        with ExitStack() as undo:
+            undo.callback(self._accelerator.teardown)
+            self._accelerator.setup_device(world.device)
+            undo.callback(self._strategy.teardown)
+            self._strategy.connect(world, self.precision.policy)
+            self._precision.connect(self._strategy.all_reduce)
+            undo.pop_all()
+        self._world = world
         self._hooks.launched(world=world)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -784,16 +783,17 @@ class Fabric:
 
     def teardown(self) -> None:
         """Give back all that was taken: process group, devices, loggers. May be called again."""
-        if self._world is None:
-            return
+        world, launcher = self._world, self._launcher
+        self._world = self._launcher = None
         with ExitStack() as stack:
-            if self._launcher is not None:
-                stack.callback(self._launcher.teardown)
+            if launcher is not None:
+                stack.callback(launcher.teardown)
+            if world is None:
+                return
             stack.callback(self._accelerator.teardown)
             stack.callback(self._strategy.teardown)
             for logger in self._loggers:
                 stack.callback(logger.finalize, "success")
-        self._world = None
         self._hooks.torn_down()
 
     def __enter__(self) -> Self:

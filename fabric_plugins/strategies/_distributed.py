@@ -73,15 +73,19 @@ class DistributedStrategy(Strategy):
             if dist.group.WORLD in self._groups.values():
                 self._groups[self] = dist.group.WORLD
             return
-        store = None if world.open_store is None else PrefixStore("default-group", world.open_store())
+        store = PrefixStore("default-group", HashStore() if world.open_store is None else world.open_store())
+        timeout = self.options.timeout or world.timeout
         dist.init_process_group(
             self.options.process_group_backend or world.backend,
-            store=HashStore() if store is None else store,
+            store=store,
             rank=world.global_rank,
             world_size=world.world_size,
-            timeout=self.options.timeout or world.timeout,
+            timeout=timeout,
         )
         self._groups[self] = dist.group.WORLD
+        # PyTorch lets a rank go on while others still connect to it; if it left now, they would fail.
+        store.set(f"connected/{world.global_rank}", "")
+        store.wait([f"connected/{rank}" for rank in range(world.world_size)], timeout)
 
     def teardown(self) -> None:
         """Leave the process group; the last to leave a group that was made here ends it."""
