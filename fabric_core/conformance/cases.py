@@ -15,7 +15,20 @@ from torch import nn
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-__all__ = ["Net", "Payload", "Tensors", "Training", "build", "devices", "payloads", "tensors", "trainings"]
+__all__ = [
+    "Clipping",
+    "Message",
+    "Net",
+    "Payload",
+    "Script",
+    "Tensors",
+    "Training",
+    "build",
+    "devices",
+    "payloads",
+    "tensors",
+    "trainings",
+]
 
 PARTS: Final = 4
 """A batch divides into this many equal parts, so that any of 1, 2 and 4 ranks reads the same number of rows."""
@@ -305,6 +318,36 @@ def payloads() -> "SearchStrategy[Payload]":
         return st.tuples(head, inner) | st.tuples(head, inner, inner)
 
     return st.builds(Payload, st.recursive(leaf, grow, max_leaves=4))
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """A clipping of the gradients of one pass."""
+
+    norm_type: float = 2.0
+    max_norm: float = 0.1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Message:
+    """An object that one rank sends."""
+
+    content: Any = "text"
+    src: int = 0
+
+
+@dataclass(frozen=True)
+class Script:
+    """A script's calls, in their order.
+
+    Args:
+        seed: Of the parameters and the data.
+        acts: ``"pass"``, ``"apart"``, ``"step"``, ``"clip"``, ``"save"``, ``"load"``, ``"restart"``.
+    """
+
+    seed: int = 0
+    acts: tuple[str, ...] = ("pass", "step")
 
 
 def devices() -> "SearchStrategy[Any]":

@@ -17,7 +17,7 @@ from torch import nn
 
 from fabric_core.conformance import cases
 from fabric_core.conformance.bench import Bench, Place
-from fabric_core.conformance.cases import Training, Weights, distance, part
+from fabric_core.conformance.cases import Clipping, Message, Script, Training, Weights, distance, part
 from fabric_core.conformance.rule import Broken, Level, Table
 from fabric_core.errors import MisuseError
 
@@ -766,15 +766,6 @@ def _backward_arguments(bench: Bench) -> None:
 # Clipping
 
 
-@dataclass(frozen=True)
-class Clipping:
-    """A clipping of the gradients of one pass."""
-
-    norm_type: float = 2.0
-    max_norm: float = 0.1
-    seed: int = 0
-
-
 def _clippings() -> "SearchStrategy[Clipping]":
     from hypothesis import strategies as st
 
@@ -1079,14 +1070,6 @@ def _gradients_flow(bench: Bench) -> None:
         # Each of `size` ranks computed the same sum, in which this rank's tensor has the factor rank + 1.
         if got != [float(size * (rank + 1))] * 2:
             raise Broken(f"rank {rank} has the gradient {got}, and it is {size * (rank + 1)}")
-
-
-@dataclass(frozen=True)
-class Message:
-    """An object that one rank sends."""
-
-    content: Any = "text"
-    src: int = 0
 
 
 def _messages() -> "SearchStrategy[Message]":
@@ -1734,19 +1717,6 @@ def _errors_surface(bench: Bench) -> None:
 
 
 # The state machine
-
-
-@dataclass(frozen=True)
-class Script:
-    """A script's calls, in their order.
-
-    Args:
-        seed: Of the parameters and the data.
-        acts: ``"pass"``, ``"apart"``, ``"step"``, ``"clip"``, ``"save"``, ``"load"``, ``"restart"``.
-    """
-
-    seed: int = 0
-    acts: tuple[str, ...] = ("pass", "step")
 
 
 _ACTS: Final = ("pass", "pass", "apart", "step", "step", "clip", "save", "load", "restart")
