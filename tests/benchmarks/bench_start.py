@@ -32,6 +32,7 @@ from lightning.fabric import Fabric
 fabric = Fabric(accelerator="cpu", strategy="ddp", devices=2)
 fabric.launch()
 fabric.all_reduce(torch.ones(1))
+torch.distributed.destroy_process_group()
 """
 
 
