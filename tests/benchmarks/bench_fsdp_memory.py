@@ -21,7 +21,7 @@ from _rounds import table
 from _transformer import Transformer, hand_ddp, hand_fsdp
 
 _TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-WIDTH, DEPTH, VOCABULARY = 512, 32, 256
+VOCABULARY = 256
 # Each with what it is compared with. PyTorch's DDP keeps gradients and buckets apart unless told otherwise.
 CONTESTANTS = {
     "ddp by hand, PyTorch's defaults": "ddp by hand",
@@ -32,7 +32,7 @@ CONTESTANTS = {
 }
 
 
-def step(contestant: str) -> None:
+def step(contestant: str, width: int, depth: int) -> None:
     """Train two steps in one rank, and write the peak to the file that ``PEAKS`` names a folder for."""
     torch.set_num_threads(1)
     by_hand, sharded = "by hand" in contestant, contestant.startswith("fsdp")
@@ -41,7 +41,7 @@ def step(contestant: str) -> None:
             dist.init_process_group("gloo")
             stack.callback(dist.destroy_process_group)
             with torch.device("meta" if sharded else "cpu"):
-                raw = Transformer(WIDTH, DEPTH, VOCABULARY)
+                raw = Transformer(width, depth, VOCABULARY)
             model = hand_fsdp(raw) if sharded else hand_ddp(raw, views="defaults" not in contestant)
             optimizer = torch.optim.AdamW(model.parameters())
         else:
@@ -50,7 +50,7 @@ def step(contestant: str) -> None:
             fabric = stack.enter_context(Fabric(accelerator="cpu", strategy=contestant, devices=2))
             fabric.launch()
             with fabric.init_module(empty_init=sharded):
-                raw = Transformer(WIDTH, DEPTH, VOCABULARY)
+                raw = Transformer(width, depth, VOCABULARY)
             model = fabric.setup(raw)
             optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters()))
         for _ in range(2):
@@ -65,11 +65,11 @@ def step(contestant: str) -> None:
         Path(os.environ["PEAKS"], os.environ["RANK"]).write_text(str(peak))
 
 
-def measure(contestant: str) -> float:
+def measure(contestant: str, width: int, depth: int) -> float:
     """Give the larger peak of two ranks, in MiB."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
-            [*_TWO_RANKS, __file__, "--contestant", contestant],
+            [*_TWO_RANKS, __file__, "--contestant", contestant, "--width", str(width), "--depth", str(depth)],
             env={**os.environ, "PEAKS": folder, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"},
             check=True,
         )
@@ -81,16 +81,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contestant", choices=list(CONTESTANTS))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--width", type=int, default=512, help="of the blocks")
+    parser.add_argument("--depth", type=int, default=32, help="how many blocks")
     given = parser.parse_args()
+    width, depth = given.width, given.depth
     if given.contestant:
-        step(given.contestant)
+        step(given.contestant, width, depth)
         return
     with torch.device("meta"):
-        size = sum(one.numel() * one.element_size() for one in Transformer(WIDTH, DEPTH, VOCABULARY).parameters())
+        size = sum(one.numel() * one.element_size() for one in Transformer(width, depth, VOCABULARY).parameters())
     peaks: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
     for _ in range(given.rounds):
         for name in CONTESTANTS:
-            peaks[name].append(measure(name))
+            peaks[name].append(measure(name, width, depth))
     found = {name: statistics.median(values) for name, values in peaks.items()}
     rows = [
         (
@@ -102,7 +105,7 @@ def main() -> None:
         )
         for name, value in found.items()
     ]
-    title = f"Peak resident memory per process, {size / 1e6:.0f} MB of parameters, AdamW, 2 processes"
+    title = f"Peak resident memory per process, {size / 1e6:.0f} MB of parameters in {depth} blocks, AdamW, 2 processes"
     print(table(title, ("strategy", "MiB", "of DDP's defaults", "of `ddp`", "of the same by hand"), rows))
 
 
