@@ -1,5 +1,6 @@
 """Processes by torchelastic: started here in place of ``torchrun``, or by ``torchrun`` itself."""
 
+import contextlib
 import gc
 import os
 import pickle
@@ -10,7 +11,6 @@ import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -141,7 +141,8 @@ class ElasticLauncher(Launcher):
             )
         sys.stdout.flush()
         try:
-            self._run(order, sys.executable, arguments)
+            with contextlib.chdir(_typed_in()):
+                self._run(order, sys.executable, arguments)
         except RankFailedError as error:
             print(error, file=sys.stderr)  # noqa: T201 - the agent's last word, after the ranks' tracebacks
             code = error.fields["exit_code"]
@@ -203,6 +204,17 @@ class ElasticLauncher(Launcher):
                 raise SystemExit(128 + error.sigval) from None
 
 
+def _typed_in() -> str:
+    """Give the folder in which the command was typed, which a script may have left since (Hydra's do).
+
+    The interpreter makes the path of a script that it was given absolute; what came before the words that were typed is
+    the folder. For anything else but a script it is the current one.
+    """
+    path = getattr(sys.modules["__main__"], "__file__", None) or ""
+    typed = next((word for word in sys.orig_argv[1:] if path.endswith(os.sep + word)), "")
+    return path.removesuffix(typed) if typed else str(Path.cwd())
+
+
 def _run_rank(function: Callable[..., Any], result: Path, *args: Any) -> None:
     """Run a function in a rank, and leave rank 0's result in a file: a pipe would fill up."""
     try:
@@ -247,7 +259,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _restored() -> Iterator[None]:
     """Bring back the environment and the signal handlers that torchelastic changes."""
     environment = dict(os.environ)

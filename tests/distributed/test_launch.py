@@ -85,6 +85,15 @@ def test_plain_script_becomes_its_own_launcher(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_script_that_left_its_folder_is_found_again(tmp_path: Path) -> None:
+    """A script typed with a relative path may change the folder before it launches, and does so in each rank."""
+    (tmp_path / "runs").mkdir()
+    _script(tmp_path, "import os\nos.chdir('runs')\n" + _SCRIPT.replace("os.getpid()", "os.getcwd()"))
+    done = _run(sys.executable, "job.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [row["pid"] for row in _rows(done.stdout)] == [str(tmp_path / "runs")] * 2
+
+
 def test_module_is_run_again_as_a_module(tmp_path: Path) -> None:
     """``python -m package.job`` starts ranks with ``-m`` too, so relative imports work."""
     package = tmp_path / "package"
