@@ -45,6 +45,7 @@ from fabric_core.wrapping import (
     check_model,
     check_optimizer,
     check_same,
+    check_trains,
     compile_again,
     first_device,
     is_wrapped,
@@ -355,10 +356,13 @@ class Fabric:
             The wrapped model; with optimizers a tuple of it, the wrapped optimizers, and the scheduler if given.
 
         Raises:
-            SetupError: Something was set up before, or an optimizer's parameters can't be matched.
+            SetupError: Something was set up before, or an optimizer's parameters can't be matched, or an optimizer
+                holds no parameter of this model, nor of any that was set up before.
         """
         for optimizer in optimizers:
             check_optimizer(optimizer, self._set_up)
+            if isinstance(module, nn.Module):
+                check_trains(optimizer, [module, *self._set_up], self._replaced)
         model = self.setup_module(module, move_to_device=move_to_device)
         if not optimizers and scheduler is None:
             return model

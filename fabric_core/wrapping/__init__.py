@@ -1,7 +1,7 @@
 """What ``setup`` gives back in place of models, optimizers and data loaders."""
 
 from fabric_core.wrapping.backward import BackwardGuard, backward_guard
-from fabric_core.wrapping.checks import check_model, check_optimizer, check_same
+from fabric_core.wrapping.checks import check_model, check_optimizer, check_same, check_trains
 from fabric_core.wrapping.compiled import compile_again, uncompiled
 from fabric_core.wrapping.dataloader import FabricDataLoader, shard, to_device
 from fabric_core.wrapping.module import Around, FabricModule, Route, first_device, strategy_module
@@ -19,6 +19,7 @@ __all__ = [
     "check_model",
     "check_optimizer",
     "check_same",
+    "check_trains",
     "compile_again",
     "first_device",
     "is_wrapped",

@@ -1,6 +1,6 @@
 """What can't be set up, and why."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from fabric_core.errors import SetupError
 from fabric_core.wrapping.module import FabricModule
 from fabric_core.wrapping.unwrap import is_wrapped
 
-__all__ = ["check_model", "check_optimizer", "check_same"]
+__all__ = ["check_model", "check_optimizer", "check_same", "check_trains"]
 
 _WHERE = "fabric.setup"
 
@@ -88,6 +88,29 @@ def check_optimizer(optimizer: Any, set_up: Container[Any]) -> None:
             where=_WHERE,
             got=type(optimizer).__name__,
             instead="use what setup returned",
+        )
+
+
+def check_trains(optimizer: Optimizer, models: Iterable[Any], replaced: Container[torch.Tensor]) -> None:
+    """Refuse an optimizer that would train none of the models.
+
+    Args:
+        optimizer: The optimizer.
+        models: The model that it is given with, and what was set up before.
+        replaced: Parameters that models had before they were set up.
+
+    Raises:
+        SetupError: It would.
+    """
+    known = {id(one) for model in models if isinstance(model, nn.Module) for one in model.parameters()}
+    held = [one for group in optimizer.param_groups for one in group["params"]]
+    if not any(id(one) in known or one in replaced for one in held):
+        raise SetupError(
+            "the optimizer holds no parameter of the model, nor of one that was set up before: it would train nothing",
+            where=_WHERE,
+            got=f"{type(optimizer).__name__} of {len(held)} other parameters",
+            instead="make it from model.parameters(); one for parameters outside any model goes through"
+            " fabric.setup_optimizers",
         )
 
 

@@ -3,9 +3,13 @@
 from typing import Any
 from weakref import WeakSet
 
+import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Known", "Replicated"]
+from fabric_core.errors import MisuseError
+
+__all__ = ["Frozen", "Known", "Replicated"]
 
 
 class Known(WeakSet[Any]):
@@ -19,15 +23,77 @@ class Known(WeakSet[Any]):
 
 
 class Replicated(DistributedDataParallel):
-    """Adds itself, and its deep copies, to what is known."""
+    """Adds itself, and its deep copies, to what is known; says so where gradients would stay apart for good."""
 
     known: Known
+    frozen: tuple[nn.Parameter, ...]
+    left: bool = False
 
     def know(self, known: Known) -> None:
         """Be known from now on."""
         self.known = known
         known.add(self)
+        self.frozen = _frozen(self.module)
+
+    def leave(self) -> None:
+        """Let go of the process group; from now on there is nobody to average with."""
+        del self.reducer, self.logger
+        self.left = True
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Run the module, and prepare for averaging in ``backward``.
+
+        Raises:
+            MisuseError: Gradients would not be averaged.
+        """
+        if self.left:
+            if torch.is_grad_enabled():
+                raise MisuseError(
+                    "there are no other processes any more to average gradients with",
+                    where="a forward pass with gradients, after fabric.teardown()",
+                    instead="train before the teardown; after it, run the model within torch.no_grad()",
+                )
+            return self.module(*inputs, **kwargs)
+        _check_frozen(self.module, self.frozen)
+        return super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.known.add(self)
+
+
+class Frozen(nn.Module):
+    """A module without trainable parameters, of which DDP has nothing to average."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.frozen = _frozen(module)
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Run the module.
+
+        Raises:
+            MisuseError: It has become trainable.
+        """
+        _check_frozen(self.module, self.frozen)
+        return self.module(*inputs, **kwargs)
+
+
+def _frozen(module: nn.Module) -> tuple[nn.Parameter, ...]:
+    return tuple(parameter for parameter in module.parameters() if not parameter.requires_grad)
+
+
+def _check_frozen(module: nn.Module, frozen: tuple[nn.Parameter, ...]) -> None:
+    """Refuse parameters that DDP took for frozen when it was made, and so doesn't average."""
+    if not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in frozen)):
+        return
+    thawed = [id(parameter) for parameter in frozen if parameter.requires_grad]
+    raise MisuseError(
+        "parameters became trainable after setup, and DDP averages only the gradients of those that were before",
+        where="a forward pass with gradients",
+        got=", ".join(
+            name.removeprefix("module.") for name, parameter in module.named_parameters() if id(parameter) in thawed
+        ),
+        instead="let them be trainable in fabric.setup, and freeze them after it, with find_unused_parameters=True",
+    )

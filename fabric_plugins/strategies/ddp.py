@@ -47,11 +47,12 @@ class DDPStrategy(DistributedStrategy):
         self._wrapped: Any = None
 
     def setup_module(self, module: nn.Module) -> nn.Module:
-        """Wrap a module; one without trainable parameters has nothing to average."""
-        if not any(parameter.requires_grad for parameter in module.parameters()):
-            return module
-        from fabric_plugins.strategies._replicated import Known, Replicated
+        """Wrap a module; one without trainable parameters starts with rank 0's values, and is averaged no more."""
+        from fabric_plugins.strategies._replicated import Frozen, Known, Replicated
 
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            self._start_as_rank_zero(module)
+            return Frozen(module)
         if self._wrapped is None:
             self._wrapped = Known()
         device = self.world.device
@@ -96,7 +97,7 @@ class DDPStrategy(DistributedStrategy):
         the interpreter's lock, which they may wait for.
         """
         for wrapped in self._wrapped or ():
-            del wrapped.reducer, wrapped.logger
+            wrapped.leave()
         self._wrapped = None
         super().teardown()
 

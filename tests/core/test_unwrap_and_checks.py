@@ -1,6 +1,7 @@
 """What is wrapped can be told and undone; what can't be set up is refused."""
 
 import collections
+import copy
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -121,6 +122,17 @@ def test_a_wrong_optimizer_leaves_the_model_free(in_memory: dict[str, Any]) -> N
     with pytest.raises(SetupError):
         fabric.setup(net, "sgd")
     assert is_wrapped(fabric.setup(net))
+
+
+def test_an_optimizer_that_would_train_nothing_is_refused(in_memory: dict[str, Any]) -> None:
+    """One of a copy's parameters alone is refused, and the call can be corrected; one of an earlier model is none."""
+    fabric = Fabric(**in_memory)
+    net, other = nn.Linear(1, 1), nn.Linear(1, 1)
+    with pytest.raises(SetupError, match=r"would train nothing(.|\n)*SGD of 2 other(.|\n)*setup_optimizers"):
+        fabric.setup(net, SGD(copy.deepcopy(net).parameters(), lr=1.0))
+    mixed = SGD([*net.parameters(), nn.Parameter(torch.ones(1))], lr=1.0)
+    model, _ = fabric.setup(net, mixed)
+    fabric.setup(other, SGD(model.parameters(), lr=1.0))
 
 
 def test_parameters_on_several_devices_are_named(in_memory: dict[str, Any]) -> None:
