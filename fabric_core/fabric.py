@@ -34,7 +34,7 @@ from fabric_core.launching import agree, detect, environment, make_world
 from fabric_core.registry import register, registrations
 from fabric_core.request import Request, fill, read_environment, read_file
 from fabric_core.resolve import Plan, start_clash
-from fabric_core.state import PRECISION, collect, restore, restore_precision, template
+from fabric_core.state import PRECISION, check_fits, check_named, collect, restore, restore_precision, template
 from fabric_core.wrapping import (
     Around,
     FabricDataLoader,
@@ -682,9 +682,10 @@ class Fabric:
             filter: For a name of the state, which of its entries to save.
 
         Raises:
-            CheckpointError: It can't be written.
+            CheckpointError: It can't be written, or holds what could not be read again.
         """
         path = Path(path)
+        check_named(state, "fabric.save")
         self.world  # noqa: B018 - connects a single process
         checkpoint = self._checkpoint(sharded=self.strategy.saves_sharded)
         full = not checkpoint.capabilities.sharded
@@ -712,26 +713,32 @@ class Fabric:
             What the checkpoint has beyond the state.
 
         Raises:
-            CheckpointError: There is no checkpoint, it can't be read, or it lacks something.
+            CheckpointError: There is no checkpoint, it can't be read, or it lacks something. Where names, shapes or an
+                optimizer's groups don't fit, nothing has changed.
         """
         path = Path(path)
         checkpoint = self._recognised(path)
         full = not checkpoint.capabilities.sharded
         if state is None:
             return checkpoint.read(path, None)
+        check_named(state, "fabric.load")
         self.world  # noqa: B018 - connects a single process
         objects = _unwrapped(state)
-        into = None if full else template(objects, checkpoint.outline(path), self._strategy)
-        tree = checkpoint.read(path, into)
-        state.update(restore(objects, tree, self._strategy, full=full, strict=strict, path=path))
+        # What doesn't fit must be found before anything changes: the parts of a sharded checkpoint are read in place.
+        tree = checkpoint.read(path, None) if full else checkpoint.outline(path)
+        check_fits(objects, tree, self._strategy, strict=strict, path=path)
         restore_precision(tree, self._precision, path=path)
+        if not full:
+            tree = checkpoint.read(path, template(objects, tree, self._strategy))
+        state.update(restore(objects, tree, self._strategy, full=full, strict=strict))
         return {name: entry for name, entry in tree.items() if name not in {*state, PRECISION}}
 
     def load_raw(self, path: str | Path, obj: Any, strict: bool = True) -> None:
         """Load a file that holds one bare state dict into one model or optimizer."""
         path = Path(path)
-        tree = self._recognised(path).read(path, None)
-        restore({"obj": unwrap(obj)}, {"obj": tree}, self._strategy, full=True, strict=strict, path=path)
+        state, tree = {"obj": unwrap(obj)}, {"obj": self._recognised(path).read(path, None)}
+        check_fits(state, tree, self._strategy, strict=strict, path=path)
+        restore(state, tree, self._strategy, full=True, strict=strict)
 
     def _checkpoint(self, *, sharded: bool) -> Checkpoint:
         for _, checkpoint in self._checkpoints:

@@ -33,7 +33,8 @@ class Checkpoint(Plugin, ABC):
         """Write a state tree; on rank 0 alone, or on every rank at once where ``sharded`` is declared.
 
         Raises:
-            CheckpointError: It can't be written; what lay at the path before is still there.
+            CheckpointError: It can't be written, or holds what ``read`` would need code for; what lay at the path
+                before is still there.
         """
 
     @behaviour

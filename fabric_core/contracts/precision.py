@@ -132,7 +132,7 @@ class Precision(Plugin, ABC):
 
     @behaviour
     def state_dict(self) -> dict[str, Any]:
-        """Give what must be saved to continue, such as the loss scale."""
+        """Give what must be saved to continue, such as the loss scale, as plain values: no tensors."""
         return {}
 
     @behaviour

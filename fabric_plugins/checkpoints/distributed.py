@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from fabric_core.contracts import Checkpoint, CheckpointCapabilities
 from fabric_core.errors import CheckpointError
+from fabric_plugins.checkpoints._plain import check_readable
 
 __all__ = ["DistributedCheckpoint"]
 
@@ -41,6 +42,9 @@ class DistributedCheckpoint(Checkpoint):
         aside, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
         tensors, plain = _parted(tree)
         keys = _keys(tensors)
+
+        # What rank 0 has is written, so what it has is asked; its refusal is every rank's.
+        _on_rank_zero(lambda: check_readable(_joined(plain), path))
 
         def prepare() -> None:
             shutil.rmtree(aside, ignore_errors=True)

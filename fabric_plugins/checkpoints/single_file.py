@@ -10,6 +10,7 @@ import torch
 
 from fabric_core.contracts import Checkpoint, CheckpointCapabilities
 from fabric_core.errors import CheckpointError
+from fabric_plugins.checkpoints._plain import check_readable
 
 __all__ = ["SingleFileCheckpoint"]
 
@@ -29,6 +30,7 @@ class SingleFileCheckpoint(Checkpoint):
 
     def write(self, path: Path, tree: Mapping[str, Any]) -> None:
         """Write aside, flush to disk, rename."""
+        check_readable(tree, path)
         aside = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

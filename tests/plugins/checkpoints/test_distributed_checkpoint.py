@@ -140,7 +140,7 @@ def _mismatch(path: Path, width: int, strict: bool) -> Any:
         fabric.load(path, {"model": fabric.setup(raw)}, strict=strict)
 
 
-@pytest.mark.parametrize(("width", "text"), [(5, "Missing key"), (3, "more")])
+@pytest.mark.parametrize(("width", "text"), [(5, "missing: '0.bias', '0.weight'"), (3, "more")])
 def test_what_does_not_fit_is_an_error_when_strict(width: int, text: str, two_ranks: RankPool, tmp_path: Path) -> None:
     """Names that the checkpoint or the model lacks are named; without ``strict`` the rest is loaded."""
     path = tmp_path / "checkpoint"
