@@ -6,7 +6,8 @@ from fabric_core.lazy import lazy
 
 if TYPE_CHECKING:
     from fabric_core.conformance.pool import RankPool
-    from fabric_core.conformance.report import Report, run_rules
+    from fabric_core.conformance.report import Report
+    from fabric_core.conformance.session import run_rules
     from fabric_core.conformance.subject import Subject
     from fabric_core.conformance.wiring import replay, suite
 
@@ -19,7 +20,7 @@ __getattr__, __dir__ = lazy(
         "Report": "report",
         "Subject": "subject",
         "replay": "wiring",
-        "run_rules": "report",
+        "run_rules": "session",
         "suite": "wiring",
     },
 )

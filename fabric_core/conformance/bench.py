@@ -1,6 +1,7 @@
 """Where rules are checked: the driver's bench, and each rank's place at it."""
 
 import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from fabric_core.conformance.pool import RankPool, RankRaised
+from fabric_core.conformance.pool import RankHang, RankPool, RankRaised
 from fabric_core.conformance.rule import Broken
 from fabric_core.conformance.subject import Subject
 from fabric_core.contracts import Plugin
@@ -25,10 +26,13 @@ _TIMEOUT: Final = 20.0
 class Bench:
     """The driver's side: runs measurements on ranks that stay up for one plugin.
 
+    The driver never makes the plugin, which may hang or end its process. A check that makes it itself runs at a bench
+    inside a rank.
+
     Args:
         subject: The plugin under test.
         device: The name of the accelerator to run on; ``None`` is the kit's own, the CPU.
-        timeout: How many seconds one measurement may take.
+        timeout: How many seconds one measurement may take; ``FABRIC_TIMEOUT_SCALE`` multiplies it.
     """
 
     def __init__(self, subject: Subject, *, device: str | None = None, timeout: float = _TIMEOUT) -> None:
@@ -37,18 +41,42 @@ class Bench:
         self.world_size = 1
         self._timeout = timeout
         self._pools: dict[int, RankPool] = {}
-        self._declared: dict[str, Any] | None = None
+        self.deadline = float("inf")
+        """How many seconds a check has that runs at this bench: inside a rank those of one measurement."""
+        self._looked: tuple[dict[str, Any], str | None] | Exception | None = None
 
     @property
     def declared(self) -> dict[str, Any]:
-        """What the plugin declares."""
-        if self._declared is None:
-            self._declared = self.subject.declared()
-        return self._declared
+        """What the plugin declares.
+
+        Raises:
+            Broken: It can't be made.
+            RankHang: Making it hangs.
+        """
+        return self._look()[0]
+
+    @property
+    def device_type(self) -> str | None:
+        """The type of the devices that it runs on; ``None`` where there is none."""
+        return self._look()[1]
+
+    def _look(self) -> tuple[dict[str, Any], str | None]:
+        if self._looked is None:
+            try:
+                self._looked = _run(self._pool(1), Place(self.subject, self.device), _look, ())[0]
+            except (Broken, RankHang) as error:
+                self._looked = error
+        if isinstance(self._looked, Exception):
+            raise self._looked
+        return self._looked
 
     def plugin(self) -> Any:
-        """Make a new plugin in the driver."""
-        return self.subject.make()
+        """Make a new plugin; inside a rank alone.
+
+        Raises:
+            AssertionError: This is the driver.
+        """
+        raise AssertionError("a check that makes the plugin runs inside a rank: rule(..., inside=True)")
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Run ``function(place, *args)`` on every rank.
@@ -58,20 +86,78 @@ class Bench:
 
         Raises:
             Broken: A rank raised.
+            RankHang: A rank did not come back.
         """
-        pool = self._pools.setdefault(self.world_size, RankPool(self.world_size, timeout=self._timeout))
-        return _run(pool, Place(self.subject, self.device), function, args)
+        return _run(self._pool(self.world_size), Place(self.subject, self.device), function, args)
 
     def fresh(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run ``function(place, *args)`` in a new process that has only PyTorch and the core imported."""
-        with RankPool(1, timeout=self._timeout) as pool:
+        """Run ``function(place, *args)`` in a new process that has only PyTorch and the core imported.
+
+        It may start processes of its own.
+        """
+        with RankPool(1, timeout=self._timeout, parents=True) as pool:
             return _run(pool, Place(self.subject, self.device), function, args)[0]
+
+    def check(self, check: Callable[..., None], *example: Any) -> None:
+        """Run a check at a bench inside a rank.
+
+        Raises:
+            Broken: The rule isn't kept.
+            RankHang: The rank did not come back.
+        """
+        pool = self._pool(1)
+        message = _run(pool, Place(self.subject, self.device), _check, (pool.timeout, check, *example))[0]
+        if message is not None:
+            raise Broken(message)
 
     def close(self) -> None:
         """End the ranks."""
         for pool in self._pools.values():
             pool.close()
         self._pools.clear()
+
+    def _pool(self, world_size: int) -> RankPool:
+        return self._pools.setdefault(world_size, RankPool(world_size, timeout=self._timeout))
+
+
+class _Inside(Bench):
+    """The bench inside a rank: the plugin is made in this process, and measurements run in it."""
+
+    def __init__(self, place: "Place", deadline: float) -> None:
+        super().__init__(place.subject)
+        self._place = place
+        self.deadline = deadline
+
+    @property
+    def declared(self) -> dict[str, Any]:
+        return self.subject.declared()
+
+    def plugin(self) -> Any:
+        return self._place.plugin()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        return [_measure(function, self._place, args)]
+
+    def fresh(self, function: Callable[..., Any], *args: Any) -> Any:
+        raise AssertionError(f"{function.__name__} needs the driver: rule(..., inside=False)")
+
+
+def _check(place: "Place", deadline: float, check: Callable[..., None], *example: Any) -> str | None:
+    try:
+        check(_Inside(place, deadline), *example)
+    except Broken as broken:
+        return str(broken)
+    except Exception as error:  # noqa: BLE001 - the plugin may raise anything
+        return f"{error!r}\n{traceback.format_exc()}"
+    return None
+
+
+def _look(place: "Place") -> tuple[dict[str, Any], str | None]:
+    """Look at what the plugin declares, and at the type of the device that it is to run on."""
+    if place.device is None:
+        return place.subject.declared(), "cpu"
+    host: Any = Subject.of("accelerator", place.device).make()
+    return place.subject.declared(), host.device_type if host.is_available() else None
 
 
 def _run(pool: RankPool, place: "Place", function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
@@ -83,7 +169,12 @@ def _run(pool: RankPool, place: "Place", function: Callable[..., Any], args: tup
             pool.close()
         # The message of an error may go on in indented lines.
         last = [line for line in error.trace.strip().splitlines() if line[:1].strip()][-1]
-        raise Broken(f"rank {error.rank} raised {last}\n{error.trace}") from None
+        said = (
+            f"rank {error.rank} raised {last}\n{error.trace}"
+            if "\n" in error.trace.strip()
+            else f"rank {error.rank}: {last}"
+        )
+        raise Broken(said) from None
 
 
 def _measure(function: Callable[..., Any], place: "Place", args: tuple[Any, ...]) -> Any:
@@ -105,6 +196,8 @@ def _measure(function: Callable[..., Any], place: "Place", args: tuple[Any, ...]
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(matmul)
         torch.set_grad_enabled(True)
+        # Otherwise the measurements of one plugin use up how often a function may be compiled again.
+        torch.compiler.reset()
         for device_type in ("cpu", "cuda"):
             torch.set_autocast_enabled(device_type, False)
 
@@ -127,7 +220,7 @@ class Place:
 
     def __init__(self, subject: Subject, device: str | None) -> None:
         self.subject = subject
-        self._device = device
+        self.device = device
 
     @property
     def rank(self) -> int:
@@ -187,7 +280,7 @@ class Place:
         parts = {self.subject.kind: self.plugin(), **parts} if self.subject.kind not in parts else dict(parts)
         wrapper, logger = parts.pop("wrapper", None), parts.pop("logger", None)
         return Fabric(
-            accelerator=parts.pop("accelerator", None) or self._device or kit.Host(),
+            accelerator=parts.pop("accelerator", None) or self.device or kit.Host(),
             strategy=parts.pop("strategy", None) or (kit.Averaging() if self.world_size > 1 else kit.Alone()),
             precision=parts.pop("precision", None) or kit.Full(),
             devices=self.world_size,

@@ -18,9 +18,9 @@ from typing import Any, Final
 
 from fabric_core.conformance import references
 from fabric_core.conformance.mutants import Mutant, accelerator, others, precision, registration, strategy
-from fabric_core.conformance.report import run_rules
 from fabric_core.conformance.rule import Level
 from fabric_core.conformance.rules import RULES
+from fabric_core.conformance.session import run_rules
 from fabric_core.conformance.subject import Subject
 
 __all__ = ["MUTANTS", "REFERENCES", "failing", "unproven"]

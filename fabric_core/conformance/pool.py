@@ -5,35 +5,46 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 from torch.distributed import TCPStore
 
-__all__ = ["RankHang", "RankPool", "RankRaised"]
+__all__ = ["VARIABLES", "RankHang", "RankPool", "RankRaised"]
+
+VARIABLES: Final = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_USE_AGENT_STORE",
+    "TORCHELASTIC_RESTART_COUNT",
+)
+"""The environment variables that a rank finds, as under ``torchrun``."""
 
 _ADDRESS: Final = "127.0.0.1"
 _GRACE: Final = 2.0
 """How many seconds the other ranks have to come to an end after one failed."""
+_DIED: Final = "the process died"
 
 
-class RankHang(BaseException):
-    """Ranks did not come back in time.
-
-    Not an ``Exception``: a generator of examples would otherwise try the same example again, on ranks that are gone.
-    """
+class RankHang(Exception):  # noqa: N818 - it is the rank that hangs
+    """Ranks did not come back in time."""
 
 
 class RankRaised(Exception):  # noqa: N818 - it is the rank that raised
-    """A rank raised; the cause is its exception, where it could travel.
+    """A rank raised, or died; the cause is its exception, where it could travel.
 
     Args:
         rank: The first rank that raised.
@@ -56,15 +67,16 @@ class RankPool:
     Args:
         world_size: The number of ranks.
         timeout: How many seconds a call may take; the environment variable ``FABRIC_TIMEOUT_SCALE`` multiplies it.
+        parents: The ranks may start processes of their own; such a pool must be closed before the driver ends.
     """
 
-    def __init__(self, world_size: int, *, timeout: float = 60.0) -> None:
+    def __init__(self, world_size: int, *, timeout: float = 60.0, parents: bool = False) -> None:
         self.world_size = world_size
-        self._timeout = timeout * float(os.environ.get("FABRIC_TIMEOUT_SCALE", "1"))
+        self.timeout = timeout * float(os.environ.get("FABRIC_TIMEOUT_SCALE", "1"))
+        self._parents = parents
         self._calls = 0
-        self._ranks: list[tuple[Any, Connection, Path]] = []
+        self._ranks: list[tuple[Any, Connection, Connection]] = []
         self._store: TCPStore | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Run a function on every rank.
@@ -77,30 +89,35 @@ class RankPool:
             What each rank returned, in their order.
 
         Raises:
-            RankRaised: A rank raised.
-            RankHang: A rank did not come back in time, or died; the message says where each rank was.
+            RankRaised: A rank raised, or died.
+            RankHang: A rank did not come back in time; the message says where each rank was.
         """
         if not self._ranks:
             self._start()
         self._calls += 1
         message = pickle.dumps((self._calls, function, args))
-        for _, connection, _ in self._ranks:
-            connection.send_bytes(message)
+        for rank, (process, connection, stacks) in enumerate(self._ranks):
+            _drain(stacks)
+            try:
+                connection.send_bytes(message)
+            except OSError:
+                trace = f"{_death(process)} after it had answered the call before\n"
+                self._abandon()
+                errors = [trace if one == rank else None for one in range(self.world_size)]
+                raise RankRaised(rank, trace, errors) from None
         return self._collect()
 
     def close(self) -> None:
         """End the processes. The next call starts new ones."""
-        for process, connection, _ in self._ranks:
+        for process, connection, stacks in self._ranks:
             connection.close()
             process.join(_GRACE)
             if process.is_alive():
                 process.kill()
                 process.join()
+            stacks.close()
         self._ranks.clear()
         self._store = None
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
 
     def __enter__(self) -> Self:
         """End the processes after a ``with`` block."""
@@ -123,32 +140,31 @@ class RankPool:
         self._store = TCPStore(
             _ADDRESS, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
-        self._folder = tempfile.TemporaryDirectory(prefix="fabric-pool-")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            stacks = Path(self._folder.name) / f"rank-{rank}"
+            stacks, late = context.Pipe(duplex=False)
             process = context.Process(
                 target=_serve,
-                args=(rank, self.world_size, self._store.port, theirs, str(stacks), self._timeout),
-                daemon=True,
+                args=(rank, self.world_size, self._store.port, theirs, late, self.timeout),
+                daemon=not self._parents,
             )
             process.start()
             theirs.close()
+            late.close()
             self._ranks.append((process, ours, stacks))
 
     def _collect(self) -> list[Any]:
         answers: dict[int, tuple[bool, Any]] = {}
         order: list[int] = []
-        deadline = time.monotonic() + self._timeout
+        deadline = time.monotonic() + self.timeout
         waiting = dict(enumerate(connection for _, connection, _ in self._ranks))
         while waiting and (remaining := deadline - time.monotonic()) > 0:
             ready = wait(list(waiting.values()), timeout=remaining)
             for rank in [rank for rank, connection in waiting.items() if connection in ready]:
                 try:
                     answers[rank] = pickle.loads(waiting.pop(rank).recv_bytes())  # noqa: S301 - our own ranks
-                except EOFError:
-                    code = self._ranks[rank][0].exitcode
-                    answers[rank] = (False, (None, f"the process died (exit code {code})\n"))
+                except (EOFError, OSError):
+                    answers[rank] = (False, (None, f"{_death(self._ranks[rank][0])}\n"))
                 order.append(rank)
                 if not answers[rank][0]:
                     deadline = min(deadline, time.monotonic() + _GRACE)
@@ -156,8 +172,8 @@ class RankPool:
         if waiting and not failed:
             places = self._places(sorted(waiting))
             self._abandon()
-            raise RankHang(f"ranks {sorted(waiting)} did not come back in {self._timeout:.0f} s\n{places}")
-        if waiting or any("the process died" in answers[rank][1][1] for rank in failed):
+            raise RankHang(f"ranks {sorted(waiting)} did not come back in {self.timeout:.0f} s\n{places}")
+        if waiting or any(answers[rank][1][1].startswith(_DIED) for rank in failed):
             self._abandon()
         if failed:
             errors = [None if rank not in failed else answers[rank][1][1] for rank in range(self.world_size)]
@@ -170,8 +186,7 @@ class RankPool:
         time.sleep(0.2)
         texts = []
         for rank in ranks:
-            stacks = self._ranks[rank][2]
-            text = stacks.read_text() if stacks.exists() else ""
+            text = _drain(self._ranks[rank][2]).decode(errors="replace")
             texts.append(f"rank {rank}:\n{text or '  (it could not say where it is)'}")
         return "\n".join(texts)
 
@@ -181,39 +196,56 @@ class RankPool:
         self.close()
 
 
-def _serve(rank: int, world_size: int, port: int, connection: Connection, stacks: str, timeout: float) -> None:
+def _drain(stacks: Connection) -> bytes:
+    """Take out what a rank wrote of its stack."""
+    with contextlib.suppress(OSError):
+        if stacks.poll():
+            return os.read(stacks.fileno(), 1 << 16)
+    return b""
+
+
+def _death(process: Any) -> str:
+    process.join(_GRACE)
+    return f"{_DIED} (exit code {process.exitcode})"
+
+
+def _die_with_driver() -> None:
+    """Let Linux kill this rank when its driver is gone, even one that hangs: it could see no closed pipe."""
+    driver = multiprocessing.parent_process()
+    if sys.platform != "linux" or driver is None:
+        return
+    import fcntl
+
+    # Where the driver ends, however it does, its end of this pipe closes, which sends the signal.
+    fcntl.fcntl(driver.sentinel, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(driver.sentinel, fcntl.F_SETSIG, signal.SIGKILL)
+    flags = fcntl.fcntl(driver.sentinel, fcntl.F_GETFL)
+    fcntl.fcntl(driver.sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
+
+
+def _serve(rank: int, world_size: int, port: int, connection: Connection, stacks: Connection, timeout: float) -> None:
     """Run what comes through the pipe until it closes."""
-    environment = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": _ADDRESS,
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "pool",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
+    _die_with_driver()
+    values = (str(rank), str(rank), "0", str(world_size), str(world_size), _ADDRESS, str(port), "pool", "True")
     import torch
 
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
             call, function, args = pickle.loads(connection.recv_bytes())  # noqa: S301 - from our own driver
-            os.environ.update(environment, TORCHELASTIC_RESTART_COUNT=str(call))
-            with _stack_when_late(stacks, timeout):
+            os.environ.update(zip(VARIABLES, (*values, str(call)), strict=True))
+            with _stack_when_late(stacks.fileno(), timeout):
                 answer = _answer(function, args)
             connection.send_bytes(answer)
 
 
 @contextlib.contextmanager
-def _stack_when_late(path: str, seconds: float) -> Iterator[None]:
-    with Path(path).open("w") as file:
-        faulthandler.dump_traceback_later(max(0.1, seconds - 0.5), file=file)
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
+def _stack_when_late(pipe: int, seconds: float) -> Iterator[None]:
+    faulthandler.dump_traceback_later(max(0.1, seconds - 0.5), file=pipe)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _answer(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:

@@ -47,6 +47,8 @@ class Rule:
         world_sizes: The numbers of processes that it is checked on.
         examples: Makes the generator of the examples, drawn in the driver alone.
         count: How many examples are drawn.
+        inside: On one process the check runs inside the rank, because it makes the plugin itself; otherwise it runs in
+            the driver, and only what it measures in ranks.
     """
 
     id: str
@@ -61,6 +63,7 @@ class Rule:
     world_sizes: tuple[int, ...] = _SINGLE
     examples: Callable[[], "SearchStrategy[Any]"] | None = None
     count: int = 5
+    inside: bool = True
 
     def broken(self, detail: str, world_size: int) -> str:
         """Write the message of a failure: the rule, what was seen, and what to change."""
@@ -74,10 +77,16 @@ class Rule:
 
 
 class Table:
-    """The rules of one kind, in their order."""
+    """The rules of one kind, in their order.
 
-    def __init__(self, kind: str) -> None:
+    Args:
+        kind: The kind.
+        inside: Where the checks run whose rules don't say it.
+    """
+
+    def __init__(self, kind: str, *, inside: bool = True) -> None:
         self._kind = kind
+        self._inside = inside
         self._rules: list[Rule] = []
 
     def __iter__(self) -> Iterator[Rule]:
@@ -97,13 +106,18 @@ class Table:
         world_sizes: tuple[int, ...] = _SINGLE,
         examples: Callable[[], "SearchStrategy[Any]"] | None = None,
         count: int = 5,
+        inside: bool | None = None,
     ) -> Callable[[Callable[..., None]], Callable[..., None]]:
         """Write a rule into the table; decorates its check."""
 
         def write(check: Callable[..., None]) -> Callable[..., None]:
+            here = self._inside if inside is None else inside
             self._rules.append(
-                Rule(id, self._kind, level, sentence, reason, advice, check, needs, lacks, world_sizes, examples, count)
-            )
+                Rule(
+                    id, self._kind, level, sentence, reason, advice, check,
+                    needs, lacks, world_sizes, examples, count, here,
+                )
+            )  # fmt: skip
             return check
 
         return write

@@ -1,8 +1,9 @@
 """Judges a plugin by a rule: draws examples, shrinks what fails, and turns a hang into a verdict."""
 
+import re
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -12,7 +13,7 @@ from fabric_core.conformance.pool import RankHang
 from fabric_core.conformance.rule import Broken, Rule
 from fabric_core.errors import NotInstalledError
 
-__all__ = ["Outcome", "Verdict", "judge", "why_not"]
+__all__ = ["Outcome", "Verdict", "attempt", "judge", "why_not"]
 
 _SHRINKING: Final = 20.0
 """How many seconds are spent on making a failing example smaller."""
@@ -54,18 +55,17 @@ class Verdict:
         return self.outcome in {Outcome.BROKEN, Outcome.HANGS}
 
 
-class _Failed(Exception):  # noqa: N818 - the example did
-    def __init__(self, message: str, example: Any = None) -> None:
-        super().__init__(message)
+class _Failed(Exception):  # noqa: N818 - the rule did, on the example
+    def __init__(self, outcome: Outcome, detail: str, *example: Any) -> None:
+        super().__init__(detail)
+        self.outcome = outcome
         self.example = example
 
 
 def why_not(rule: Rule, declared: dict[str, Any]) -> str | None:
     """Say why a rule says nothing about a plugin that declares this; ``None`` where it does."""
     for need in rule.needs:
-        if not declared.get(need):
-            if need == "available":
-                return "it needs a device of the plugin's type, and none is here"
+        if need != "available" and not declared.get(need):
             return f"it says nothing without {need!r}, which the plugin doesn't declare"
     for lack in rule.lacks:
         if declared.get(lack):
@@ -73,48 +73,62 @@ def why_not(rule: Rule, declared: dict[str, Any]) -> str | None:
     return None
 
 
+def _not_here(rule: Rule, bench: Bench) -> str | None:
+    """Say which hardware a rule lacks; ``None`` where it is here."""
+    if rule.kind == "accelerator":
+        missing = "available" in rule.needs and not bench.declared["available"]
+        return "it needs a device of the plugin's type, and none is here" if missing else None
+    if rule.kind == "any":
+        return None
+    if bench.device_type is None:
+        return f"no device of {bench.device!r} is here"
+    types = bench.declared.get("device_types")
+    if types is None or bench.device_type in types:
+        return None
+    return f"the plugin is for {' and '.join(sorted(types))}: device={min(types)!r}"
+
+
 def judge(
-    rule: Rule, bench: Bench, *, world_sizes: Iterable[int] = (1, 2), seed: int | None = None, shrink: bool = True
+    rule: Rule, bench: Bench, *, world_sizes: Sequence[int] = (1, 2), seed: int | None = None, shrink: bool = True
 ) -> Verdict:
     """Judge a plugin by a rule, on every asked number of processes that both take.
 
     Args:
         rule: The rule.
         bench: The bench with the plugin.
-        world_sizes: The numbers of processes.
+        world_sizes: The numbers of processes; a rule for plugins of every kind has its own.
         seed: The seed of the examples; ``None`` draws the same ones always.
         shrink: Look for a smaller example where one fails.
     """
     begin = time.perf_counter()
     if rule.check is None:
         return Verdict(rule.id, Outcome.UNTESTED, rule.reason)
+    # What binds every kind is about making the plugin, and starts no training.
+    sizes = [size for size in rule.world_sizes if rule.kind == "any" or size in world_sizes]
     try:
-        declared = bench.declared
-    except Exception as error:  # noqa: BLE001 - what can't be made can't be asked
-        if rule.needs or rule.lacks:
-            return Verdict(rule.id, Outcome.SKIPPED, f"the plugin can't be made: {error!r}")
-        declared = {}
-    reason = why_not(rule, declared)
-    sizes = [size for size in world_sizes if size in rule.world_sizes and _takes(declared, size)]
+        reason = why_not(rule, bench.declared) or _not_here(rule, bench)
+        if rule.kind != "any":
+            sizes = [size for size in sizes if _takes(bench.declared, size)]
+    except RankHang as error:
+        # Every rule would wait as long for the same.
+        return Verdict(rule.id, Outcome.HANGS, rule.broken(f"making the plugin hangs: {error}", 1), 1)
+    except Broken as error:
+        first_line = str(error).partition("\n")[0]
+        reason = f"the plugin can't be made: {first_line}" if rule.needs or rule.lacks else None
     if reason is None and not sizes:
         reason = f"it is for {_counts(rule.world_sizes)}, and asked and declared leave none of them"
     if reason is not None:
         return Verdict(rule.id, Outcome.SKIPPED, reason)
     for size in sizes:
         bench.world_size = size
-        example = None
         try:
             _check(rule, bench, seed, shrink=shrink)
-            continue
-        except RankHang as error:
-            outcome, detail = Outcome.HANGS, str(error)
         except _Failed as error:
-            outcome, detail, example = Outcome.BROKEN, str(error), error.example
-        message = rule.broken(detail, size)
-        if example is not None:
-            message += f"\n  again:\n{_snippet(rule, bench, size, example)}"
-        shown = None if example is None else repr(example)
-        return Verdict(rule.id, outcome, message, size, shown, time.perf_counter() - begin)
+            message, shown = rule.broken(str(error), size), None
+            if error.example:
+                message += f"\n  again:\n{_snippet(rule, bench, size, *error.example)}"
+                shown = repr(*error.example)
+            return Verdict(rule.id, error.outcome, message, size, shown, time.perf_counter() - begin)
     return Verdict(rule.id, Outcome.KEPT, "", sizes[-1], None, time.perf_counter() - begin)
 
 
@@ -136,9 +150,9 @@ def _check(rule: Rule, bench: Bench, seed: int | None, *, shrink: bool) -> None:
     if rule.examples is not None:
         _search(rule, bench, rule.examples, seed, shrink=shrink)
         return
-    failure = _fails(rule, bench)
+    failure = attempt(rule, bench)
     if failure is not None:
-        raise _Failed(failure)
+        raise failure
 
 
 def _search(rule: Rule, bench: Bench, examples: Callable[[], Any], seed: int | None, *, shrink: bool) -> None:
@@ -156,25 +170,26 @@ def _search(rule: Rule, bench: Bench, examples: Callable[[], Any], seed: int | N
             where="fabric_core.conformance",
             instead='pip install "fabric-registry[conformance]"',
         ) from error
-    known: dict[str, str | None] = {}
+    known: dict[str, _Failed | None] = {}
     deadline = float("inf")
 
-    def attempt(example: Any) -> None:
+    def look(example: Any) -> None:
         nonlocal deadline
         key = repr(example)
         if key not in known:
             # Shrinking tries many examples. Once its time is over, those not tried yet count as kept.
             if time.monotonic() > deadline:
                 return
-            known[key] = _fails(rule, bench, example)
+            known[key] = attempt(rule, bench, example)
         failure = known[key]
         if failure is not None:
-            deadline = min(deadline, time.monotonic() + _SHRINKING)
-            raise _Failed(failure, example)
+            # Each smaller example that hangs too would take as long again.
+            hangs = failure.outcome == Outcome.HANGS
+            deadline = min(deadline, time.monotonic() + (0 if hangs else _SHRINKING))
+            raise _Failed(failure.outcome, str(failure), example)
 
     configured = hypothesis.settings(
         max_examples=rule.count,
-        derandomize=seed is None,
         database=None,
         deadline=None,
         phases=[hypothesis.Phase.generate, *([hypothesis.Phase.shrink] if shrink else [])],
@@ -183,34 +198,41 @@ def _search(rule: Rule, bench: Bench, examples: Callable[[], Any], seed: int | N
         verbosity=hypothesis.Verbosity.quiet,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    test = configured(hypothesis.given(examples())(attempt))
-    if seed is not None:
-        test = hypothesis.seed(seed)(test)
-    test()
+    # Not `derandomize`, which draws others whenever a line of `look` is changed.
+    hypothesis.seed(seed or 0)(configured(hypothesis.given(examples())(look)))()
 
 
-def _fails(rule: Rule, bench: Bench, *example: Any) -> str | None:
+def attempt(rule: Rule, bench: Bench, *example: Any) -> _Failed | None:
+    """Check a rule once, on an example where it has any; give the failure."""
     if rule.check is None:
         raise AssertionError("an untested rule has no check")
     try:
-        rule.check(bench, *example)
+        if rule.inside and bench.world_size == 1:
+            bench.check(rule.check, *example)
+        else:
+            rule.check(bench, *example)
     except Broken as broken:
-        return str(broken)
-    except Exception as error:  # noqa: BLE001 - the plugin ran in the driver, and may raise anything
-        return f"{error!r}\n{traceback.format_exc()}"
+        return _Failed(Outcome.BROKEN, str(broken), *example)
+    except RankHang as error:
+        return _Failed(Outcome.HANGS, str(error), *example)
+    except Exception as error:  # noqa: BLE001 - what the ranks sent may be of any shape
+        return _Failed(Outcome.BROKEN, f"{error!r}\n{traceback.format_exc()}", *example)
     return None
 
 
 def _snippet(rule: Rule, bench: Bench, size: int, example: Any) -> str:
     subject = bench.subject
     name = f"{subject.distribution}/{subject.name}" if subject.distribution else subject.value
-    options = f", options={dict(subject.options)!r}" if subject.options else ""
+    more = f", options={dict(subject.options)!r}" if subject.options else ""
+    more += f", device={bench.device!r}" if bench.device else ""
     lines = [
+        # What a number shows that isn't finite.
+        *(["from math import inf, nan"] if re.search(r"\b(inf|nan)\b", repr(example)) else []),
         "from fabric_core.conformance import cases, replay",
         "",
         'if __name__ == "__main__":',
         f"    example = {_expression(example)}",
-        f"    replay({subject.kind!r}, {name!r}, {rule.id!r}, example, world_size={size}{options})",
+        f"    replay({subject.kind!r}, {name!r}, {rule.id!r}, example, world_size={size}{more})",
     ]
     return "\n".join(f"    {line}" for line in lines)
 

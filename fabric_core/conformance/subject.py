@@ -1,14 +1,19 @@
 """The plugin under test, in a form that travels to other processes."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from fabric_core.contracts import CONTRACTS, Accelerator, Plugin, Preset
 from fabric_core.errors import RequestError
 from fabric_core.registry import IN_PROCESS, Offer, Registry
+from fabric_core.request import parse_plugin
 
 __all__ = ["Subject"]
+
+_PLACE: Final = re.compile(r"(?P<module>[\w.]+):(?P<name>[^\W\d][\w.]*)(?P<options>:.*)?", re.DOTALL)
+"""``module:Class``, which may have options as a name may."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,15 @@ class Subject:
     def of(cls, kind: str, plugin: str | type[Plugin], options: Mapping[str, Any] | None = None) -> "Subject":
         """Find a plugin by its name, or by ``module:Class``, or take a class.
 
+        Args:
+            kind: Its kind.
+            plugin: A class, or text as in a request: ``"[distribution/]name[:option=value,...]"``; in the place of the
+                name may stand ``module:Class``.
+            options: The options to make it with; they win over those in the text.
+
         Raises:
-            RequestError: There is no such kind, or the class can't be imported by its name.
+            RequestError: There is no such kind, the text can't be understood, or the class can't be imported by its
+                name.
             UnknownPluginError: Nobody offers the name.
         """
         if kind not in CONTRACTS:
@@ -53,10 +65,13 @@ class Subject:
                     instead="define it at the top of a module",
                 )
             return cls(kind, plugin.__name__, f"{plugin.__module__}:{plugin.__qualname__}", options=given)
-        if ":" in plugin:
-            return cls(kind, plugin.partition(":")[2], plugin, options=given)
-        distribution, _, name = plugin.rpartition("/")
-        offer = Registry().find(kind, name, distribution or None)
+        place = _PLACE.fullmatch(plugin)
+        if place is not None:
+            more = parse_plugin(f"plugin{place['options'] or ''}", kind).options
+            return cls(kind, place["name"], f"{place['module']}:{place['name']}", options={**more, **given})
+        named = parse_plugin(plugin, kind)
+        given = {**named.options, **given}
+        offer = Registry().find(kind, named.name, named.distribution)
         owner = "" if offer.distribution == IN_PROCESS else offer.distribution
         return cls(kind, offer.name, offer.value, owner, offer.version, given)
 

@@ -1,15 +1,12 @@
 """The kit in a plugin's own tests: two lines, one test for each rule."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fabric_core.conformance.bench import Bench
-from fabric_core.conformance.report import Report, check_expected
-from fabric_core.conformance.rule import Rule
-from fabric_core.conformance.rules import RULES_BY_ID, rules_for
-from fabric_core.conformance.runner import Outcome, Verdict, judge
+from fabric_core.conformance.rule import Broken, Rule
+from fabric_core.conformance.runner import Outcome, attempt
+from fabric_core.conformance.session import Session
 from fabric_core.conformance.subject import Subject
 from fabric_core.contracts import Plugin
 
@@ -42,63 +39,40 @@ def suite(
         report: Where to write the JSON report, when all rules were judged; Markdown and badge lie beside it.
 
     Raises:
-        RequestError: There is no such kind, or ``xfail`` names no rule or gives no reason.
+        RequestError: There is no such kind, rule or number of processes, ``xfail`` gives no reason, or ``report`` isn't
+            named ``.json``.
+        UnknownPluginError: Nobody offers the plugin, or the device.
     """
     import pytest
 
-    rules = rules_for(kind)
-    expected = check_expected(xfail or {}, rules)
-    session = _Session(kind, plugin, options, expected, tuple(world_sizes), device, seed, report)
+    session = Session(
+        Subject.of(kind, plugin, options),
+        world_sizes=world_sizes,
+        device=device,
+        expected=xfail,
+        seed=seed,
+        report=report,
+    )
 
     def test_rules(rule: Rule, request: pytest.FixtureRequest) -> None:
         """The plugin keeps the rule."""
-        session.test(rule, request)
-
-    marked: Callable[..., None] = pytest.mark.parametrize("rule", rules, ids=lambda rule: rule.id)(test_rules)
-    return marked
-
-
-@dataclass
-class _Session:
-    """One plugin's tests: they share the ranks, and end with the report."""
-
-    kind: str
-    plugin: str | type[Plugin]
-    options: Mapping[str, Any] | None
-    expected: Mapping[str, str]
-    world_sizes: Sequence[int]
-    device: str | None
-    seed: int | None
-    report: str | Path | None
-    bench: Bench | None = None
-    verdicts: list[Verdict] = field(default_factory=list)
-
-    def test(self, rule: Rule, request: Any) -> None:
-        import pytest
-
-        if self.bench is None:
-            self.bench = Bench(Subject.of(self.kind, self.plugin, self.options), device=self.device)
-            request.node.getparent(pytest.Module).addfinalizer(self.finish)
-        verdict = judge(rule, self.bench, world_sizes=self.world_sizes, seed=self.seed)
-        self.verdicts.append(verdict)
+        # The session ends with its last rule; not all of them may have been chosen.
+        module = request.node.getparent(pytest.Module)
+        if module is not None:
+            module.addfinalizer(session.close)
+        verdict = session.judge(rule)
+        reason = session.expected.get(rule.id)
         if verdict.outcome in {Outcome.SKIPPED, Outcome.UNTESTED}:
             pytest.skip(verdict.message)
-        if verdict.failed and rule.id in self.expected:
-            pytest.xfail(self.expected[rule.id])
+        if verdict.failed and reason is not None:
+            pytest.xfail(reason)
         if verdict.failed:
             pytest.fail(verdict.message, pytrace=False)
-        if rule.id in self.expected:
-            pytest.fail(f"{rule.id} is kept: take it out of xfail ({self.expected[rule.id]})", pytrace=False)
+        if reason is not None:
+            pytest.fail(f"{rule.id} is kept: take it out of xfail ({reason})", pytrace=False)
 
-    def finish(self) -> None:
-        bench = self.bench
-        if bench is None:
-            raise AssertionError("there is a bench once there was a test")
-        bench.close()
-        self.bench = None
-        if self.report is not None:
-            report = Report(bench.subject, self.verdicts, self.expected, self.world_sizes, self.device, self.seed)
-            report.write(Path(self.report))
+    marked: Callable[..., None] = pytest.mark.parametrize("rule", session.rules, ids=lambda rule: rule.id)(test_rules)
+    return marked
 
 
 def replay(
@@ -109,18 +83,19 @@ def replay(
     *,
     world_size: int = 1,
     options: Mapping[str, Any] | None = None,
+    device: str | None = None,
 ) -> None:
-    """Check one rule on one example again, as a failure's snippet does; raises what the check raises.
+    """Check one rule on one example again, as a failure's snippet does.
 
     Raises:
-        Broken: The rule isn't kept.
+        Broken: The rule isn't kept, or hangs.
+        RequestError: There is no such rule.
     """
-    check = RULES_BY_ID[rule].check
-    if check is None:
-        raise AssertionError(f"{rule} can't be checked")
-    bench = Bench(Subject.of(kind, plugin, options))
-    bench.world_size = world_size
+    session = Session(Subject.of(kind, plugin, options), world_sizes=(world_size,), device=device, only=[rule])
+    session.bench.world_size = world_size
     try:
-        check(bench, example)
+        failure = attempt(session.rules[0], session.bench, example)
     finally:
-        bench.close()
+        session.close()
+    if failure is not None:
+        raise Broken(str(failure))

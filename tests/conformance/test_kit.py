@@ -14,11 +14,13 @@ from fabric_core.conformance.cases import Training
 from fabric_core.conformance.pool import RankHang
 from fabric_core.conformance.report import SCHEMA
 from fabric_core.conformance.rule import Broken
-from fabric_core.conformance.rules import RULES_BY_ID
-from fabric_core.conformance.runner import Outcome, judge
-from fabric_core.errors import RequestError
+from fabric_core.conformance.rules import RULES_BY_ID, rules_for
+from fabric_core.conformance.runner import Outcome, Verdict, judge
+from fabric_core.conformance.session import Session
+from fabric_core.errors import FabricError, RequestError
 
 LAZY = "fabric_core.conformance.mutants.precision:Lazy"
+ALONE = "fabric_core.conformance.references:Alone"
 SUMMING = "fabric_core.conformance.mutants.strategy:Summing"
 
 
@@ -79,7 +81,7 @@ def test_report_fits_its_schema_and_is_written(tmp_path: Path) -> None:
 
 def test_a_rule_is_skipped_for_the_capability_that_is_missing() -> None:
     """A rule that says nothing about a plugin names the capability that the plugin doesn't declare."""
-    (verdict,) = _run("fabric_core.conformance.references:Alone", "STR-319", world_sizes=(1,)).verdicts
+    (verdict,) = _run(ALONE, "STR-319", world_sizes=(1,)).verdicts
     assert verdict.outcome == Outcome.SKIPPED
     assert "'sharded'" in verdict.message
 
@@ -91,11 +93,93 @@ def test_expected_failures_are_counted_apart_and_strict() -> None:
     assert report.as_dict()["counts"] == {"expected": 1, "unexpectedly kept": 1}
 
 
-@pytest.mark.parametrize(("xfail", "message"), [({"STR-999": "why"}, "no rule"), ({"STR-301": " "}, "no reason")])
-def test_xfail_needs_a_rule_and_a_reason(xfail: dict[str, str], message: str) -> None:
-    """A typing error in xfail, or an empty reason, is refused when the suite is made."""
-    with pytest.raises(RequestError, match=message):
-        suite("strategy", "ddp", xfail=xfail)
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"kind": "strategyy"}, "no such kind"),
+        ({"plugin": "dpp"}, "did you mean 'ddp'"),
+        ({"xfail": {"STR-999": "why"}}, "no rule of this kind"),
+        ({"xfail": {"STR-301": " "}}, "no reason"),
+        ({"xfail": {"STR-397": "why"}}, "doesn't check"),
+        ({"world_sizes": ()}, "number of processes"),
+        ({"world_sizes": (3,)}, "number of processes"),
+        ({"kind": "precision", "plugin": "32-true", "world_sizes": (2,)}, "number of processes"),
+        ({"device": "nope"}, "there is no accelerator 'nope'"),
+        ({"kind": "accelerator", "plugin": "cpu", "device": "cpu"}, "its own devices"),
+        ({"report": "report.md"}, "report.json"),
+    ],
+)
+def test_what_can_not_be_asked_is_refused_when_the_suite_is_made(asked: dict[str, Any], message: str) -> None:
+    """A typing error anywhere is one error, before any rule is judged."""
+    with pytest.raises(FabricError, match=message):
+        suite(**{"kind": "strategy", "plugin": "ddp", **asked})
+
+
+def test_rules_that_there_are_not_are_refused() -> None:
+    """An unknown id, or none at all, is no run that passes."""
+    for only in (["PRE-999"], []):
+        with pytest.raises(RequestError, match="no such rule"):
+            run_rules(Subject.of("precision", LAZY), only=only)
+
+
+def test_an_expected_failure_that_says_nothing_is_refused() -> None:
+    """A rule that is skipped for what the plugin declares can't be in xfail."""
+    with pytest.raises(RequestError, match=r"STR-319 can't be broken: it says nothing without 'sharded'"):
+        _run(ALONE, "STR-319", expected={"STR-319": "why"})
+
+
+def test_a_run_that_checked_nothing_does_not_pass() -> None:
+    """Where every rule was skipped or can't be checked, nothing is kept."""
+    report = _run(ALONE, "STR-319", "STR-397")
+    assert not report.failures
+    assert not report.passed
+
+
+def _colour(verdicts: list[Verdict], **more: Any) -> tuple[str, str, str]:
+    report = Report(Subject.of("precision", LAZY), verdicts, **more)
+    badge = report.badge()
+    return report.summary, badge["message"], badge["color"]
+
+
+def test_a_report_claims_what_was_checked() -> None:
+    """Profiles stand for a whole run of the kind's own rules, and an expected failure takes one away."""
+    kept = [Verdict(rule.id, Outcome.KEPT) for rule in rules_for("precision")]
+    others = [one for one in kept if one.rule != "PRE-228"]
+    broken = Verdict("PRE-228", Outcome.BROKEN, "why")
+    assert _colour(kept) == ("keeps the contract", "Core", "brightgreen")
+    assert _colour(kept[:1]) == (f"judged by 1 of {len(kept)} rules",) * 2 + ("lightgrey",)
+    assert _colour([*others, broken]) == ("breaks the contract", "1 rules broken", "red")
+    known = ("breaks the contract where it says so",) * 2 + ("yellow",)
+    assert _colour([*others, broken], expected={"PRE-228": "why"}) == known
+    made = [one if one.rule.startswith("REG") else Verdict(one.rule, Outcome.SKIPPED) for one in kept]
+    assert _colour(made) == ("could not be checked here",) * 2 + ("lightgrey",)
+
+
+def test_a_report_is_written_when_all_rules_were_judged(tmp_path: Path) -> None:
+    """Not when a run was interrupted, or only some tests were chosen; its folder is made before the first one."""
+    path = tmp_path / "build" / "report.json"
+    session = Session(Subject.of("logger", "fabric_core.conformance.references:Remembering"), report=path)
+    try:
+        for rule in session.rules[:-1]:
+            session.judge(rule)
+        assert path.parent.is_dir()
+        assert not path.exists()
+        session.judge(session.rules[-1])
+        assert json.loads(path.read_text())["complete"]
+        assert not session.bench._pools
+    finally:
+        session.close()
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match="there can be no report"):
+        _run(LAZY, "PRE-203", report=tmp_path / "file" / "report.json")
+
+
+def test_options_are_written_as_in_a_request() -> None:
+    """After a name and after a place, as text; those that are given apart win."""
+    assert Subject.of("strategy", "ddp:bucket_cap_mb=1").options == {"bucket_cap_mb": 1}
+    assert Subject.of("strategy", "ddp:bucket_cap_mb=1", {"bucket_cap_mb": 2}).options == {"bucket_cap_mb": 2}
+    scaled = Subject.of("precision", "fabric_core.conformance.references:Scaled:scale=3.0")
+    assert (scaled.name, scaled.options) == ("Scaled", {"scale": 3.0})
 
 
 def test_a_hang_is_a_verdict_with_the_rank_and_the_place() -> None:

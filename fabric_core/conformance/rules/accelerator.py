@@ -63,6 +63,7 @@ def _available(bench: Bench) -> None:
     "No question starts a device: availability, count, types, backend, parsing and naming run no tensor operation.",
     reason="A process that has started a device can't fork, and holds memory on it.",
     advice="ask the driver's management library instead of making a tensor; start devices in setup_device",
+    inside=False,
 )
 def _asking_starts_nothing(bench: Bench) -> None:
     seen, started = bench.fresh(_starts)
@@ -256,6 +257,7 @@ def _use(place: Place) -> str | None:
     reason="It is the one thing that an accelerator is for.",
     advice="select and start the device in setup_device",
     needs=("available",),
+    inside=False,
 )
 def _computes(bench: Bench) -> None:
     fault = bench.fresh(_use)
@@ -321,6 +323,7 @@ def _group(place: Place) -> str | None:
     reason="Gradients travel on the device, objects and checkpoints on the CPU.",
     advice='name both, as in "cpu:gloo,cuda:nccl"',
     needs=("available",),
+    inside=False,
 )
 def _backend(bench: Bench) -> None:
     fault = bench.fresh(_group)

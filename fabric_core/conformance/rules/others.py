@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 
 from fabric_core.conformance.bench import Bench, Place
+from fabric_core.conformance.pool import VARIABLES
 from fabric_core.conformance.rule import Broken, Table
 from fabric_core.contracts import LaunchOrder, Ranks
 from fabric_core.errors import CheckpointError, LaunchError
@@ -116,10 +117,12 @@ def _fail() -> None:
     raise ZeroDivisionError("the kit's own")
 
 
-def _start(bench: Bench, function: Callable[[], Any]) -> Any:
-    # In the driver: a rank of the kit may have no children.
+def _start(place: Place, function: Callable[[], Any]) -> Any:
+    """Start a function as a script does that nothing has launched."""
+    for name in VARIABLES:
+        del os.environ[name]
     try:
-        return bench.plugin().start(LaunchOrder(processes=1, function=function))
+        return place.plugin().start(LaunchOrder(processes=1, function=function))
     except Exception as error:  # noqa: BLE001 - what it raises is what is asked
         return f"raised {type(error).__name__}"
 
@@ -129,9 +132,10 @@ def _start(bench: Bench, function: Callable[[], Any]) -> Any:
     "`start` runs the function, and gives what it returned on rank 0.",
     reason="Notebooks get their trained model back by it.",
     advice="return rank 0's result",
+    inside=False,
 )
 def _returns(bench: Bench) -> None:
-    result = _start(bench, _answer)
+    result = bench.fresh(_start, _answer)
     if result != 42:
         raise Broken(f"it gives {result!r}, and the function returned 42")
 
@@ -141,9 +145,10 @@ def _returns(bench: Bench) -> None:
     "`start` raises where the function raised.",
     reason="A failed training must not look like one that ended.",
     advice="raise RankFailedError with the rank's traceback",
+    inside=False,
 )
 def _raises(bench: Bench) -> None:
-    result = _start(bench, _fail)
+    result = bench.fresh(_start, _fail)
     if not str(result).startswith("raised"):
         raise Broken(f"it gives {result!r}")
 

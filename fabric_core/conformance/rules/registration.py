@@ -62,15 +62,19 @@ def _changed(before: dict[str, Any]) -> list[str]:
 
 
 @lru_cache(maxsize=64)
-def _imported(module: str) -> tuple[list[str], int, str]:
+def _imported(module: str, timeout: float) -> tuple[list[str], int, str]:
     """Import a module in a new interpreter; say what changed, how many modules came along, and what was printed.
 
     Raises:
-        Broken: It can't be imported.
+        Broken: It can't be imported, or not in time.
     """
     program = f"from {__name__} import report_import; report_import({module!r})"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise Broken(f"importing {module} didn't end in {timeout:.0f} s") from None
     if done.returncode != 0:
         raise Broken(f"importing {module} fails:\n{done.stderr}")
     changed, count, printed = json.loads(done.stdout)
@@ -87,7 +91,8 @@ def report_import(module: str) -> None:
 
 
 def _import(bench: Bench) -> tuple[list[str], int, str]:
-    return _imported(bench.subject.value.partition(":")[0])
+    # In less time than the check itself has: what it starts must end with it.
+    return _imported(bench.subject.value.partition(":")[0], 0.75 * bench.deadline)
 
 
 @TABLE.rule(
@@ -272,6 +277,7 @@ def _make(place: Place) -> list[str]:
     "Making it changes nothing outside it.",
     reason="The automatic choice makes every plugin of a kind, and uses one of them.",
     advice="do it in the method that needs it, and undo it in teardown",
+    inside=False,
 )
 def _making_is_pure(bench: Bench) -> None:
     changed = bench.fresh(_make)
@@ -331,11 +337,10 @@ def _describe(place: Place) -> tuple[str, str]:
     "Resolved again in a new process, it is the same class with the same options.",
     reason="Every rank resolves the request itself; ranks that get something else train something else.",
     advice="let class and options depend on nothing but the installed distribution",
+    inside=False,
 )
 def _same_elsewhere(bench: Bench) -> None:
-    plugin = bench.plugin()
-    here = (f"{type(plugin).__module__}:{type(plugin).__qualname__}", repr(plugin))
-    there = bench.fresh(_describe)
+    here, there = bench.run(_describe)[0], bench.fresh(_describe)
     if here != there:
         raise Broken(f"{here} here, {there} in a new process")
 

@@ -24,7 +24,7 @@ from fabric_core.errors import MisuseError
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-TABLE: Final = Table("strategy")
+TABLE: Final = Table("strategy", inside=False)
 
 _ALWAYS: Final = (1, 2)
 _SEVERAL: Final = (2,)

@@ -1,0 +1,89 @@
+"""The command `fabric conformance`: what it takes, what it prints, and how it ends."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fabric_core import cli
+from fabric_core.conformance.rules import rules_for
+
+LAZY = "precision:fabric_core.conformance.mutants.precision:Lazy"
+
+
+@pytest.fixture
+def conformance(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Give a function that runs the command and returns exit code, output and errors."""
+
+    def run(*arguments: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr("sys.argv", ["fabric", "conformance", *arguments])
+        monkeypatch.setenv("COLUMNS", "250")
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_right_plugin_ends_with_zero_and_a_wrong_one_with_one(conformance: Any) -> None:
+    """The wrong one's failure is printed whole; the last line counts."""
+    code, out, _ = conformance("precision:32-true", "--rule", "PRE-228")
+    assert (code, out) == (0, f"precision 32-true: judged by 1 of {len(rules_for('precision'))} rules (1 kept)\n")
+    code, out, _ = conformance(LAZY, "--rule", "PRE-228")
+    assert code == 1
+    assert "instead: call step() in optimizer_step" in out
+    assert out.endswith("Lazy: breaks the contract (1 broken)\n")
+
+
+def test_nothing_checked_ends_with_one(conformance: Any) -> None:
+    """A run in which every rule was skipped isn't green."""
+    code, out, _ = conformance("strategy:ddp:bucket_cap_mb=1", "--rule", "STR-319")
+    assert code == 1
+    assert "(1 skipped)" in out
+
+
+def test_expected_failures_come_with_their_reason(conformance: Any) -> None:
+    """What is in --xfail and broken ends with zero; a reason is needed."""
+    assert conformance(LAZY, "--rule", "PRE-228", "--xfail", "PRE-228=https://x.org/1 why")[0] == 0
+    code, _, err = conformance(LAZY, "--rule", "PRE-228", "--xfail", "PRE-228")
+    assert code == 2
+    assert "xfail gives no reason" in err
+
+
+def test_the_report_lies_where_it_is_asked_for(conformance: Any, tmp_path: Path) -> None:
+    """In a folder that is made; a rule left out shows, and options and device are stated."""
+    path = tmp_path / "new" / "report.json"
+    asked = ("precision:16-mixed:init_scale=256.0", "--rule", "PRE-230", "--device", "cpu", "--seed", "3")
+    assert conformance(*asked, "--report", str(path))[0] == 0
+    report = json.loads(path.read_text())
+    assert (report["device"], report["seed"], report["complete"], report["passed"]) == ("cpu", 3, False, True)
+    assert report["plugin"]["options"] == {"init_scale": "256.0"}
+    assert report["profiles"] == {}
+    assert path.with_suffix(".md").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("strategy",), "what to judge"),
+        (("strategyy:ddp",), "no such kind"),
+        (("strategy:dpp",), "did you mean 'ddp'"),
+        (("strategy:ddp:bucket_cap_mb=1,2",), "name=value"),
+        (("strategy:ddp", "--rule", "PRE-999"), "no such rule"),
+        (("strategy:ddp", "--world-size", "3"), "number of processes"),
+        (("strategy:ddp", "--device", "nope"), "no accelerator 'nope'"),
+        (("strategy:ddp", "--report", "x.md"), "x.json"),
+        (("strategy:ddp", "--report", "/proc/no/x.json"), "there can be no report"),
+    ],
+)
+def test_mistakes_end_with_two_before_a_rule_is_judged(
+    conformance: Any, arguments: tuple[str, ...], message: str
+) -> None:
+    """The message says what can't be as it was written."""
+    code, out, err = conformance(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
