@@ -251,13 +251,23 @@ class Strategy(Plugin, ABC):
         optimizer.load_state_dict(dict(state))
 
 
-def replace_parameters(optimizer: Optimizer, replaced: Mapping[torch.Tensor, torch.Tensor]) -> Optimizer:
+def replace_parameters(
+    optimizer: Optimizer,
+    replaced: Mapping[torch.Tensor, torch.Tensor],
+    convert: Callable[[str, Any, torch.Tensor], Any] = lambda _name, value, _parameter: value,
+) -> Optimizer:
     """Put new parameters in the place of old ones in an optimizer, in place, its state included.
 
-    Only for parameters whose replacements have the same shape and layout, so that state fits as it is.
+    Args:
+        optimizer: The optimizer.
+        replaced: For each old parameter, the one that takes its place.
+        convert: Given the name and value of an entry of a parameter's state, and the new parameter, gives the new
+            value. Without it state stays as it is, which fits parameters of the same shape and layout.
     """
     for group in optimizer.param_groups:
-        group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
+        # In place: some optimizers, such as LBFGS, hold on to the list.
+        group["params"][:] = [replaced.get(parameter, parameter) for parameter in group["params"]]
     for old in [parameter for parameter in optimizer.state if parameter in replaced]:
-        optimizer.state[replaced[old]] = optimizer.state.pop(old)
+        new = replaced[old]
+        optimizer.state[new] = {name: convert(name, value, new) for name, value in optimizer.state.pop(old).items()}
     return optimizer

@@ -4,14 +4,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final, Literal
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from fabric_core.contracts import repeated_blocks, replace_parameters
-from fabric_core.errors import OptionError, SetupError
+from fabric_core.errors import MisuseError, OptionError, SetupError
 from fabric_plugins.strategies._distributed import DistributedStrategy, send_from_zero
 
 __all__ = ["ModulePolicy", "ShardedStrategy", "check_materialisable", "choose_modules", "materialise", "move_to"]
@@ -26,15 +26,19 @@ _RESET: Final = ("reset_parameters", "_reset_parameters")
 class ShardedStrategy(DistributedStrategy):
     """Parameters are DTensors after ``setup_module``: each rank holds its part of each.
 
-    [Note: which modules are roots] A root is the module that ``setup_module`` returned. FSDP2 keeps a root's
-    parameters whole after ``forward`` until ``backward`` is over, so in between ``parameters()`` shows tensors that no
-    optimizer may hold. ``setup_optimizer`` finds them out by resharding.
+    [Note: whole units] A unit is what FSDP2 gathers and frees as one. It leaves some whole after ``forward``, until
+    ``backward`` is over, and for good where there is none. As long as a unit is whole, ``parameters()`` shows tensors
+    that no optimizer may hold, and ``forward`` doesn't see what an optimizer did to the parts. So units are divided
+    again before an optimizer looks at them: in ``setup_optimizer``, and before each step.
     """
 
     def __init__(self, options: Any = None, /, **given: Any) -> None:
         super().__init__(options, **given)
-        self._roots: WeakSet[nn.Module] = WeakSet()
-        self._apart: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+        self._units: WeakSet[Any] = WeakSet()
+        self._apart: WeakSet[nn.Module] = WeakSet()
+        """The modules that are inside ``no_backward_sync``."""
+        self._held: WeakSet[nn.Module] = WeakSet()
+        """The modules that may have gradients which the ranks don't share yet."""
 
     def init_module(self, empty: bool) -> AbstractContextManager[Any]:
         """Make an empty model on the meta device, so that it is never whole on any rank."""
@@ -42,14 +46,7 @@ class ShardedStrategy(DistributedStrategy):
 
     def setup_optimizer(self, optimizer: Optimizer, replaced: Mapping[torch.Tensor, torch.Tensor]) -> Optimizer:
         """Put shards in the place of what they were made from, state included."""
-        matched = _Replaced(replaced, self._whole())
-        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        state = {parameter: optimizer.state[parameter] for parameter in held if parameter in optimizer.state}
-        replace_parameters(optimizer, matched)
-        for old in held:
-            new = matched.get(old, old)
-            if new is not old and old in state:
-                optimizer.state[new] = {name: _like(value, new) for name, value in state[old].items()}
+        replace_parameters(optimizer, _Replaced(replaced, self._divide()), _divided)
         for group in optimizer.param_groups:
             at_once = [name for name in ("fused", "foreach") if group.get(name)]
             if at_once and len({_layout(parameter) for parameter in group["params"]}) > 1:
@@ -62,39 +59,110 @@ class ShardedStrategy(DistributedStrategy):
                 )
         return optimizer
 
-    def _whole(self) -> dict[torch.Tensor, torch.Tensor]:
-        """Find parameters that are whole at the moment, with their shards ([Note: which modules are roots])."""
+    def _check_undivided(self, module: nn.Module) -> None:
+        """Refuse what another model shares, and what was divided by hand.
+
+        Raises:
+            SetupError: A parameter is divided already.
+        """
+        from torch.distributed.tensor import DTensor
+
+        self._divide()
+        divided = [name for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)]
+        if divided:
+            raise SetupError(
+                "a part of the model is divided among the ranks already, with another model or by hand",
+                where="fabric.setup",
+                got=", ".join(divided),
+                instead="set up one module that holds everything that shares the part; mark its methods with"
+                " mark_forward_method",
+            )
+
+    def _know(self, module: nn.Module) -> None:
+        """Remember the units of a module that was set up."""
         from torch.distributed.fsdp import FSDPModule
 
+        self._units.update(one for one in module.modules() if isinstance(one, FSDPModule))
+
+    def _divide(self) -> dict[torch.Tensor, torch.Tensor]:
+        """Divide what is whole, and give the shards of what was ([Note: whole units])."""
         found: dict[torch.Tensor, torch.Tensor] = {}
-        for root in self._roots:
-            before = dict(root.named_parameters())
-            for module in root.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
-            after = dict(root.named_parameters())
+        for unit in self._units:
+            before = dict(unit.named_parameters())
+            unit.reshard()
+            after = dict(unit.named_parameters())
             found.update({old: after[name] for name, old in before.items() if after[name] is not old})
         return found
 
-    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
-        """Leave gradients whole and apart inside the context, which takes the memory of whole gradients."""
-        return self._unsynchronised(module, enabled=enabled)
+    def backward(self, loss: torch.Tensor, arguments: Mapping[str, Any]) -> None:
+        """Run the backward pass, and know of gradients that it leaves apart."""
+        super().backward(loss, arguments)
+        self._held |= self._apart
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
+        """Step on shards ([Note: whole units]).
+
+        Raises:
+            MisuseError: The gradients of a model are still apart.
+            SetupError: The optimizer can't step on shards.
+        """
+        if closure is None:
+            self._ready(optimizer)
+            try:
+                return super().optimizer_step(optimizer, None)
+            except RuntimeError as error:
+                if "sharding" not in str(error).lower():
+                    raise
+                kind = type(optimizer).__name__
+                raise SetupError(
+                    f"PyTorch's DTensor can't do on divided parameters what {kind} does",
+                    where=f"{kind}.step",
+                    got=str(error).splitlines()[0],
+                    instead="fused=False where the optimizer is fused, or another optimizer; AdamW and SGD always work",
+                ) from error
+        evaluate = closure
+
+        def evaluated() -> Any:
+            loss = evaluate()
+            self._ready(optimizer)
+            return loss
+
+        return super().optimizer_step(optimizer, evaluated)
+
+    def _ready(self, optimizer: Optimizer) -> None:
+        """Divide what is whole, and make sure that no gradients are held back."""
+        for unit in self._units:
+            unit.reshard()
+        for module in list(self._held):
+            own = set(module.parameters())
+            if any(one.grad is not None for one in own):
+                self._held.discard(module)
+            elif any(one in own for group in optimizer.param_groups for one in group["params"]):
+                raise MisuseError(
+                    "every rank still has gradients of its own, and no sum of them to step on",
+                    where=f"{type(optimizer).__name__}.step",
+                    instead="fabric.backward outside of fabric.no_backward_sync before each step, the last at least",
+                )
 
     @contextmanager
-    def _unsynchronised(self, module: nn.Module, *, enabled: bool) -> Iterator[None]:
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
+        """Leave gradients whole and apart inside the context, which takes the memory of whole gradients.
+
+        Where the precision scales the loss, each pass shares its gradients: FSDP2 keeps those that are apart where
+        nobody else can reach them, so they would stay at the scale of their own loss when the scale changes.
+        """
         from torch.distributed.fsdp import FSDPModule
 
-        before = self._apart.get(module, False)
-        if before or not enabled or not isinstance(module, FSDPModule):
+        if not enabled or self._policy.loss_scaling or module in self._apart or not isinstance(module, FSDPModule):
             yield
             return
-        self._apart[module] = True
+        self._apart.add(module)
         module.set_requires_gradient_sync(False)
         try:
             yield
         finally:
             module.set_requires_gradient_sync(True)
-            self._apart[module] = False
+            self._apart.discard(module)
 
     def clip_grad_norm(
         self,
@@ -104,6 +172,7 @@ class ShardedStrategy(DistributedStrategy):
         error_if_nonfinite: bool,
     ) -> torch.Tensor:
         """Clip to the norm of the whole model, whatever meshes its parameters are on."""
+        _add_up(parameters)
         groups: dict[Any, list[torch.Tensor]] = {}
         for parameter in parameters:
             if parameter.grad is not None:
@@ -125,6 +194,7 @@ class ShardedStrategy(DistributedStrategy):
 
     def clip_grad_value(self, parameters: Sequence[torch.Tensor], clip_value: float) -> None:
         """Clip every element, on each rank its own."""
+        _add_up(parameters)
         locals_ = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         for grad in locals_:
             grad.clamp_(-clip_value, clip_value)
@@ -155,7 +225,7 @@ class ShardedStrategy(DistributedStrategy):
         """Take the own part of each tensor."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         entries = {
-            index: {name: _like(value, parameters[int(index)]) for name, value in entry.items()}
+            index: {name: _divided(name, value, parameters[int(index)]) for name, value in entry.items()}
             if int(index) < len(parameters)
             else entry
             for index, entry in state["state"].items()
@@ -211,6 +281,27 @@ def _like(value: Any, target: Any) -> Any:
     return _distribute(local, target)
 
 
+def _divided(name: str, value: Any, parameter: torch.Tensor) -> Any:
+    """Divide an optimizer's state as its parameter is.
+
+    Raises:
+        SetupError: Nobody can tell how it is divided.
+    """
+    result = _like(value, parameter)
+    if result is value and type(value) in _WHOLE and value.dim() > 0 and _layout(parameter) != parameter.device:
+        raise SetupError(
+            f"the optimizer's state {name!r} can't be divided among the ranks: it is neither a single number nor of its"
+            " parameter's shape",
+            where="the state of an optimizer, under a strategy that shards parameters",
+            got=f"shape {tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}",
+            instead="an optimizer without such state, or begin with a fresh one",
+        )
+    return result
+
+
+_WHOLE: Final = frozenset({torch.Tensor, nn.Parameter})
+
+
 def _distribute(whole: torch.Tensor, target: Any) -> Any:
     """Cut out this rank's part; without communication, as every rank has the whole."""
     from torch.distributed.tensor import distribute_tensor
@@ -222,6 +313,17 @@ def _layout(tensor: torch.Tensor) -> Any:
     from torch.distributed.tensor import DTensor
 
     return tensor.device_mesh if isinstance(tensor, DTensor) else tensor.device
+
+
+def _add_up(parameters: Sequence[torch.Tensor]) -> None:
+    """Make gradients that are sums yet to be added up, as sequence parallelism leaves them, into whole ones."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    for parameter in parameters:
+        grad = parameter.grad
+        if isinstance(grad, DTensor) and any(one.is_partial() for one in grad.placements):
+            added = [Replicate() if one.is_partial() else one for one in grad.placements]
+            parameter.grad = grad.redistribute(placements=added)
 
 
 def _norm(grads: list[torch.Tensor], norm_type: float) -> torch.Tensor:

@@ -84,6 +84,7 @@ class FSDPStrategy(ShardedStrategy):
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
         user = module.get_submodule("module")
+        self._check_undivided(user)
         check_materialisable(user)
         self._start_as_rank_zero(user)
         for one in choose_modules(
@@ -104,7 +105,7 @@ class FSDPStrategy(ShardedStrategy):
         fully_shard(module, mp_policy=self._mixed(self._policy.output_dtype), **shared)
         device = self.world.device
         materialise(user, device, kept_on=torch.device("cpu") if self.options.cpu_offload else device)
-        self._roots.add(module)
+        self._know(module)
         return module
 
     def _mixed(self, output_dtype: torch.dtype | None) -> Any:

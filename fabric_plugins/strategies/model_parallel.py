@@ -98,6 +98,7 @@ class ModelParallelStrategy(ShardedStrategy):
                 instead="ModelParallelStrategy(parallelize_fn=function), with function(module, mesh)",
             )
         user = module.get_submodule("module")
+        self._check_undivided(user)
         check_materialisable(user)
         self._start_as_rank_zero(user)
         move_to(user, self.world.device)
@@ -122,5 +123,5 @@ class ModelParallelStrategy(ShardedStrategy):
                     fully_shard(block, mesh=data)
             fully_shard(module, mesh=data)
         materialise(user, self.world.device, kept_on=self.world.device)
-        self._roots.add(module)
+        self._know(module)
         return module

@@ -80,6 +80,34 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(strategy: str, apart: boo
         assert not any(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
+def _beside_another(strategy: str) -> float:
+    """Accumulate apart in one model, while another's steps let the scale grow; gives the norm of the gradients."""
+    precision = Float16MixedPrecision(init_scale=64.0, growth_interval=1)
+    with Fabric(accelerator="cpu", strategy=strategy, devices=2, precision=precision) as fabric:
+        fabric.launch()
+        torch.manual_seed(5)
+        models = [nn.Linear(4, 4), nn.Linear(4, 4)]
+        (one, first), (other, second) = (
+            fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.0)) for model in models
+        )
+        for number in range(3):
+            with fabric.no_backward_sync(one, enabled=number < 2):
+                fabric.backward(one(torch.ones(2, 4)).sum())
+            fabric.backward(other(torch.ones(2, 4)).sum())
+            second.step()
+            second.zero_grad()
+        norm = fabric.clip_gradients(one, first, max_norm=1e9)
+        assert norm is not None
+        return norm.item()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_gradients_left_apart_stay_true_while_the_scale_grows(strategy: str, two_ranks: RankPool) -> None:
+    """Three losses at three scales add up to three times one loss' gradients."""
+    # Each of the 16 weights and 4 biases has the gradient 2 per loss: the sum over a batch of two ones.
+    assert two_ranks.run(_beside_another, strategy) == [pytest.approx(6 * math.sqrt(20))] * 2
+
+
 def test_an_optimizer_may_evaluate_its_closure_many_times() -> None:
     """LBFGS comes to the solution, and a step of twenty evaluations is one iteration."""
     model, x, y = quadratic()

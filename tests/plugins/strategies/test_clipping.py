@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from fabric_core import Fabric
 from fabric_core.conformance.pool import RankPool, RankRaised
@@ -124,3 +131,60 @@ def test_a_norm_that_is_not_finite(strategy: str, two_ranks: RankPool, four_rank
         how = {"max_norm": 1.0, "norm_type": norm_type, "error_if_nonfinite": False}
         for norms, _ in _clip(strategy, how, True, pools):
             assert not any(math.isfinite(norm) for norm in norms)
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(4), nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.down(torch.relu(self.up(self.norm(x))))
+        return y
+
+
+def spread_sequence(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Let each rank normalise its part of the sequence, so that the norm's gradients are sums yet to be added up."""
+    plan = {"norm": SequenceParallel(), "up": ColwiseParallel(input_layouts=Shard(1)), "down": RowwiseParallel()}
+    parallelize_module(model, mesh["tensor_parallel"], plan)
+    inputs = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1))
+    parallelize_module(model, mesh["tensor_parallel"], inputs)
+
+
+def _normed() -> tuple[nn.Module, torch.Tensor]:
+    """Make the model, and data of shape (batch, sequence, features)."""
+    torch.manual_seed(0)
+    return Normed().double(), torch.randn(2, 4, 4, dtype=torch.float64)
+
+
+def _clipped_sequence(how: dict[str, Any]) -> Any:
+    strategy = ModelParallelStrategy(parallelize_fn=spread_sequence)
+    with Fabric(accelerator="cpu", strategy=strategy, devices=2) as fabric:
+        fabric.launch()
+        model, x = _normed()
+        wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.get_submodule("norm").parameters(), lr=1.0))
+        fabric.backward(wrapped(x).square().sum())
+        norm = fabric.clip_gradients(wrapped, optimizer, **how)
+        optimizer.step()
+        state = fabric.strategy.module_state(model, full=True)
+        return None if norm is None else norm.item(), {name: value.numpy() for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "how", [{"max_norm": 0.1, "norm_type": 2.0}, {"max_norm": 0.1, "norm_type": math.inf}, {"clip_val": 0.05}], ids=str
+)
+def test_gradients_that_are_sums_yet_to_be_added_up(how: dict[str, Any], two_ranks: RankPool) -> None:
+    """What sequence parallelism leaves of a norm's gradients is added up before anybody looks at it."""
+    model, x = _normed()
+    parameters = [*model.get_submodule("norm").parameters()]
+    torch.autograd.backward(model(x).square().sum())
+    norm = None
+    if "max_norm" in how:
+        norm = nn.utils.clip_grad_norm_(parameters, **how).item()
+    else:
+        nn.utils.clip_grad_value_(parameters, how["clip_val"])
+    torch.optim.SGD(parameters, lr=1.0).step()
+    got = two_ranks.run(_clipped_sequence, how)
+    assert [rank_norm for rank_norm, _ in got] == [norm and pytest.approx(norm, rel=1e-12)] * 2
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(torch.from_numpy(got[0][1][name]), value, rtol=0, atol=1e-12, msg=name)

@@ -171,6 +171,68 @@ def test_a_fused_optimizer_over_several_layouts_is_refused(two_ranks: RankPool) 
         two_ranks.run(_mixed_layouts)
 
 
+def _one_step(kind: str) -> None:
+    with Fabric(accelerator="cpu", strategy="fsdp", devices=2) as fabric:
+        fabric.launch()
+        model = _made("plain")
+        fused = kind == "fused"
+        parameters = model.parameters()
+        wrapped, optimizer = fabric.setup(
+            model, torch.optim.SGD(parameters, fused=True) if fused else torch.optim.Rprop(parameters)
+        )
+        _steps(fabric, wrapped, optimizer, 1)
+
+
+@pytest.mark.parametrize("kind", ["fused", "Rprop"])
+def test_an_optimizer_that_cannot_step_on_shards_says_so(kind: str, two_ranks: RankPool) -> None:
+    """What PyTorch has no rule for is an error that names the optimizer, and one that works."""
+    with pytest.raises(RankRaised, match=r"can't do on divided parameters[\s\S]*AdamW and SGD always work"):
+        two_ranks.run(_one_step, kind)
+
+
+def _factored() -> None:
+    with Fabric(accelerator="cpu", strategy="fsdp", devices=2) as fabric:
+        fabric.launch()
+        model = _made("plain")
+        optimizer = torch.optim.Adafactor(model.parameters())
+        _plain(model, optimizer)
+        fabric.setup(model, optimizer)
+
+
+def test_state_that_nobody_can_divide_is_refused(two_ranks: RankPool) -> None:
+    """State of another shape than its parameter's, such as Adafactor's, is named instead of being left whole."""
+    with pytest.raises(RankRaised, match=r"'row_var' can't be divided"):
+        two_ranks.run(_factored)
+
+
+class WithHead(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.head = body, nn.Linear(2, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.head(self.body(x))
+        return y
+
+
+def _shared_body() -> None:
+    with Fabric(accelerator="cpu", strategy="fsdp", devices=2) as fabric:
+        fabric.launch()
+        body = Stack()
+        one, other = WithHead(body), WithHead(body)
+        with torch.no_grad():
+            fabric.setup(one)(_x(fabric).float())  # leaves parameters of the body whole
+        fabric.setup(other)
+
+
+def test_two_models_that_share_a_part_are_refused(two_ranks: RankPool) -> None:
+    """The error names what is shared, and what to set up instead."""
+    with pytest.raises(
+        RankRaised, match=r"divided among the ranks already[\s\S]*body\.head[\s\S]*one module that holds"
+    ):
+        two_ranks.run(_shared_body)
+
+
 @dataclasses.dataclass
 class Answer:
     y: torch.Tensor
