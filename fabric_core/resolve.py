@@ -17,6 +17,7 @@ from fabric_core.contracts import (
     Strategy,
     Wrapper,
 )
+from fabric_core.contracts._spec import by_name
 from fabric_core.errors import ConflictError, FabricError, PlanError, UnavailableError
 from fabric_core.request import PluginRef, Request
 
@@ -407,17 +408,7 @@ def _given(plugin: Any) -> dict[str, Any]:
     options = getattr(plugin, "options", None)
     if not isinstance(options, BaseModel):
         return {}
-    return {name: _by_name(value) for name, value in options.model_dump(exclude_defaults=True).items()}
-
-
-def _by_name(value: Any) -> Any:
-    """Show a function or class by its name, not by its address, and a set in order: alike on every rank."""
-    if isinstance(value, set | frozenset):
-        return sorted(str(_by_name(one)) for one in value)
-    if callable(value):
-        named = value if hasattr(value, "__qualname__") else type(value)
-        return f"{named.__module__}.{named.__qualname__}"
-    return value
+    return {name: by_name(value) for name, value in options.model_dump(exclude_defaults=True).items()}
 
 
 def shown(choice: Choice) -> str:

@@ -101,11 +101,21 @@ class Plugin:
     def __repr__(self) -> str:
         """Show the plugin as the call that makes it, with the options that differ from their defaults."""
         given = ", ".join(
-            f"{name}={getattr(self.options, name)!r}"
+            f"{name}={by_name(getattr(self.options, name))!r}"
             for name, info in type(self.options).model_fields.items()
             if getattr(self.options, name) != info.get_default(call_default_factory=True)
         )
         return f"{type(self).__name__}({given})"
+
+
+def by_name(value: Any) -> Any:
+    """Show a function or class by its name, not by its address, and a set in order: alike on every rank."""
+    if isinstance(value, set | frozenset):
+        return sorted(str(by_name(one)) for one in value)
+    if callable(value):
+        named = value if hasattr(value, "__qualname__") else type(value)
+        return f"{named.__module__}.{named.__qualname__}"
+    return value
 
 
 def behaviours(contract: type[Any]) -> Mapping[str, tuple[str, ...]]:

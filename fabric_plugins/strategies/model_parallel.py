@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import PositiveInt
+from pydantic import ImportString, PositiveInt
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -26,9 +26,10 @@ _DATA, _TENSOR = "data_parallel", "tensor_parallel"
 class ModelParallelOptions(DistributedOptions):
     """The options of the strategy ``model_parallel``."""
 
-    parallelize_fn: Callable[[Any, DeviceMesh], Any] | None = None
+    parallelize_fn: ImportString[Callable[[Any, DeviceMesh], Any]] | None = None
     """Changes a module in place, given it and the mesh: ``parallelize_module(module, mesh["tensor_parallel"], plan)``.
-    It may shard blocks over ``mesh["data_parallel"]`` too; the strategy does it where the function didn't."""
+    It may shard blocks over ``mesh["data_parallel"]`` too; the strategy does it where the function didn't. It may be named,
+    as ``"module:function"``."""
     data_parallel_size: PositiveInt | Literal["auto"] = "auto"
     """How many groups read different data; ``"auto"`` is what the other size leaves, and else the number of nodes."""
     tensor_parallel_size: PositiveInt | Literal["auto"] = "auto"

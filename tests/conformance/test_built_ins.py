@@ -1,9 +1,18 @@
 """The built-in plugins keep every rule of their kind."""
 
+from typing import Any
+
 from fabric_core.conformance import suite
+
+
+def leave_whole(_module: Any, _mesh: Any) -> None:
+    """Spread nothing: over one rank of tensor parallelism there is nothing to spread."""
+
 
 test_cpu = suite("accelerator", "cpu")
 test_cuda = suite("accelerator", "cuda")
+test_torch = suite("accelerator", "torch")
+test_torch_on_cpu = suite("accelerator", "torch", options={"device_type": "cpu"})
 test_mps = suite("accelerator", "mps")
 test_xpu = suite("accelerator", "xpu")
 test_32_true = suite("precision", "32-true")
@@ -15,7 +24,13 @@ test_bf16_mixed = suite("precision", "bf16-mixed")
 test_single_device = suite("strategy", "single_device")
 test_ddp = suite("strategy", "ddp")
 test_fsdp = suite("strategy", "fsdp")
+test_model_parallel = suite(
+    "strategy",
+    "model_parallel",
+    options={"parallelize_fn": "tests.conformance.test_built_ins:leave_whole", "tensor_parallel_size": 1},
+)
 test_compile = suite("wrapper", "compile", options={"backend": "eager"})
+test_compile_blocks = suite("wrapper", "compile_blocks", options={"backend": "eager", "blocks": ["Linear"]})
 test_activation_checkpointing = suite(
     "wrapper",
     "activation_checkpointing",
