@@ -28,8 +28,8 @@ class ModelParallelOptions(DistributedOptions):
 
     parallelize_fn: ImportString[Callable[[Any, DeviceMesh], Any]] | None = None
     """Changes a module in place, given it and the mesh: ``parallelize_module(module, mesh["tensor_parallel"], plan)``.
-    It may shard blocks over ``mesh["data_parallel"]`` too; the strategy does it where the function didn't. It may be named,
-    as ``"module:function"``."""
+    It may shard blocks over ``mesh["data_parallel"]`` too; the strategy does it where the function didn't. Text says
+    where it lies: ``"module:function"``."""
     data_parallel_size: PositiveInt | Literal["auto"] = "auto"
     """How many groups read different data; ``"auto"`` is what the other size leaves, and else the number of nodes."""
     tensor_parallel_size: PositiveInt | Literal["auto"] = "auto"
