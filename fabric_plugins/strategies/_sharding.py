@@ -9,6 +9,8 @@ from weakref import WeakSet
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from fabric_core.contracts import repeated_blocks, replace_parameters
 from fabric_core.errors import MisuseError, OptionError, SetupError
@@ -429,31 +431,43 @@ def move_to(module: nn.Module, device: torch.device) -> None:
 def materialise(module: nn.Module, device: torch.device, *, kept_on: torch.device) -> None:
     """Make the values of what is on the meta device, module by module: never more than one module's is whole.
 
-    Every rank gets its parts of rank 0's values. With the same seed, they are those of a model that is made whole.
+    Where a module's ``reset_parameters`` fills more than its own, that is whole for the time. Every rank gets its parts
+    of rank 0's values. With the same seed, they are those of a model that is made whole, if each module's constructor
+    ends with its ``reset_parameters`` and nothing else draws values.
 
     Args:
         module: The sharded module.
         device: Where the values are made.
         kept_on: Where the parts stay.
+
+    Raises:
+        SetupError: A ``reset_parameters`` leaves something unset.
     """
     made: dict[torch.Tensor, nn.Parameter] = {}
+    hollow = {one for one in module.modules() if any(_on_meta(part) for part in one.modules())}
+    names_of = {one: name or "the model" for name, one in module.named_modules()}
     for one in _children_first(module, set()):
+        reset = _reset_of(one)
+        if one not in hollow or reset is None:
+            continue
         names = _on_meta(one)
         parameters = {name: parameter for name, parameter in one.named_parameters(recurse=False) if name in names}
-        if not names:
-            continue
-        if all(parameter in made for parameter in parameters.values()) and len(parameters) == len(names):
-            for name, parameter in parameters.items():
-                setattr(one, name, made[parameter])
-            continue
+        empty = {}
         for name in names:
             old = getattr(one, name)
-            whole = torch.empty(old.shape, dtype=old.dtype, device=device)
-            setattr(one, name, nn.Parameter(whole, old.requires_grad) if name in parameters else whole)
-        reset = _reset_of(one)
-        if reset is None:
-            raise AssertionError("check_materialisable comes before")
-        reset()
+            whole = _unset(old, device)
+            empty[name] = nn.Parameter(whole, old.requires_grad) if name in parameters else whole
+            setattr(one, name, empty[name])
+        with device, _OnWholes(device) as wholes:
+            reset()
+        wholes.divide()
+        unset = [name for name, tensor in empty.items() if getattr(one, name) is tensor and _is_unset(tensor)]
+        if unset:
+            raise SetupError(
+                f"{reset.__name__} leaves {', '.join(unset)} without values",
+                where=f"{names_of[one]} ({type(one).__name__})",
+                instead="fill every parameter and buffer there; or fabric.init_module(empty_init=False)",
+            )
         send_from_zero([getattr(one, name).detach() for name in names], device)
         for name, parameter in parameters.items():
             if parameter not in made:
@@ -462,6 +476,57 @@ def materialise(module: nn.Module, device: torch.device, *, kept_on: torch.devic
                     part = _distribute(part, parameter)
                 made[parameter] = nn.Parameter(part.to(kept_on), parameter.requires_grad)
             setattr(one, name, made[parameter])
+
+
+def _unset(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Make room that shows whether it was filled."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return torch.full(tensor.shape, math.nan, dtype=tensor.dtype, device=device)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+
+def _is_unset(tensor: torch.Tensor) -> bool:
+    """Say whether room was not filled, or in part; there is no integer that nobody would write."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return bool(tensor.detach().isnan().any())
+    return tensor.numel() > 0 and tensor._version == 0  # noqa: SLF001 - PyTorch documents it in its notes on autograd
+
+
+class _OnWholes(TorchFunctionMode):
+    """Lets a module's ``reset_parameters`` fill parameters of its children, which are divided by then.
+
+    What it does to one, it does to the whole of it, which is kept until it is over; then every rank takes its part of
+    rank 0's. Of their parts alone, ranks would draw numbers that don't make up the whole.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self._wholes: dict[Any, torch.Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        from torch.distributed.tensor import DTensor
+
+        named = dict(kwargs or {})
+        if func.__name__ in {"__get__", "dim", "numel", "size"}:
+            result = func(*args, **named)
+            if not isinstance(result, DTensor):
+                return result
+        args, named = tree_map_only(DTensor, self._whole, (args, named))
+        return func(*args, **named)
+
+    def _whole(self, parameter: Any) -> torch.Tensor:
+        if parameter not in self._wholes:
+            self._wholes[parameter] = parameter.detach().to(self._device).full_tensor().clone()
+        return self._wholes[parameter]
+
+    def divide(self) -> None:
+        """Give each rank its part of what was filled."""
+        send_from_zero(self._wholes.values(), self._device)
+        for parameter, whole in self._wholes.items():
+            parameter.detach().to_local().copy_(_distribute(whole, parameter).to_local())
 
 
 def _children_first(module: nn.Module, seen: set[nn.Module]) -> Iterable[nn.Module]:
