@@ -103,18 +103,22 @@ class Net(nn.Module):
 
 
 class Branching(nn.Module):
-    """A model that leaves one of its two layers out where it is told to."""
+    """A model in which each row goes one of two ways; a way that no row goes isn't used."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.always = nn.Linear(3, 2, dtype=torch.float64)
-        self.sometimes = nn.Linear(3, 2, dtype=torch.float64)
+        self.left = nn.Linear(3, 2, dtype=torch.float64)
+        self.right = nn.Linear(3, 2, dtype=torch.float64)
 
-    def forward(self, x: torch.Tensor, both: bool) -> torch.Tensor:
-        """``(rows, 3) -> (rows, 2)``."""
-        y: torch.Tensor = self.always(x)
-        return y + self.sometimes(x) if both else y
+    def forward(self, x: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """``(rows, 3)``, and which rows go right, ``(rows,)`` -> ``(rows, 2)``."""
+        y = torch.zeros(len(x), 2, dtype=x.dtype, device=x.device)
+        if not right.all():
+            y = y + self.left(x) * ~right[:, None]
+        if right.any():
+            y = y + self.right(x) * right[:, None]
+        return y
 
 
 def build(case: Training, dtype: torch.dtype = torch.float64) -> Net:
@@ -129,11 +133,25 @@ def build(case: Training, dtype: torch.dtype = torch.float64) -> Net:
 
 
 def optimizer_for(case: Training, parameters: Any) -> torch.optim.Optimizer:
-    """Make the optimizer."""
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    """Make the optimizer, with two groups of parameters: the first parameter learns at a rate of its own."""
+    return _optimizer(case, _groups(case, parameters))
+
+
+def optimizers_for(case: Training, parameters: Any) -> list[torch.optim.Optimizer]:
+    """Make an optimizer for each group that the one optimizer has."""
+    return [_optimizer(case, [group]) for group in _groups(case, parameters)]
+
+
+def _groups(case: Training, parameters: Any) -> list[dict[str, Any]]:
+    first, *others = [parameter for parameter in parameters if parameter.requires_grad]
+    rate = 0.02 if case.optimizer == "adam" else 0.1
+    return [{"params": [first], "lr": rate / 2}, {"params": others, "lr": rate}]
+
+
+def _optimizer(case: Training, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if case.optimizer == "adam":
-        return torch.optim.AdamW(parameters, lr=0.02)
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9 if case.optimizer == "momentum" else 0.0)
+        return torch.optim.AdamW(groups)
+    return torch.optim.SGD(groups, momentum=0.9 if case.optimizer == "momentum" else 0.0)
 
 
 def batches(
@@ -220,7 +238,7 @@ class Tensors:
         shape: Its shape.
         dtype: Its type's name.
         transposed: It isn't contiguous.
-        uneven: Rank r has r more rows.
+        uneven: Rank r has r more in every dimension.
     """
 
     seed: int = 0
@@ -232,9 +250,7 @@ class Tensors:
     def make(self, rank: int) -> torch.Tensor:
         """Make a rank's tensor."""
         generator = torch.Generator().manual_seed(1000 * self.seed + rank)
-        shape = list(self.shape)
-        if self.uneven and shape:
-            shape[0] += rank
+        shape = [size + rank * self.uneven for size in self.shape]
         made = torch.randint(1, 5, shape, generator=generator).to(getattr(torch, self.dtype))
         return made.movedim(0, -1).contiguous().movedim(-1, 0) if self.transposed and made.ndim > 1 else made
 

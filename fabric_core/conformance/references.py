@@ -5,13 +5,14 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import HashStore, PrefixStore
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from fabric_core.contracts import (
     Accelerator,
@@ -99,22 +100,22 @@ class Alone(Strategy):
         """Nobody to join."""
 
 
-_OPERATIONS: Final = {
-    "sum": dist.ReduceOp.SUM,
-    "mean": dist.ReduceOp.SUM,
-    "max": dist.ReduceOp.MAX,
-    "min": dist.ReduceOp.MIN,
-    "product": dist.ReduceOp.PRODUCT,
-}
-
-
 class Averaging(Strategy):
     """Whole models, whose gradients are averaged after each backward pass, one by one, in the open.
 
     Its steps lie in methods of their own, so that a mutant changes one of them.
     """
 
-    capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True)
+    capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, needs_backward=True)
+
+    operations: ClassVar = {
+        "sum": dist.ReduceOp.SUM,
+        "mean": dist.ReduceOp.SUM,
+        "max": dist.ReduceOp.MAX,
+        "min": dist.ReduceOp.MIN,
+        "product": dist.ReduceOp.PRODUCT,
+    }
+    """By the contract's names; a table on the class is no state."""
 
     _world: World | None = None
     _owns = False
@@ -190,10 +191,10 @@ class Averaging(Strategy):
 
     def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
         """Reduce a copy."""
-        if reduce_op not in _OPERATIONS:
+        if reduce_op not in self.operations:
             raise RequestError("there is no such reduction", got=reduce_op)
         result = tensor.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(result, _OPERATIONS[reduce_op], group=group)
+        dist.all_reduce(result, self.operations[reduce_op], group=group)
         if reduce_op == "mean":
             count = dist.get_world_size(group)
             exact = result.is_floating_point() or result.is_complex()
@@ -226,7 +227,9 @@ class Averaging(Strategy):
 class Routed(Averaging):
     """As ``Averaging``, but only for what passes through the module that it returns."""
 
-    capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, wraps_forward=True)
+    capabilities = StrategyCapabilities(
+        distributed=True, no_backward_sync=True, needs_backward=True, wraps_forward=True
+    )
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Watch what passes."""
@@ -449,13 +452,18 @@ class Scaled(Precision):
         step: Callable[[Callable[[], Any] | None], Any],
         closure: Callable[[], Any] | None,
     ) -> Any:
-        """Step where everything is finite."""
+        """Step where everything is finite; a closure runs before that is known."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
         self.unscale_gradients(optimizer)
         self.unscaled.discard(id(optimizer))
-        if self.finite(optimizer):
-            return step(closure)
-        self.overflown = True
-        return None
+        if not self.finite(optimizer):
+            self.overflown = True
+            return None
+        returned = step(None)
+        return returned if closure is None else result
 
     def finite(self, optimizer: Optimizer) -> bool:
         """Say whether all gradients are finite."""
@@ -476,7 +484,7 @@ def _gradients(optimizer: Optimizer) -> list[torch.Tensor]:
 
 
 class Tagging(Wrapper):
-    """Counts a module's runs on the module itself."""
+    """Counts a module's runs on the module itself, and makes loaders anew from their parts."""
 
     capabilities = WrapperCapabilities()
 
@@ -484,6 +492,10 @@ class Tagging(Wrapper):
         """Add a hook."""
         module.register_forward_pre_hook(_count)
         return module
+
+    def wrap_dataloader(self, dataloader: Any) -> Any:
+        """Make another one that reads the same."""
+        return DataLoader(dataloader.dataset, batch_sampler=dataloader.batch_sampler, collate_fn=dataloader.collate_fn)
 
 
 def _count(module: Any, _inputs: Any) -> None:

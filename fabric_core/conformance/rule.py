@@ -49,6 +49,7 @@ class Rule:
         count: How many examples are drawn.
         inside: On one process the check runs inside the rank, because it makes the plugin itself; otherwise it runs in
             the driver, and only what it measures in ranks.
+        first: Examples that are always tried before any is drawn: what chance would often leave out.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Rule:
     examples: Callable[[], "SearchStrategy[Any]"] | None = None
     count: int = 5
     inside: bool = True
+    first: tuple[Any, ...] = ()
 
     def broken(self, detail: str, world_size: int) -> str:
         """Write the message of a failure: the rule, what was seen, and what to change."""
@@ -107,17 +109,14 @@ class Table:
         examples: Callable[[], "SearchStrategy[Any]"] | None = None,
         count: int = 5,
         inside: bool | None = None,
+        first: tuple[Any, ...] = (),
     ) -> Callable[[Callable[..., None]], Callable[..., None]]:
         """Write a rule into the table; decorates its check."""
 
         def write(check: Callable[..., None]) -> Callable[..., None]:
             here = self._inside if inside is None else inside
-            self._rules.append(
-                Rule(
-                    id, self._kind, level, sentence, reason, advice, check,
-                    needs, lacks, world_sizes, examples, count, here,
-                )
-            )  # fmt: skip
+            conditions = (needs, lacks, world_sizes, examples, count, here, first)
+            self._rules.append(Rule(id, self._kind, level, sentence, reason, advice, check, *conditions))
             return check
 
         return write

@@ -66,6 +66,8 @@ def why_not(rule: Rule, declared: dict[str, Any]) -> str | None:
     """Say why a rule says nothing about a plugin that declares this; ``None`` where it does."""
     for need in rule.needs:
         if need != "available" and not declared.get(need):
+            if need == "detects":
+                return "it needs a job that the plugin's own system started, and the kit's are like torchrun's"
             return f"it says nothing without {need!r}, which the plugin doesn't declare"
     for lack in rule.lacks:
         if declared.get(lack):
@@ -147,6 +149,10 @@ def _check(rule: Rule, bench: Bench, seed: int | None, *, shrink: bool) -> None:
     Raises:
         _Failed: It isn't kept.
     """
+    for example in rule.first:
+        failure = attempt(rule, bench, example)
+        if failure is not None:
+            raise failure
     if rule.examples is not None:
         _search(rule, bench, rule.examples, seed, shrink=shrink)
         return

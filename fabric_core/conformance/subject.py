@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from fabric_core.contracts import CONTRACTS, Accelerator, Plugin, Preset
+from fabric_core.contracts import CONTRACTS, Accelerator, Launcher, Plugin, Preset
 from fabric_core.errors import RequestError
 from fabric_core.registry import IN_PROCESS, Offer, Registry
 from fabric_core.request import parse_plugin
@@ -14,6 +14,19 @@ __all__ = ["Subject"]
 
 _PLACE: Final = re.compile(r"(?P<module>[\w.]+):(?P<name>[^\W\d][\w.]*)(?P<options>:.*)?", re.DOTALL)
 """``module:Class``, which may have options as a name may."""
+
+
+_TORCHRUN: Final = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "GROUP_RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "kit",
+    "TORCHELASTIC_RESTART_COUNT": "0",
+}
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,11 @@ class Subject:
         return preset.plugin(preset.plugin.parse_options(preset.options))
 
     def declared(self) -> dict[str, Any]:
-        """Gather what it declares: capabilities, the policy, and for an accelerator whether a device is here."""
+        """Gather what it declares, and what the kit can't ask of every plugin.
+
+        The capabilities, the policy, for an accelerator whether a device is here, and for a launcher whether it
+        detects a job of ``torchrun``, the only one that the kit can make.
+        """
         plugin = self.make()
         found: dict[str, Any] = {}
         for source in (getattr(plugin, "capabilities", None), getattr(plugin, "policy", None)):
@@ -103,4 +120,9 @@ class Subject:
                 found["available"] = bool(plugin.is_available())
             except Exception:  # noqa: BLE001 - that it raises is for a rule to say
                 found["available"] = False
+        if isinstance(plugin, Launcher):
+            try:
+                found["detects"] = plugin.detect(dict(_TORCHRUN)) is not None
+            except Exception:  # noqa: BLE001 - as above
+                found["detects"] = True
         return found

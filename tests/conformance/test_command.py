@@ -35,7 +35,7 @@ def test_a_right_plugin_ends_with_zero_and_a_wrong_one_with_one(conformance: Any
     assert (code, out) == (0, f"precision 32-true: judged by 1 of {len(rules_for('precision'))} rules (1 kept)\n")
     code, out, _ = conformance(LAZY, "--rule", "PRE-228")
     assert code == 1
-    assert "instead: call step() in optimizer_step" in out
+    assert "instead: call step(closure) in optimizer_step" in out
     assert out.endswith("Lazy: breaks the contract (1 broken)\n")
 
 

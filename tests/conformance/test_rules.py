@@ -1,14 +1,19 @@
 """The table of rules, and the pages that are made from it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fabric_core.conformance import Subject
+from fabric_core.conformance.bench import Bench
 from fabric_core.conformance.matrix import MUTANTS, unproven
 from fabric_core.conformance.pages import pages
 from fabric_core.conformance.rule import Level
 from fabric_core.conformance.rules import RULES, RULES_BY_ID
+from fabric_core.conformance.runner import Outcome, judge, why_not
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -39,6 +44,24 @@ def test_few_rules_are_unproven() -> None:
     """Of the rules of the level MUST, nine in ten are failed by a mutant."""
     must = [rule for rule in RULES if rule.level == Level.MUST]
     assert len(unproven()) <= len(must) / 10
+
+
+def test_named_examples_are_always_tried() -> None:
+    """What chance would leave out is tried first, in the order of the table, whatever is drawn."""
+    tried: list[Any] = []
+    rule = replace(RULES_BY_ID["STR-354"], check=lambda _bench, example: tried.append(example), count=1)
+    bench = Bench(Subject.of("strategy", "fabric_core.conformance.references:Alone"))
+    assert judge(rule, bench).outcome == Outcome.KEPT
+    assert tried[: len(rule.first)] == list(rule.first)
+    assert {one.dtype for one in rule.first} == {"float32", "float64", "int32"}
+
+
+def test_a_launcher_of_another_system_is_not_called_right() -> None:
+    """One that detects nothing here is skipped by the rules about what it detects, and the reason says so."""
+    for number in ("LAU-503", "LAU-504"):
+        reason = why_not(RULES_BY_ID[number], {"detects": False})
+        assert reason is not None
+        assert "plugin's own system" in reason
 
 
 @pytest.mark.parametrize("place", list(pages()))

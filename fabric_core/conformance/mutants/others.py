@@ -5,6 +5,7 @@ import os
 import zipfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from fabric_core.conformance.mutants import Mutants
 from fabric_core.conformance.references import OneFile, Remembering, Surroundings, Tagging
-from fabric_core.contracts import LaunchOrder, Ranks, WrapperCapabilities
+from fabric_core.contracts import CheckpointCapabilities, LaunchOrder, Ranks, WrapperCapabilities
 from fabric_core.errors import CheckpointError, LaunchError
 
 MUTANTS = Mutants()
@@ -24,13 +25,13 @@ mutant = MUTANTS.mutant
 # Wrappers
 
 
-@mutant("gives another module than it was given", "WRA-401", "WRA-403", "WRA-404", "WRA-405", "WRA-411")
+@mutant("gives another module than it was given", "WRA-401", "WRA-403", "WRA-404", "WRA-405", "WRA-411", "WRA-412")
 class Cloning(Tagging):
     def wrap_module(self, module: nn.Module) -> nn.Module:
         return super().wrap_module(copy.deepcopy(module))
 
 
-@mutant("adds a parameter to the user's module", "WRA-402", "WRA-403", "WRA-404")
+@mutant("adds a parameter to the user's module", "WRA-402", "WRA-403", "WRA-404", "WRA-412")
 class Adding(Tagging):
     def wrap_module(self, module: nn.Module) -> nn.Module:
         module.register_parameter("ours", nn.Parameter(torch.zeros(1), requires_grad=False))
@@ -41,7 +42,7 @@ def _louder(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Ten
     return output * 1.5
 
 
-@mutant("changes what the module returns", "WRA-403", "WRA-404")
+@mutant("changes what the module returns", "WRA-403", "WRA-404", "WRA-412")
 class Loud(Tagging):
     def wrap_module(self, module: nn.Module) -> nn.Module:
         module.register_forward_hook(_louder)
@@ -68,6 +69,28 @@ class Stuck(Tagging):
         return module
 
 
+@mutant("ends the training mode", "WRA-402")
+class Sobering(Tagging):
+    def wrap_module(self, module: nn.Module) -> nn.Module:
+        return super().wrap_module(module.eval())
+
+
+class _Guard:
+    def __init__(self, first: nn.Parameter) -> None:
+        self.first = first
+
+    def __call__(self, module: nn.Module, _inputs: Any) -> None:
+        if next(module.parameters()) is not self.first:
+            raise TypeError("the first parameter is another one")
+
+
+@mutant("relies on the parameters that it was shown", "WRA-412")
+class Trusting(Tagging):
+    def wrap_module(self, module: nn.Module) -> nn.Module:
+        module.register_forward_pre_hook(_Guard(next(module.parameters())))
+        return module
+
+
 class _Proxy:
     def __init__(self, optimizer: Optimizer) -> None:
         self.step = optimizer.step
@@ -75,18 +98,47 @@ class _Proxy:
         self.param_groups = optimizer.param_groups
 
 
-@mutant("gives an optimizer that is none", "WRA-404", "WRA-405", "WRA-409")
+@mutant("gives an optimizer that is none", "WRA-404", "WRA-405", "WRA-409", "WRA-412")
 class Faking(Tagging):
     def wrap_optimizer(self, optimizer: Optimizer) -> Optimizer:
         return _Proxy(optimizer)  # type: ignore[return-value]
 
 
-@mutant("stops the optimizer", "WRA-404", "WRA-409")
+@mutant("stops the optimizer", "WRA-404", "WRA-409", "WRA-412")
 class Braking(Tagging):
     def wrap_optimizer(self, optimizer: Optimizer) -> Optimizer:
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         return optimizer
+
+
+class _Decoy(torch.optim.SGD):
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__([nn.Parameter(torch.zeros(1))], lr=1.0)
+        self.optimizer = optimizer
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+@mutant("gives an optimizer around the user's that has other parameters", "WRA-404", "WRA-409", "WRA-412")
+class Masking(Tagging):
+    def wrap_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        return _Decoy(optimizer)
+
+
+class _Endless:
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Any:
+        return iter(self.loader)
+
+
+@mutant("gives a loader that doesn't know its length", "WRA-410")
+class Unmeasured(Tagging):
+    def wrap_dataloader(self, dataloader: Any) -> Any:
+        return _Endless(dataloader)
 
 
 @mutant("gives a loader that ends after one epoch", "WRA-410")
@@ -139,6 +191,12 @@ class Losing(Surroundings):
         super().start(order)
 
 
+@mutant("loses the function's arguments", "LAU-505")
+class Forgetting(Surroundings):
+    def start(self, order: LaunchOrder) -> Any:
+        return super().start(replace(order, args=()))
+
+
 @mutant("hides that the function failed", "LAU-506")
 class Hiding(Surroundings):
     def start(self, order: LaunchOrder) -> Any:
@@ -155,13 +213,36 @@ class Clinging(Surroundings):
 # Checkpoints
 
 
-@mutant("only keeps tensors", "CHK-601", "CHK-605", "CHK-607")
+@mutant("only keeps tensors", "CHK-601", "CHK-605", "CHK-607", "CHK-610")
 class Narrow(OneFile):
     def write(self, path: Path, tree: Mapping[str, Any]) -> None:
         super().write(path, {name: one for name, one in tree.items() if isinstance(one, dict)})
 
 
-@mutant("converts what it reads to 32 bits", "CHK-601", "CHK-605", "CHK-607")
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(one) for name, one in value.items()}
+    return [_as_json(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+@mutant("writes keys as text, and tuples as lists, as JSON does", "CHK-601", "CHK-605", "CHK-607", "CHK-610")
+class Textual(OneFile):
+    def write(self, path: Path, tree: Mapping[str, Any]) -> None:
+        super().write(path, _as_json(tree))
+
+
+@mutant("declares that all ranks write, and doesn't let them", "CHK-609")
+class Boasting(OneFile):
+    capabilities = CheckpointCapabilities(sharded=True)
+
+
+@mutant("gives an empty outline", "CHK-610")
+class Blank(OneFile):
+    def outline(self, path: Path) -> dict[str, Any]:
+        return {}
+
+
+@mutant("converts what it reads to 32 bits", "CHK-601", "CHK-605", "CHK-607", "CHK-610")
 class Coarse(OneFile):
     def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
         tree = super().read(path, into)

@@ -28,7 +28,7 @@ class Wavering(Full):
         return PrecisionPolicy(reduce_dtype=torch.float64 if self.asked % 2 else None)
 
 
-@mutant("asks for a type of integers", "PRE-202", "PRE-222", "PRE-223", "PRE-224", "PRE-233")
+@mutant("asks for a type of integers", "PRE-202", "PRE-222", "PRE-223", "PRE-224", "PRE-228", "PRE-233")
 class Counting(Full):
     @property
     def policy(self) -> PrecisionPolicy:
@@ -64,7 +64,7 @@ class Sweeping(Doubled):
         return module.to(torch.float64)
 
 
-@mutant("sets parameters to zero as it converts them", "PRE-205", "PRE-222", "PRE-223", "PRE-224", "PRE-233")
+@mutant("sets parameters to zero as it converts them", "PRE-205", "PRE-222", "PRE-223", "PRE-224", "PRE-228", "PRE-233")
 class Forgetful(Doubled):
     def convert_module(self, module: nn.Module) -> nn.Module:
         with torch.no_grad():
@@ -142,7 +142,7 @@ class Mistyped(Mixed):
         return torch.autocast(device_type, torch.float16)
 
 
-@mutant("autocasts, and doesn't say so", "PRE-213", "PRE-219", "PRE-222", "PRE-223", "PRE-224", "PRE-233")
+@mutant("autocasts, and doesn't say so", "PRE-213", "PRE-219", "PRE-222", "PRE-223", "PRE-224", "PRE-228", "PRE-233")
 class Secret(Full):
     def forward_context(self, device_type: str) -> AbstractContextManager[Any] | None:
         return torch.autocast(device_type, torch.bfloat16)
@@ -200,7 +200,9 @@ class Sticky(Doubled):
         yield
 
 
-@mutant("divides by another number than it multiplied by", "PRE-222", "PRE-223", "PRE-224", "PRE-233")
+@mutant(
+    "divides by another number than it multiplied by", "PRE-222", "PRE-223", "PRE-224", "PRE-228", "PRE-230", "PRE-233"
+)
 class Unequal(Scaled):
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         before, self.scale = self.scale, self.scale * 2
@@ -215,7 +217,7 @@ class Repeating(Scaled):
         super().unscale_gradients(optimizer)
 
 
-@mutant("scales, and never unscales", "PRE-222", "PRE-223", "PRE-224", "PRE-233")
+@mutant("scales, and never unscales", "PRE-222", "PRE-223", "PRE-224", "PRE-228", "PRE-230", "PRE-233")
 class Oblivious(Scaled):
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         pass
@@ -228,13 +230,13 @@ class Pretending(Full):
         return PrecisionPolicy(loss_scaling=True)
 
 
-@mutant("scales, and doesn't say so", "PRE-222", "PRE-223", "PRE-224", "PRE-227", "PRE-233")
+@mutant("scales, and doesn't say so", "PRE-222", "PRE-223", "PRE-224", "PRE-227", "PRE-228", "PRE-233")
 class Hidden(Full):
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         return loss * 8
 
 
-@mutant("never steps", "PRE-228", "PRE-233")
+@mutant("never steps", "PRE-223", "PRE-228", "PRE-233")
 class Lazy(Full):
     def optimizer_step(
         self,
@@ -245,7 +247,7 @@ class Lazy(Full):
         return None
 
 
-@mutant("steps twice", "PRE-233")
+@mutant("steps twice", "PRE-223", "PRE-228", "PRE-233")
 class Hasty(Full):
     def optimizer_step(
         self,
@@ -261,6 +263,90 @@ class Hasty(Full):
 class Reckless(Scaled):
     def finite(self, optimizer: Optimizer) -> bool:
         return True
+
+
+@mutant("looks for infinities, and takes a NaN", "PRE-229")
+class Partial(Scaled):
+    def finite(self, optimizer: Optimizer) -> bool:
+        return not any(bool(one.grad.isinf().any()) for one in _held(optimizer))
+
+
+@mutant("looks at the first gradient only", "PRE-229")
+class Glancing(Scaled):
+    def finite(self, optimizer: Optimizer) -> bool:
+        return bool(_held(optimizer)[0].grad.isfinite().all())
+
+
+def _held(optimizer: Optimizer) -> list[Any]:
+    return [one for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
+
+
+@mutant("unscales the first group of parameters only", "PRE-222", "PRE-223", "PRE-224", "PRE-233")
+class Narrow(Scaled):
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        if id(optimizer) not in self.unscaled:
+            self.unscaled.add(id(optimizer))
+            for one in optimizer.param_groups[0]["params"]:
+                one.grad = None if one.grad is None else one.grad / self.scale
+
+
+@mutant("unscales in the step what was unscaled for clipping", "PRE-223")
+class Redoing(Scaled):
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        step: Callable[[Callable[[], Any] | None], Any],
+        closure: Callable[[], Any] | None,
+    ) -> Any:
+        self.unscaled.discard(id(optimizer))
+        return super().optimizer_step(optimizer, step, closure)
+
+
+@mutant("doesn't unscale after a step that was skipped", "PRE-230")
+class Bruised(Scaled):
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        step: Callable[[Callable[[], Any] | None], Any],
+        closure: Callable[[], Any] | None,
+    ) -> Any:
+        result = super().optimizer_step(optimizer, step, closure)
+        if self.overflown:
+            self.unscaled.add(id(optimizer))
+        return result
+
+
+@mutant("loses the closure", "PRE-228")
+class Losing(Full):
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        step: Callable[[Callable[[], Any] | None], Any],
+        closure: Callable[[], Any] | None,
+    ) -> Any:
+        return step(None)
+
+
+@mutant("keeps its scale on the class", "PRE-235")
+class Sharing(Scaled):
+    common = 1024.0
+    missed = False
+
+    @property
+    def scale(self) -> float:
+        return self.common
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        type(self).common = value
+
+    @property
+    def overflown(self) -> bool:
+        return self.missed
+
+    @overflown.setter
+    def overflown(self, value: bool) -> None:
+        type(self).missed = value
 
 
 @mutant("never changes its scale", "PRE-230")
@@ -309,7 +395,16 @@ class Communal(Scaled):
 
 
 @mutant(
-    "gives a copy of the module", "PRE-213", "PRE-214", "PRE-215", "PRE-222", "PRE-223", "PRE-224", "PRE-225", "PRE-233"
+    "gives a copy of the module",
+    "PRE-213",
+    "PRE-214",
+    "PRE-215",
+    "PRE-222",
+    "PRE-223",
+    "PRE-224",
+    "PRE-225",
+    "PRE-228",
+    "PRE-233",
 )
 class Cloning(Full):
     def convert_module(self, module: nn.Module) -> nn.Module:

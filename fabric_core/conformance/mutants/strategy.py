@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from fabric_core.conformance.mutants import Mutants
 from fabric_core.conformance.references import Alone, Averaging, Routed, Sharding
-from fabric_core.contracts import PrecisionPolicy, StrategyCapabilities, World
+from fabric_core.contracts import PrecisionPolicy, World
 from fabric_core.errors import RequestError, SetupError
 
 MUTANTS = Mutants()
@@ -186,7 +186,7 @@ class Chatty(Averaging):
 
 @mutant("leaves gradients apart, and doesn't declare it", "STR-307")
 class Shy(Averaging):
-    capabilities = StrategyCapabilities(distributed=True)
+    capabilities = Averaging.capabilities.model_copy(update={"no_backward_sync": False})
 
 
 @mutant(
@@ -233,7 +233,7 @@ class Strict(Averaging):
 
 @mutant("takes unused parameters, and declares that it doesn't", "STR-311")
 class Modest(Averaging):
-    capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, unused_parameters=False)
+    capabilities = Averaging.capabilities.model_copy(update={"unused_parameters": False})
 
 
 @mutant("clips what a scaled loss makes large", "STR-385")
@@ -245,7 +245,69 @@ class Fearful(Averaging):
                 parameter.grad.clamp_(-10, 10)
 
 
+@mutant("averages the gradients that a rank has, whatever the others have", "STR-310")
+class Presuming(Averaging):
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.world.world_size
+
+
+@mutant("leaves all models' gradients apart where one model's are asked", "STR-326")
+class Sweeping(Averaging):
+    @contextmanager
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for one in self._modules:
+                stack.enter_context(super().no_backward_sync(one, enabled))
+            yield
+
+
+@mutant("takes scaled losses, and declares that it doesn't", "STR-389")
+class Fragile(Averaging):
+    capabilities = Averaging.capabilities.model_copy(update={"loss_scaling": False})
+
+
+@mutant("averages in its backward only, and doesn't declare it", "STR-332")
+class Trapping(Averaging):
+    capabilities = Averaging.capabilities.model_copy(update={"needs_backward": False})
+
+
+@mutant("refuses loss.backward(), which would do", "STR-333")
+class Needy(Alone):
+    capabilities = Alone.capabilities.model_copy(update={"needs_backward": True})
+
+
 # Modules
+
+
+@mutant("gives no buffer of rank 0 to the others", "STR-303")
+class Unbuffered(Averaging):
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        for parameter in module.parameters():
+            dist.broadcast(parameter.detach(), 0)
+        self._modules = (*self._modules, module)
+        return module
+
+
+@mutant("ends the training mode", "STR-317")
+class Sobering(Averaging):
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        return super().setup_module(module.eval())
+
+
+@mutant("calls layers past nn.Module.__call__, to save its microseconds", "STR-322")
+class Hurried(Routed):
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        for child in module.modules():
+            if type(child) is nn.Linear:
+                child.__class__ = _Fast
+        return super().setup_module(module)
+
+
+class _Fast(nn.Linear):
+    __call__ = nn.Linear.forward
 
 
 @mutant("refuses a model with nothing to train", "STR-312")
@@ -285,6 +347,7 @@ class Demanding(Averaging):
     "STR-374",
     "STR-377",
     "STR-385",
+    "STR-392",
     "STR-393",
     "STR-396",
 )
@@ -380,6 +443,7 @@ class Converting(Averaging):
     "STR-373",
     "STR-385",
     "STR-387",
+    "STR-392",
     "STR-396",
 )
 class Squeezing(Averaging):
@@ -419,17 +483,17 @@ class Rolling(Averaging):
 
 @mutant("declares to shard, and doesn't", "STR-319", "STR-343", "STR-380")
 class Boasting(Averaging):
-    capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, sharded=True)
+    capabilities = Averaging.capabilities.model_copy(update={"sharded": True})
 
 
-@mutant("shards, and doesn't declare it", "STR-315", "STR-320")
+@mutant("shards, and doesn't declare it", "STR-310", "STR-315", "STR-320", "STR-392")
 class Secret(Sharding):
-    capabilities = StrategyCapabilities(distributed=True, wraps_forward=True, no_backward_sync=True)
+    capabilities = Sharding.capabilities.model_copy(update={"sharded": False, "loss_scaling": True})
 
 
 @mutant("only synchronises what passes through its module, and doesn't declare it", "STR-321", "STR-323")
 class Open(Routed):
-    capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True)
+    capabilities = Routed.capabilities.model_copy(update={"wraps_forward": False})
 
 
 @mutant("knows the last model only", "STR-326")
@@ -441,12 +505,12 @@ class Single(Averaging):
 
 @mutant("takes several models, and declares that it doesn't", "STR-327")
 class OneModel(Averaging):
-    capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, multiple_models=False)
+    capabilities = Averaging.capabilities.model_copy(update={"multiple_models": False})
 
 
 @mutant("says that it carries out the policy, and doesn't", "STR-386")
 class Careless(Averaging):
-    capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, carries_policy=True)
+    capabilities = Averaging.capabilities.model_copy(update={"carries_policy": True})
 
 
 @mutant("leaves the default device changed", "STR-388")
@@ -455,6 +519,11 @@ class Sticky(Averaging):
     def init_module(self, empty: bool) -> Iterator[None]:
         torch.set_default_device("meta" if empty else "cpu")
         yield
+
+
+@mutant("declares that it makes room for a model, and doesn't", "STR-334")
+class Roomless(Averaging):
+    capabilities = Averaging.capabilities.model_copy(update={"places_module": True})
 
 
 # Optimizers
@@ -505,7 +574,7 @@ class Favouring(Averaging):
 
 @mutant("takes several optimizers, and declares that it doesn't", "STR-329")
 class OneOptimizer(Averaging):
-    capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, multiple_optimizers=False)
+    capabilities = Averaging.capabilities.model_copy(update={"multiple_optimizers": False})
 
 
 @mutant("says nothing of what a closure returned", "STR-330")
@@ -576,6 +645,12 @@ class Inverted(Averaging):
         return super().all_reduce(tensor, group, "min" if reduce_op == "max" else reduce_op)
 
 
+@mutant("reduces single numbers only", "STR-350")
+class Skimming(Averaging):
+    def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
+        return super().all_reduce(tensor, group, reduce_op) if tensor.numel() <= 1 else tensor.clone()
+
+
 @mutant("reduces in place", "STR-351")
 class InPlace(Averaging):
     def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
@@ -601,6 +676,13 @@ class Reversed(Averaging):
         return super().all_gather(tensor, group, sync_grads)[::-1]
 
 
+@mutant("gives its own tensor for every rank's where it is long", "STR-354", "STR-355")
+class Selfish(Averaging):
+    def all_gather(self, tensor: torch.Tensor, group: Any | None, sync_grads: bool) -> list[torch.Tensor]:
+        parts = super().all_gather(tensor, group, sync_grads)
+        return parts if sync_grads or tensor.numel() <= 3 else [tensor for _ in parts]  # noqa: PLR2004 - the mutation
+
+
 @mutant("cuts what it gathers to the smallest", "STR-355")
 class Cutting(Averaging):
     def all_gather(self, tensor: torch.Tensor, group: Any | None, sync_grads: bool) -> list[torch.Tensor]:
@@ -620,6 +702,13 @@ class Royal(Averaging):
     def broadcast(self, obj: Any, src: int) -> Any:
         super().broadcast(obj, src)
         return super().broadcast(obj, 0)
+
+
+@mutant("sends no dict", "STR-357")
+class Terse(Averaging):
+    def broadcast(self, obj: Any, src: int) -> Any:
+        sent = super().broadcast(obj, src)
+        return None if isinstance(sent, dict) else sent
 
 
 @mutant("takes a rank that there isn't for the last", "STR-358")
@@ -702,7 +791,7 @@ class Repeating(Averaging):
     "STR-395",
 )
 class Hermit(Alone):
-    capabilities = StrategyCapabilities(distributed=True)
+    capabilities = Alone.capabilities.model_copy(update={"distributed": True, "max_world_size": None})
 
 
 @mutant(
@@ -717,7 +806,7 @@ class Hermit(Alone):
     "STR-396",
 )
 class Crowd(Alone):
-    capabilities = StrategyCapabilities()
+    capabilities = Alone.capabilities.model_copy(update={"max_world_size": None})
 
 
 # State
@@ -747,16 +836,23 @@ class Bare(Averaging):
         return {name: one for name, one in module.state_dict().items() if name in dict(module.named_parameters())}
 
 
-@mutant("forgets the optimizer's state", "STR-372", "STR-373")
+@mutant("forgets the optimizer's state", "STR-372", "STR-373", "STR-396")
 class Amnesic(Averaging):
     def optimizer_state(self, optimizer: Optimizer, full: bool) -> dict[str, Any]:
         return {**super().optimizer_state(optimizer, full), "state": {}}
 
 
-@mutant("doesn't load the optimizer's state", "STR-373")
+@mutant("doesn't load the optimizer's state", "STR-373", "STR-396")
 class Fresh(Averaging):
     def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any], full: bool) -> None:
         pass
+
+
+@mutant("forgets momentum as it loads", "STR-373", "STR-396")
+class Halting(Averaging):
+    def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any], full: bool) -> None:
+        kept = {} if isinstance(optimizer, torch.optim.SGD) else state["state"]
+        super().load_optimizer_state(optimizer, {**state, "state": kept}, full)
 
 
 @mutant("never looks whether keys fit", "STR-375", "STR-376")
@@ -811,6 +907,35 @@ class Leaking(Averaging):
     def teardown(self) -> None:
         self._owns = False
         super().teardown()
+
+
+@mutant("averages in hooks of the user's parameters, and leaves them there", "STR-310", "STR-392")
+class Hooked(Averaging):
+    capabilities = Averaging.capabilities.model_copy(update={"no_backward_sync": False, "needs_backward": False})
+
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Nothing is left to do."""
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        for parameter in super().setup_module(module).parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(_mean)
+        return module
+
+
+def _mean(gradient: torch.Tensor) -> torch.Tensor:
+    whole = gradient.clone()
+    dist.all_reduce(whole)
+    return whole / dist.get_world_size()
+
+
+@mutant("keeps every model for ever", "STR-392")
+class Hoarding(Averaging):
+    kept: tuple[nn.Module, ...] = ()
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        type(self).kept = (*self.kept, module)
+        return super().setup_module(module)
 
 
 @mutant("takes others' process group down", "STR-394")

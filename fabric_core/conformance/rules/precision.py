@@ -20,6 +20,8 @@ TABLE: Final = Table("precision")
 _DTYPES: Final = ("param_dtype", "compute_dtype", "reduce_dtype", "input_dtype", "output_dtype")
 _CASE: Final = cases.Training(steps=4, rows=2, buffers=True)
 _TWO: Final = 2
+_LARGE: Final = 64.0
+"""A rate so large that a step is longer than the parameters, whose rounding then doesn't hide it."""
 
 
 def _modes() -> dict[str, Any]:
@@ -495,7 +497,7 @@ def _true_gradients(bench: Bench) -> None:
 
 @TABLE.rule(
     "PRE-223",
-    "A second `unscale_gradients` in the same step changes nothing.",
+    "A second `unscale_gradients` in the same step changes nothing, and neither does clipping before the step.",
     reason="Clipping unscales, and so does the step.",
     advice="remember for which optimizers it was done in this step",
 )
@@ -504,6 +506,7 @@ def _unscale_twice(bench: Bench) -> None:
     off = _off(seen["got"], seen["expected"])
     if not off <= _tolerance(bench.plugin().policy):
         raise Broken(f"after two calls they are off by {off:.2g} of their norm")
+    _check_step(bench, "clipping")
 
 
 @TABLE.rule(
@@ -558,8 +561,10 @@ def _does_not_scale(bench: Bench) -> None:
         raise Broken(f"scale_loss(3.0) is {scaled.item()}")
 
 
-def _steps(place: Place, models: int, broken: tuple[int, ...]) -> dict[str, Any]:
-    """Step once with each of some optimizers; the gradients of the broken ones hold an infinity.
+def _steps(
+    place: Place, models: int, broken: tuple[int, ...], where: int = 0, value: float = float("inf")
+) -> dict[str, Any]:
+    """Step once with each of some optimizers; the broken ones' gradients hold a value that isn't finite.
 
     Then look at the scale, which is what a loss of one becomes.
     """
@@ -575,7 +580,7 @@ def _steps(place: Place, models: int, broken: tuple[int, ...]) -> dict[str, Any]
             fabric.backward(nn.functional.mse_loss(out, y.to(out)))
         before = [cases.copied(model.module) for model, _ in pairs]
         for index in broken:
-            next(iter(pairs[index][0].parameters())).grad.view(-1)[0] = float("inf")
+            _spoil(pairs[index][0], where, value)
         for _, stepper in pairs:
             stepper.step()
             stepper.zero_grad()
@@ -590,42 +595,92 @@ def _steps(place: Place, models: int, broken: tuple[int, ...]) -> dict[str, Any]
         }
 
 
+def _spoil(model: nn.Module, where: int, value: float) -> None:
+    gradient: Any = list(model.parameters())[where].grad
+    gradient.view(-1)[0] = value
+
+
+def _step_after(place: Place, what: str) -> tuple[float, bool]:
+    """Step after something; say how far the step is off plain PyTorch's, and whether a closure's loss came back."""
+    with place.fabric() as fabric:
+        model = cases.build(_CASE, torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=_LARGE)
+        wrapped, stepper = fabric.setup(model, optimizer)
+        x, y = next(cases.batches(_CASE, torch.float32))
+
+        def closure() -> torch.Tensor:
+            stepper.zero_grad()
+            out = wrapped(x.to(fabric.device))
+            loss = nn.functional.mse_loss(out, y.to(out))
+            fabric.backward(loss)
+            return loss
+
+        if what == "a skipped step":
+            closure()
+            _spoil(model, 0, float("inf"))
+            stepper.step()
+        before = [one.detach().clone() for one in model.parameters()]
+        if what == "a closure":
+            returned = isinstance(stepper.step(closure), torch.Tensor)
+        else:
+            closure()
+            if what == "clipping":
+                fabric.clip_gradients(wrapped, stepper, max_norm=1000.0)
+            stepper.step()
+            returned = True
+        moved = [(old - new.detach()).double().cpu() for old, new in zip(before, model.parameters(), strict=True)]
+        plain = cases.build(_CASE, torch.float32)
+        nn.functional.mse_loss(plain(x), y).backward()
+        return _off(moved, [_LARGE * one.grad.double() for one in plain.parameters() if one.grad is not None]), returned
+
+
+def _check_step(bench: Bench, what: str) -> None:
+    off, returned = bench.run(_step_after, what)[0]
+    if not returned:
+        raise Broken(f"a step with {what} doesn't return what it returned")
+    if not off <= _tolerance(bench.plugin().policy):
+        raise Broken(f"a step after {what} is off by {off:.2g} of its length")
+
+
 @TABLE.rule(
     "PRE-228",
-    "A step with finite gradients is made.",
+    "A step with finite gradients is made; with a closure too, whose result it returns.",
     reason="What is skipped without need isn't learnt.",
-    advice="call step() in optimizer_step, and return what it returns",
+    advice="call step(closure) in optimizer_step, and return what it returns",
 )
 def _makes_steps(bench: Bench) -> None:
     moved = bench.run(_steps, 1, ())[0]["moved"][0]
     if not 0 < moved < float("inf"):
         raise Broken(f"the parameters move by {moved}")
+    _check_step(bench, "a closure")
 
 
 @TABLE.rule(
     "PRE-229",
-    "A step whose gradients hold an infinity is skipped: no parameter changes.",
+    "A step whose gradients hold an infinity or a NaN, of whichever parameter, is skipped: no parameter changes.",
     reason="With a scaled loss an infinity means that the scale was too large, not that training failed.",
-    advice="look at the gradients in optimizer_step before calling step()",
+    advice="look at all gradients in optimizer_step before calling step()",
     needs=("loss_scaling",),
 )
 def _skips_steps(bench: Bench) -> None:
-    moved = bench.run(_steps, 1, (0,))[0]["moved"][0]
-    if moved != 0:
-        raise Broken(f"the parameters move by {moved}")
+    for where, value in ((0, float("inf")), (-1, float("-inf")), (-1, float("nan"))):
+        moved = bench.run(_steps, 1, (0,), where, value)[0]["moved"][0]
+        if moved != 0:
+            raise Broken(f"with {value} in the {'last' if where else 'first'} gradient parameters move by {moved}")
 
 
 @TABLE.rule(
     "PRE-230",
-    "A skipped step makes the scale smaller.",
-    reason="Otherwise every following step is skipped too.",
-    advice="back off when a gradient isn't finite",
+    "A skipped step makes the scale smaller, and the step after it is as ever.",
+    reason="Otherwise every following step is skipped too, or is of the wrong size.",
+    advice="back off when a gradient isn't finite, and forget what was remembered of the step",
     needs=("loss_scaling",),
 )
 def _backs_off(bench: Bench) -> None:
     factor = bench.run(_steps, 1, (0,))[0]["factor"]
     if not 0 < factor < 1:
         raise Broken(f"the scale is multiplied by {factor}")
+    _check_step(bench, "a skipped step")
 
 
 @TABLE.rule(

@@ -289,26 +289,36 @@ def _making_is_pure(bench: Bench) -> None:
     "REG-014",
     "Two of it share no state.",
     reason="Two Fabric objects live side by side in one process.",
-    advice="make mutable state in __init__, on self, and none on the class",
+    advice="make mutable state in __init__, on self; what the class has is constant",
 )
 def _no_shared_state(bench: Bench) -> None:
     one = bench.plugin()
-    before = {owner: set(vars(owner)) for owner in type(one).__mro__}
+    before = _on_classes(one)
     other = bench.plugin()
-    mutable = (dict, list, set, bytearray, torch.Tensor)
+    after = _on_classes(other)
     shared = [
-        name for name, value in vars(one).items() if isinstance(value, mutable) and value is vars(other).get(name)
+        name for name, value in vars(one).items() if isinstance(value, _MUTABLE) and value is vars(other).get(name)
     ]
-    classes = [
-        name
-        for owner in type(one).__mro__
+    # A table that has entries may be a constant; one without any can only be there to be filled.
+    changed = [name for (owner, name), text in after.items() if before.get((owner, name)) != text]
+    empty = [name for (_, name), text in after.items() if text in _EMPTY]
+    if shared or changed or empty:
+        raise Broken(f"they share {', '.join([*shared, *changed, *empty])}")
+
+
+_MUTABLE: Final = (dict, list, set, bytearray, torch.Tensor)
+_EMPTY: Final = ("{}", "[]", "set()", "bytearray(b'')")
+
+
+def _on_classes(plugin: Any) -> dict[tuple[type, str], str]:
+    """Show what the plugin's classes have; of what is no data, only that it is there."""
+    return {
+        (owner, name): repr(value) if isinstance(value, _MUTABLE) else ""
+        for owner in type(plugin).__mro__
         if owner.__module__.partition(".")[0] not in {"builtins", "abc"}
         for name, value in vars(owner).items()
-        if isinstance(value, mutable) and not name.startswith("__")
-    ]
-    added = [name for owner, names in before.items() for name in set(vars(owner)) - names]
-    if shared or classes or added:
-        raise Broken(f"they share {', '.join([*shared, *classes, *added])}")
+        if not name.startswith("__")
+    }
 
 
 @TABLE.rule(

@@ -7,6 +7,7 @@ import pickle
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Clipping, Message, Script, Training, Weights, distance, part
 from fabric_core.conformance.rule import Broken, Level, Table
 from fabric_core.errors import MisuseError
+from fabric_core.wrapping.module import strategy_module
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -30,6 +32,7 @@ _ALWAYS: Final = (1, 2)
 _SEVERAL: Final = (2,)
 _EXACT: Final = 1e-10
 """How far 64-bit numbers may be off that were summed in another order."""
+_SCALE: Final = 1024.0
 
 
 # Measurements. Each runs on every rank; what it returns goes to the driver.
@@ -69,20 +72,20 @@ class _How:
     optimizer: str = "with"
     apart: bool = False
     unequal_start: bool = False
-    optimizers: int = 1
+    several_optimizers: bool = False
 
 
 def _set_up(fabric: Any, case: Training, how: _How) -> tuple[cases.Net, Any, list[Any]]:
     model = cases.build(case)
     if how.unequal_start and fabric.global_rank > 0:
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(float(fabric.global_rank))
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.add_(fabric.global_rank)
     if how.optimizer == "after":
         wrapped = fabric.setup_module(model)
         return model, wrapped, [fabric.setup_optimizers(cases.optimizer_for(case, wrapped.parameters()))]
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    made = [cases.optimizer_for(case, own[index :: how.optimizers]) for index in range(how.optimizers)]
+    made = cases.optimizers_for(case, own) if how.several_optimizers else [cases.optimizer_for(case, own)]
     if how.optimizer == "before":
         wrapped = fabric.setup_module(model)
         return model, wrapped, [fabric.setup_optimizers(one) for one in made]
@@ -170,7 +173,8 @@ def _ranks_agree(bench: Bench, case: Training) -> None:
     advice="send rank 0's parameters and buffers to all ranks in setup_module",
     world_sizes=_SEVERAL,
     examples=cases.trainings(),
-    count=3,
+    count=2,
+    first=(Training(buffers=True),),
 )
 def _equal_start(bench: Bench, case: Training) -> None:
     _check_training(bench, case, _How(unequal_start=True))
@@ -209,21 +213,30 @@ def _accumulates_apart(bench: Bench, case: Training) -> None:
 
 
 def _one_pass(place: Place, mode: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Run one backward pass inside `no_backward_sync`; give the gradients, this rank's own, and the mean."""
+    """Run one backward pass in one of several ways; give the gradients, this rank's own, and the mean."""
     case = Training(rows=2)
     with place.fabric() as fabric:
         model, wrapped, _ = _set_up(fabric, case, _How())
         (x, y), (again, target) = cases.batches(case)
+        shard = fabric.strategy.data_shard()
         if mode == "raises":
             with contextlib.suppress(ZeroDivisionError), fabric.no_backward_sync(wrapped):
                 raise ZeroDivisionError
             fabric.backward(_loss(fabric, wrapped, _How(), case, again, target))
             wrapped.zero_grad()
-        inside = fabric.no_backward_sync(wrapped, enabled=mode == "apart")
-        with inside if mode != "raises" else contextlib.nullcontext():
-            fabric.backward(_loss(fabric, wrapped, _How(), case, x, y))
+        if mode == "past Fabric":
+            inner, mine = strategy_module(wrapped), part(x, shard).to(fabric.device)
+            out = inner("forward", mine) if fabric.strategy.capabilities.wraps_forward else inner(mine)
+            nn.functional.mse_loss(out, part(y, shard).to(fabric.device)).backward()
+        elif mode == "raw":
+            _loss(fabric, wrapped, _How(), case, x, y).backward()
+        else:
+            inside = fabric.no_backward_sync(wrapped, enabled=mode == "apart")
+            with inside if mode != "raises" else contextlib.nullcontext():
+                fabric.backward(_loss(fabric, wrapped, _How(), case, x, y) * (_SCALE if mode == "scaled" else 1.0))
         got = _gradients(model) if mode != "apart" else _local(model)
-        shard = fabric.strategy.data_shard()
+    if mode == "scaled":
+        got = {name: None if one is None else one / _SCALE for name, one in got.items()}
     return got, _plain_gradients(case, part(x, shard), part(y, shard)), _plain_gradients(case, x, y)
 
 
@@ -235,8 +248,10 @@ def _local(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _plain_gradients(case: Training, x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
+def _plain_gradients(case: Training, x: torch.Tensor, y: torch.Tensor, start: Weights | None = None) -> dict[str, Any]:
     plain = cases.build(case)
+    if start is not None:
+        plain.load_state_dict(start)
     nn.functional.mse_loss(plain(x), y).backward()
     return _gradients(plain)
 
@@ -308,17 +323,27 @@ def _ends_on_errors(bench: Bench) -> None:
     _check_mean(bench, "raises")
 
 
+def _ways(*, sharded: bool) -> list[torch.Tensor]:
+    """Say for some batches which rows go right: none, some, all, the others.
+
+    One rank's rows all go one way where some do. Who shards is spared that: its ranks gather parameters together.
+    """
+    rows = torch.arange(cases.PARTS)
+    some = rows % 2 == 0 if sharded else rows < cases.PARTS // 2
+    return [torch.zeros_like(some), some, torch.ones_like(some), ~some]
+
+
 def _branches(place: Place) -> list[Weights | str]:
-    """Train a model that leaves one layer out in every second step."""
+    """Train a model in which a pass may leave a layer out, on one rank or on all."""
     with place.fabric() as fabric:
         model = cases.Branching()
         wrapped, stepper = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        ways = _ways(sharded=fabric.strategy.capabilities.sharded)
+        shard = fabric.strategy.data_shard()
         try:
-            for index, (x, y) in enumerate(cases.batches(Training(), steps=4)):
-                shard = fabric.strategy.data_shard()
-                both = index % 2 == 1
-                out = wrapped(part(x, shard).to(fabric.device), both)
-                fabric.backward(nn.functional.mse_loss(out, part(y, shard).to(fabric.device)))
+            for right, batch in zip(ways, cases.batches(Training(), steps=len(ways)), strict=True):
+                x, y, mine = (part(one, shard).to(fabric.device) for one in (*batch, right))
+                fabric.backward(nn.functional.mse_loss(wrapped(x, mine), y))
                 stepper.step()
                 stepper.zero_grad()
         except RuntimeError as error:
@@ -326,11 +351,12 @@ def _branches(place: Place) -> list[Weights | str]:
         return [whole(fabric, model)]
 
 
-def _branched_alone() -> Weights:
+def _branched_alone(*, sharded: bool) -> Weights:
     model = cases.Branching()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for index, (x, y) in enumerate(cases.batches(Training(), steps=4)):
-        nn.functional.mse_loss(model(x, index % 2 == 1), y).backward()
+    ways = _ways(sharded=sharded)
+    for right, (x, y) in zip(ways, cases.batches(Training(), steps=len(ways)), strict=True):
+        nn.functional.mse_loss(model(x, right), y).backward()
         optimizer.step()
         optimizer.zero_grad()
     return cases.copied(model)
@@ -338,14 +364,14 @@ def _branched_alone() -> Weights:
 
 @TABLE.rule(
     "STR-310",
-    "A parameter that a pass doesn't use is no error, and the others train as with one process.",
-    reason="It is declared, and models with branches rely on it.",
+    "A parameter that a pass doesn't use, on one rank or on all, is no error, and all train as with one process.",
+    reason="It is declared, and models with branches rely on it; ranks may take different ones.",
     advice="treat a missing gradient as none on all ranks, or take unused_parameters out of the capabilities",
     needs=("unused_parameters",),
     world_sizes=_ALWAYS,
 )
 def _unused(bench: Bench) -> None:
-    expected = _branched_alone()
+    expected = _branched_alone(sharded=bench.declared["sharded"])
     for rank, (got,) in enumerate(bench.run(_branches)):
         if isinstance(got, str):
             raise Broken(f"rank {rank} raised: {got}")
@@ -399,6 +425,8 @@ def _shape(place: Place) -> dict[str, Any]:
     with place.fabric() as fabric:
         state = torch.get_rng_state()
         plain, model = cases.build(case), cases.build(case)
+        for one in (plain, model):
+            one.inner.eval()
         wrapped = fabric.setup_module(model)
         x, _ = next(cases.batches(case))
         x = x.to(fabric.device)
@@ -417,6 +445,7 @@ def _shape(place: Place) -> dict[str, Any]:
             "devices": {one.device.type for one in model.parameters()} == {fabric.device.type},
             "integers": model.counter.tolist() == [3, 5],
             "output": max((one - plain(x.cpu(), scale=2.0).detach()).abs().max().item() for one in (quiet, loud)),
+            "modes": [one.training for one in model.modules()] == [one.training for one in plain.modules()],
             "random": torch.equal(state, torch.get_rng_state()),
             "local": sum(getattr(one, "_local_tensor", one).numel() for one in model.parameters()),
             "whole": sum(one.numel() for one in plain.parameters()),
@@ -483,15 +512,17 @@ def _places(bench: Bench) -> None:
 
 @TABLE.rule(
     "STR-317",
-    "The module that comes back takes the same arguments and returns the same values, with and without gradients.",
+    "The module that comes back takes the same arguments and returns the same values, with and without gradients; "
+    "what was training is training, and what was not is not.",
     reason="A script calls it as it called its own.",
-    advice="pass positional and keyword arguments on, and return what comes",
+    advice="pass positional and keyword arguments on, return what comes, and call neither train() nor eval()",
     world_sizes=_ALWAYS,
 )
 def _same_values(bench: Bench) -> None:
     for rank, seen in enumerate(bench.run(_shape)):
         if not seen["output"] <= _EXACT:
             raise Broken(f"rank {rank}: the output differs by {seen['output']:.3g}")
+    _check_shape(bench, "modes", "module.training is changed")
 
 
 @TABLE.rule(
@@ -612,24 +643,27 @@ def _optimizer_after(bench: Bench, case: Training) -> None:
 
 
 def _two_models(place: Place) -> tuple[Weights, Weights] | str:
+    """Train two models in turn; while the second is trained, the first one's gradients may stay apart."""
     first, second = Training(seed=1), Training(seed=2, optimizer="adam")
     with place.fabric() as fabric:
         one = _set_up(fabric, first, _How())
         try:
-            other = _set_up(fabric, second, _How())
+            two = _set_up(fabric, second, _How())
         except (RuntimeError, ValueError) as error:
             return str(error)
         for pairs in zip(cases.batches(first), cases.batches(second), strict=True):
-            for (_, wrapped, steppers), case, (x, y) in zip((one, other), (first, second), pairs, strict=True):
-                fabric.backward(_loss(fabric, wrapped, _How(), case, x, y))
+            for (_, wrapped, steppers), case, (x, y) in zip((one, two), (first, second), pairs, strict=True):
+                with fabric.no_backward_sync(one[1], enabled=case is second):
+                    fabric.backward(_loss(fabric, wrapped, _How(), case, x, y))
                 steppers[0].step()
                 steppers[0].zero_grad()
-        return whole(fabric, one[0]), whole(fabric, other[0])
+        return whole(fabric, one[0]), whole(fabric, two[0])
 
 
 @TABLE.rule(
     "STR-326",
-    "Two models that are set up and trained in turn end where each alone ends.",
+    "Two models that are set up and trained in turn end where each alone ends, also while the other is inside "
+    "`no_backward_sync`.",
     reason="Generators and discriminators, teachers and students.",
     advice="keep state for each module, or take multiple_models out of the capabilities",
     needs=("multiple_models",),
@@ -670,12 +704,12 @@ def _one_model(bench: Bench) -> None:
     count=2,
 )
 def _several_optimizers(bench: Bench, case: Training) -> None:
-    _check_training(bench, case, _How(optimizers=2))
+    _check_training(bench, case, _How(several_optimizers=True))
 
 
 def _second_optimizer(place: Place) -> bool:
     try:
-        _train(place, Training(), _How(optimizers=2))
+        _train(place, Training(), _How(several_optimizers=True))
     except (RuntimeError, ValueError):
         return True
     return False
@@ -761,6 +795,58 @@ def _backward_arguments(bench: Bench) -> None:
     off = bench.run(_twice)[0]
     if not off <= _EXACT:
         raise Broken(f"after a second pass with gradient=2 the gradients are off by {off:.3g}")
+
+
+@TABLE.rule(
+    "STR-332",
+    "Who doesn't declare needs_backward: after `loss.backward()` the gradients are the mean too.",
+    reason="Undeclared, nothing refuses such a call.",
+    advice="declare needs_backward, or average in hooks of autograd",
+    lacks=("needs_backward",),
+    world_sizes=_ALWAYS,
+)
+def _needs_no_backward(bench: Bench) -> None:
+    _check_mean(bench, "raw")
+
+
+@TABLE.rule(
+    "STR-333",
+    "Who declares needs_backward needs it: after a backward pass that goes past it the gradients are not the mean.",
+    reason="What works must be declared: a script's `loss.backward()` is refused because of it.",
+    advice="take needs_backward out of the capabilities",
+    needs=("needs_backward",),
+    world_sizes=_ALWAYS,
+)
+def _needs_backward(bench: Bench) -> None:
+    if bench.world_size < (bench.declared["max_world_size"] or _SEVERAL[0]):
+        return
+    if all(_gap(got, mean) <= _EXACT for got, _, mean in bench.run(_one_pass, "past Fabric")):
+        raise Broken("they are")
+
+
+def _from_meta(place: Place) -> float:
+    case = Training(seed=5)
+    expected = cases.copied(cases.build(case))
+    with place.fabric() as fabric:
+        with torch.device("meta"):
+            model = cases.build(case)
+        fabric.setup_module(model)
+        fabric.strategy.load_module_state(model, expected, True, True)
+        return distance(whole(fabric, model), expected)
+
+
+@TABLE.rule(
+    "STR-334",
+    "Who declares places_module: a model on the meta device is set up, and takes a state.",
+    reason="The core moves no such model; it may never fit on one device.",
+    advice="make room on the device as you shard, or take places_module out of the capabilities",
+    needs=("places_module",),
+    world_sizes=_ALWAYS,
+)
+def _takes_meta(bench: Bench) -> None:
+    for rank, off in enumerate(bench.run(_from_meta)):
+        if off != 0:
+            raise Broken(f"rank {rank}'s parameters are off the state by {off:.3g}")
 
 
 # Clipping
@@ -891,6 +977,15 @@ def _value(bench: Bench, clipping: Clipping) -> None:
 
 
 _OPERATIONS: Final = ("sum", "mean", "max", "min", "product")
+_SEVERAL_ELEMENTS: Final = (
+    cases.Tensors(shape=(2, 3), dtype="float64", transposed=True),
+    cases.Tensors(shape=(3, 1, 2), dtype="int32"),
+    cases.Tensors(shape=(0, 3)),
+)
+_UNEVEN: Final = (
+    cases.Tensors(shape=(2, 3), dtype="float64", transposed=True, uneven=True),
+    cases.Tensors(shape=(0, 3), dtype="int32", uneven=True),
+)
 
 
 def _reduce(place: Place, example: cases.Tensors) -> dict[str, dict[str, Any]]:
@@ -925,7 +1020,8 @@ def _reduce_by(place: Place, fabric: Any, group: Any, example: cases.Tensors, op
     needs=("distributed",),
     world_sizes=_ALWAYS,
     examples=cases.tensors(),
-    count=5,
+    count=3,
+    first=_SEVERAL_ELEMENTS,
 )
 def _all_reduce(bench: Bench, example: cases.Tensors) -> None:
     for rank, seen in enumerate(bench.run(_reduce, example)):
@@ -944,7 +1040,8 @@ def _all_reduce(bench: Bench, example: cases.Tensors) -> None:
     needs=("distributed",),
     world_sizes=_ALWAYS,
     examples=cases.tensors(),
-    count=3,
+    count=2,
+    first=_SEVERAL_ELEMENTS[:1],
 )
 def _reduces_a_copy(bench: Bench, example: cases.Tensors) -> None:
     for rank, seen in enumerate(bench.run(_reduce, example)):
@@ -1030,7 +1127,8 @@ def _check_gather(bench: Bench, example: cases.Tensors) -> None:
     advice="gather, and keep the order",
     world_sizes=_ALWAYS,
     examples=cases.tensors(),
-    count=6,
+    count=3,
+    first=_SEVERAL_ELEMENTS,
 )
 def _all_gather(bench: Bench, example: cases.Tensors) -> None:
     _check_gather(bench, example)
@@ -1043,7 +1141,8 @@ def _all_gather(bench: Bench, example: cases.Tensors) -> None:
     advice="exchange the shapes, pad, and cut",
     world_sizes=_SEVERAL,
     examples=cases.tensors(uneven=True),
-    count=6,
+    count=3,
+    first=_UNEVEN,
 )
 def _uneven(bench: Bench, example: cases.Tensors) -> None:
     _check_gather(bench, example)
@@ -1099,7 +1198,8 @@ def _broadcast(place: Place, message: Message) -> Any:
     advice="send from src, a global rank; return what arrived",
     world_sizes=_ALWAYS,
     examples=_messages,
-    count=5,
+    count=4,
+    first=(Message({"key": [1, None, b"x"]}, 1),),
 )
 def _broadcasts(bench: Bench, message: Message) -> None:
     src = message.src % bench.world_size
@@ -1327,7 +1427,8 @@ def _resume(place: Place, case: Training, folder: str) -> Weights:
     advice="give and take all of the module's and the optimizer's state, buffers and steps included",
     world_sizes=_ALWAYS,
     examples=cases.trainings(),
-    count=4,
+    count=3,
+    first=(Training(steps=4, buffers=True),),
 )
 def _continues(bench: Bench, case: Training) -> None:
     expected = cases.trained_alone(case)
@@ -1494,6 +1595,19 @@ def _with_scaling(bench: Bench, case: Training) -> None:
     _check_training(bench, case, _How(), _scaled)
 
 
+@TABLE.rule(
+    "STR-389",
+    "Who doesn't declare loss_scaling has a reason: a scaled loss gives other gradients than the scaled ones.",
+    reason="What works must be declared: 16-bit training is refused because of it.",
+    advice="declare loss_scaling",
+    lacks=("loss_scaling", "sharded"),
+    world_sizes=_ALWAYS,
+)
+def _without_scaling(bench: Bench) -> None:
+    if all(_gap(got, mean) <= _EXACT for got, _, mean in bench.run(_one_pass, "scaled")):
+        raise Broken("they are")
+
+
 def _types(place: Place, which: str) -> tuple[Any, Any]:
     from fabric_core.conformance import references
 
@@ -1610,17 +1724,33 @@ def _look() -> dict[str, Any]:
 
 
 def _leak(place: Place) -> list[str]:
-    before = _look()
-    _train(place, Training(), _How())
+    case, before = Training(), _look()
+    x, y = next(cases.batches(case))
+    with place.fabric() as fabric:
+        model, wrapped, (stepper,) = _set_up(fabric, case, _How())
+        fabric.backward(_loss(fabric, wrapped, _How(), case, x, y))
+        stepper.step()
+        sharded, device = fabric.strategy.capabilities.sharded, fabric.device
     after = _look()
-    return [name for name in before if before[name] != after[name]]
+    left = [name for name in before if before[name] != after[name]]
+    if not sharded:
+        own = _plain_gradients(case, x, y, cases.copied(model))
+        model.zero_grad()
+        nn.functional.mse_loss(model(x.to(device)), y.to(device)).backward()
+        if not _gap(_gradients(model), own) <= _EXACT:
+            left.append("what the model's own backward pass gives")
+    kept = weakref.ref(model)
+    del fabric, model, wrapped, stepper
+    gc.collect()
+    return left if kept() is None else [*left, "the model's life, which doesn't end,"]
 
 
 @TABLE.rule(
     "STR-392",
-    "After `teardown` nothing is left: no process group, hook, thread or environment variable, and no setting changed.",
+    "After `teardown` nothing is left: no process group, hook, thread or environment variable, no setting changed, and "
+    "no model kept.",
     reason="Another Fabric, or a plain script, goes on in the same process.",
-    advice="undo in teardown what connect and setup did",
+    advice="undo in teardown what connect and setup did; take hooks off parameters, and forget modules",
     world_sizes=_ALWAYS,
 )
 def _leaves_nothing(bench: Bench) -> None:
@@ -1719,6 +1849,11 @@ def _errors_surface(bench: Bench) -> None:
 # The state machine
 
 
+_RESUMING: Final = Script(
+    acts=("pass", "step", "save", "pass", "step", "load", "pass", "step", "restart", "pass", "step")
+)
+"""What it has gathered over steps, such as momentum, comes back with it."""
+
 _ACTS: Final = ("pass", "pass", "apart", "step", "step", "clip", "save", "load", "restart")
 
 
@@ -1808,7 +1943,8 @@ def _performed_alone(script: Script) -> Weights:  # noqa: C901 - one branch for 
     level=Level.STOCHASTIC,
     world_sizes=_ALWAYS,
     examples=_scripts,
-    count=10,
+    count=9,
+    first=(_RESUMING,),
 )
 def _any_order(bench: Bench, script: Script) -> None:
     expected = _performed_alone(script)

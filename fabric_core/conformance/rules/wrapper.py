@@ -7,11 +7,13 @@ from typing import Any, Final
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, TensorDataset
 
 from fabric_core.conformance import cases
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Training, distance
 from fabric_core.conformance.rule import Broken, Level, Table
+from fabric_core.conformance.rules.strategy import whole
 from fabric_core.wrapping import unwrap
 
 TABLE: Final = Table("wrapper")
@@ -22,6 +24,8 @@ _CLOSE: Final = 1e-6
 
 def _wrapped(bench: Bench, case: Training) -> tuple[nn.Module, nn.Module, nn.Module]:
     plain, model = cases.build(case), cases.build(case)
+    for one in (plain, model):
+        one.inner.eval()
     return plain, model, bench.plugin().wrap_module(model)
 
 
@@ -39,9 +43,9 @@ def _in_place(bench: Bench) -> None:
 
 @TABLE.rule(
     "WRA-402",
-    "Names and values of parameters and buffers stay.",
-    reason="Checkpoints are named by them.",
-    advice="wrap by hooks or by changing forward; take prefixes off in state_dict",
+    "Names and values of parameters and buffers stay; what was training is training, and what was not is not.",
+    reason="Checkpoints are named by them, and dropout is told by the mode.",
+    advice="wrap by hooks or by changing forward; take prefixes off in state_dict; call neither train() nor eval()",
 )
 def _names(bench: Bench) -> None:
     plain, model, _ = _wrapped(bench, Training(tied=True, buffers=True))
@@ -49,6 +53,10 @@ def _names(bench: Bench) -> None:
     after = [name for name, _ in model.named_parameters()]
     if after != before or distance(cases.copied(plain), cases.copied(model)) != 0:
         raise Broken(f"{before} become {after}, or hold other values")
+    inside = dict(model.named_modules())
+    changed = [name for name, one in plain.named_modules() if name in inside and one.training != inside[name].training]
+    if changed:
+        raise Broken(f"module.training is changed of {', '.join(name or 'the model' for name in changed)}")
 
 
 @TABLE.rule(
@@ -77,15 +85,15 @@ def _transparent(bench: Bench, case: Training) -> None:
         raise Broken(f"outputs or gradients differ by {off:.3g}")
 
 
-def _train(place: Place, case: Training) -> tuple[cases.Weights, bool]:
-    with place.fabric() as fabric:
+def _train(place: Place, case: Training, **parts: Any) -> tuple[cases.Weights, bool]:
+    with place.fabric(**parts) as fabric:
         model = cases.build(case)
         wrapped, stepper = fabric.setup(model, cases.optimizer_for(case, model.parameters()))
         for x, y in cases.batches(case):
             fabric.backward(nn.functional.mse_loss(wrapped(x.to(fabric.device)), y.to(fabric.device)))
             stepper.step()
             stepper.zero_grad()
-        return {name: one.cpu() for name, one in cases.copied(model).items()}, unwrap(wrapped) is model
+        return whole(fabric, model), unwrap(wrapped) is model
 
 
 @TABLE.rule(
@@ -175,6 +183,9 @@ def _optimizers(bench: Bench) -> None:
     wrapped = bench.plugin().wrap_optimizer(cases.optimizer_for(case, model.parameters()))
     if not isinstance(wrapped, Optimizer):
         raise Broken(f"it is a {type(wrapped).__name__}")
+    held = {id(one) for group in wrapped.param_groups for one in group["params"]}
+    if held != {id(one) for one in model.parameters()}:
+        raise Broken("its param_groups don't hold the model's parameters")
     x, y = next(cases.batches(case))
     for module, optimizer in ((plain, expected), (model, wrapped)):
         nn.functional.mse_loss(module(x), y).backward()
@@ -185,17 +196,19 @@ def _optimizers(bench: Bench) -> None:
 
 @TABLE.rule(
     "WRA-410",
-    "A loader that it wraps gives the same batches in the same order, and again in the next epoch.",
+    "A loader that it wraps gives the same batches in the same order, as many as its length says, and again in the "
+    "next epoch.",
     reason="A prefetcher is no other data set.",
-    advice="iterate over the loader anew in __iter__",
+    advice="iterate over the loader anew in __iter__, and give its __len__",
 )
 def _loaders(bench: Bench) -> None:
-    data = [torch.tensor([index]) for index in range(5)]
-    wrapped = bench.plugin().wrap_dataloader(data)
+    loader: DataLoader[Any] = DataLoader(TensorDataset(torch.arange(5)), batch_size=2)
+    expected = [one.tolist() for (one,) in loader]
+    wrapped = bench.plugin().wrap_dataloader(loader)
     for epoch in range(2):
-        seen = [one.tolist() for one in wrapped]
-        if seen != [one.tolist() for one in data]:
-            raise Broken(f"epoch {epoch} gives {seen}")
+        seen = [one.tolist() for (one,) in wrapped]
+        if seen != expected or len(wrapped) != len(expected):
+            raise Broken(f"epoch {epoch} gives {seen}, and the length is {len(wrapped)}")
 
 
 def _leaves(place: Place) -> list[str]:
@@ -227,3 +240,22 @@ def _settings(bench: Bench) -> None:
     left = bench.run(_leaves)[0]
     if left:
         raise Broken(f"it leaves {', '.join(left)} changed")
+
+
+def _train_sharded(place: Place, case: Training) -> cases.Weights:
+    from fabric_core.conformance.references import Sharding
+
+    return _train(place, case, strategy=Sharding())[0]
+
+
+@TABLE.rule(
+    "WRA-412",
+    "Who declares strategies_sharded: under a strategy that shards, a training with it ends where one without it ends.",
+    reason="Before the strategy a module is whole, and in its passes parameters come and go.",
+    advice="look at parameters inside forward only, or declare strategies_sharded=False",
+    needs=("strategies_sharded",),
+)
+def _trains_sharded(bench: Bench) -> None:
+    got = bench.run(_train_sharded, Training())[0]
+    if not distance(got, cases.trained_alone(Training())) <= _CLOSE:
+        raise Broken(f"the parameters differ by {distance(got, cases.trained_alone(Training())):.3g}")
