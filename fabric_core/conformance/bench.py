@@ -41,8 +41,6 @@ class Bench:
         self.world_size = 1
         self._timeout = timeout
         self._pools: dict[int, RankPool] = {}
-        self.deadline = float("inf")
-        """How many seconds a check has that runs at this bench: inside a rank those of one measurement."""
         self._looked: tuple[dict[str, Any], str | None] | Exception | None = None
 
     @property
@@ -105,8 +103,7 @@ class Bench:
             Broken: The rule isn't kept.
             RankHang: The rank did not come back.
         """
-        pool = self._pool(1)
-        message = _run(pool, Place(self.subject, self.device), _check, (pool.timeout, check, *example))[0]
+        message = _run(self._pool(1), Place(self.subject, self.device), _check, (check, *example))[0]
         if message is not None:
             raise Broken(message)
 
@@ -123,10 +120,9 @@ class Bench:
 class _Inside(Bench):
     """The bench inside a rank: the plugin is made in this process, and measurements run in it."""
 
-    def __init__(self, place: "Place", deadline: float) -> None:
+    def __init__(self, place: "Place") -> None:
         super().__init__(place.subject)
         self._place = place
-        self.deadline = deadline
 
     @property
     def declared(self) -> dict[str, Any]:
@@ -142,9 +138,9 @@ class _Inside(Bench):
         raise AssertionError(f"{function.__name__} needs the driver: rule(..., inside=False)")
 
 
-def _check(place: "Place", deadline: float, check: Callable[..., None], *example: Any) -> str | None:
+def _check(place: "Place", check: Callable[..., None], *example: Any) -> str | None:
     try:
-        check(_Inside(place, deadline), *example)
+        check(_Inside(place), *example)
     except Broken as broken:
         return str(broken)
     except Exception as error:  # noqa: BLE001 - the plugin may raise anything

@@ -72,7 +72,7 @@ class RankPool:
 
     def __init__(self, world_size: int, *, timeout: float = 60.0, parents: bool = False) -> None:
         self.world_size = world_size
-        self.timeout = timeout * float(os.environ.get("FABRIC_TIMEOUT_SCALE", "1"))
+        self._timeout = timeout * float(os.environ.get("FABRIC_TIMEOUT_SCALE", "1"))
         self._parents = parents
         self._calls = 0
         self._ranks: list[tuple[Any, Connection, Connection]] = []
@@ -145,7 +145,7 @@ class RankPool:
             stacks, late = context.Pipe(duplex=False)
             process = context.Process(
                 target=_serve,
-                args=(rank, self.world_size, self._store.port, theirs, late, self.timeout),
+                args=(rank, self.world_size, self._store.port, theirs, late, self._timeout),
                 daemon=not self._parents,
             )
             process.start()
@@ -156,7 +156,7 @@ class RankPool:
     def _collect(self) -> list[Any]:
         answers: dict[int, tuple[bool, Any]] = {}
         order: list[int] = []
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + self._timeout
         waiting = dict(enumerate(connection for _, connection, _ in self._ranks))
         while waiting and (remaining := deadline - time.monotonic()) > 0:
             ready = wait(list(waiting.values()), timeout=remaining)
@@ -172,7 +172,7 @@ class RankPool:
         if waiting and not failed:
             places = self._places(sorted(waiting))
             self._abandon()
-            raise RankHang(f"ranks {sorted(waiting)} did not come back in {self.timeout:.0f} s\n{places}")
+            raise RankHang(f"ranks {sorted(waiting)} did not come back in {self._timeout:.0f} s\n{places}")
         if waiting or any(answers[rank][1][1].startswith(_DIED) for rank in failed):
             self._abandon()
         if failed:
