@@ -621,7 +621,8 @@ class Fabric:
         """Gather every tensor of a nested value over the ranks.
 
         Returns:
-            The same nesting, each tensor of shape ``(world size, *shape)``; a list of tensors where shapes differ.
+            The same nesting, each tensor of shape ``(world size, *shape)``, of one process too; a list where shapes
+            differ.
         """
         self.world  # noqa: B018
 
@@ -629,13 +630,14 @@ class Fabric:
             parts = self._strategy.all_gather(one, group, sync_grads)
             return torch.stack(parts) if len({part.shape for part in parts}) == 1 else parts
 
-        if self.world_size == 1:
-            return _tensors(data, self.device)
         return map_tensors(_tensors(data, self.device), gather)
 
     @contextmanager
     def rank_zero_first(self, local: bool = False) -> Iterator[None]:
         """Let rank 0 run the block before all others.
+
+        They wait as long as for any collective: where rank 0 takes more than the usual 30 minutes, raise the strategy's
+        ``timeout``, as in ``Fabric(strategy="ddp:timeout=PT3H")``.
 
         Args:
             local: Each node's local rank 0, instead of the one global rank 0.

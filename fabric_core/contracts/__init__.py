@@ -31,7 +31,7 @@ from fabric_core.contracts.precision import (
     converter,
     map_tensors,
 )
-from fabric_core.contracts.strategy import Strategy, replace_parameters
+from fabric_core.contracts.strategy import Strategy, check_reduction, check_source, replace_parameters
 from fabric_core.contracts.world import Ranks, World
 from fabric_core.contracts.wrapper import Wrapper
 
@@ -62,6 +62,8 @@ __all__ = [
     "Wrapper",
     "WrapperCapabilities",
     "behaviour",
+    "check_reduction",
+    "check_source",
     "convert_tensors",
     "converter",
     "event",

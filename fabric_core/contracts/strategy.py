@@ -3,18 +3,23 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from fabric_core.contracts._spec import Plugin, behaviour
 from fabric_core.contracts.capabilities import StrategyCapabilities
 from fabric_core.contracts.precision import PrecisionPolicy
 from fabric_core.contracts.world import World
+from fabric_core.errors import RequestError
 
 __all__ = ["Strategy"]
+
+_REDUCTIONS: Final = ("sum", "mean", "avg", "max", "min", "product")
+"""The operations of ``Strategy.all_reduce``; ``avg`` is ``mean``."""
 
 
 class Strategy(Plugin, ABC):
@@ -62,9 +67,10 @@ class Strategy(Plugin, ABC):
         """Give the context in which a model is made.
 
         Args:
-            empty: Leave the parameters' memory unset where that is possible, because a checkpoint will fill it.
+            empty: Leave the parameters' memory unset where that is possible, because a checkpoint will fill it. Here
+                the functions of ``torch.nn.init`` that can be stepped over leave their tensors as they are.
         """
-        return nullcontext()
+        return _Undrawn() if empty else nullcontext()
 
     @behaviour
     def setup_module(self, module: nn.Module) -> nn.Module:
@@ -167,9 +173,13 @@ class Strategy(Plugin, ABC):
             reduce_op: ``"sum"``, ``"mean"``, ``"max"``, ``"min"``, ``"product"``.
 
         Returns:
-            A new tensor of the same shape and type.
+            A new tensor of the same shape and type, through which no gradient flows.
+
+        Raises:
+            RequestError: There is no such operation.
         """
-        return tensor
+        check_reduction(reduce_op)
+        return tensor.detach().clone()
 
     @behaviour
     def all_gather(
@@ -186,9 +196,9 @@ class Strategy(Plugin, ABC):
             sync_grads: Let gradients flow back to the rank that a tensor came from.
 
         Returns:
-            The tensors in the order of the ranks.
+            New tensors, in the order of the ranks.
         """
-        return [tensor]
+        return [tensor.clone() if sync_grads else tensor.detach().clone()]
 
     @behaviour
     def broadcast(self, obj: Any, src: int) -> Any:
@@ -197,7 +207,11 @@ class Strategy(Plugin, ABC):
         Args:
             obj: Any picklable object on the rank ``src``; ignored on the others.
             src: The global rank that it comes from.
+
+        Raises:
+            RequestError: There is no such rank.
         """
+        check_source(src, 1)
         return obj
 
     @behaviour
@@ -249,6 +263,54 @@ class Strategy(Plugin, ABC):
     ) -> None:
         """Load what ``optimizer_state`` gave, saved under any strategy or world size."""
         optimizer.load_state_dict(dict(state))
+
+
+class _Undrawn(TorchFunctionMode):
+    """Gives the tensor back, as it is, from every function of ``torch.nn.init`` that lets a mode step in."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def check_reduction(reduce_op: Any) -> str:
+    """Give an operation's name in lower case.
+
+    Raises:
+        RequestError: There is no such operation.
+    """
+    name = str(reduce_op).lower()
+    if name not in _REDUCTIONS:
+        raise RequestError(
+            "there is no such reduction",
+            where="all_reduce(reduce_op=)",
+            got=repr(reduce_op),
+            instead=", ".join(_REDUCTIONS),
+        )
+    return name
+
+
+def check_source(src: int, world_size: int) -> None:
+    """Refuse a rank that there isn't.
+
+    Raises:
+        RequestError: There is no such rank.
+    """
+    if not 0 <= src < world_size:
+        raise RequestError(
+            "there is no such rank",
+            where="broadcast(src=)",
+            got=repr(src),
+            instead=f"a rank from 0 to {world_size - 1}",
+        )
 
 
 def replace_parameters(

@@ -3,15 +3,15 @@
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, ClassVar, Final, Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import HashStore, PrefixStore
 
-from fabric_core.contracts import PluginOptions, PrecisionPolicy, Strategy, World
-from fabric_core.errors import MisuseError, RequestError
+from fabric_core.contracts import PluginOptions, PrecisionPolicy, Strategy, World, check_reduction, check_source
+from fabric_core.errors import LaunchError, MisuseError
 
 __all__ = ["DistributedOptions", "DistributedStrategy", "send_from_zero"]
 
@@ -43,8 +43,8 @@ class DistributedStrategy(Strategy):
     options: DistributedOptions
     _world: World | None = None
     _policy: PrecisionPolicy
-    _groups: ClassVar[WeakKeyDictionary["DistributedStrategy", Any]] = WeakKeyDictionary()
-    """Who uses which default group that was made here. PyTorch has one in a process: who leaves it last ends it."""
+    _groups: ClassVar[WeakKeyDictionary[Any, "_Made"]] = WeakKeyDictionary()
+    """The default groups that were made here. PyTorch has one in a process: who leaves it last ends it."""
 
     @property
     def start_method(self) -> str | None:
@@ -67,14 +67,20 @@ class DistributedStrategy(Strategy):
         return self._world
 
     def connect(self, world: World, policy: PrecisionPolicy) -> None:
-        """Join the default process group, or make it."""
+        """Join the default process group, or make it.
+
+        Raises:
+            LaunchError: There is one, and it is not what the options ask for.
+        """
         self._world, self._policy = world, policy
+        timeout = self.options.timeout or world.timeout
         if dist.is_initialized():
-            if dist.group.WORLD in self._groups.values():
-                self._groups[self] = dist.group.WORLD
+            made = self._groups.get(dist.group.WORLD)
+            self._check_group(world, None if made is None else made.timeout)
+            if made is not None:
+                made.users.add(self)
             return
         store = PrefixStore("default-group", HashStore() if world.open_store is None else world.open_store())
-        timeout = self.options.timeout or world.timeout
         dist.init_process_group(
             self.options.process_group_backend or world.backend,
             store=store,
@@ -82,16 +88,38 @@ class DistributedStrategy(Strategy):
             world_size=world.world_size,
             timeout=timeout,
         )
-        self._groups[self] = dist.group.WORLD
+        self._groups[dist.group.WORLD] = _Made(timeout, self)
         # PyTorch lets a rank go on while others still connect to it; if it left now, they would fail.
         store.set(f"connected/{world.global_rank}", "")
         store.wait([f"connected/{rank}" for rank in range(world.world_size)], timeout)
 
+    def _check_group(self, world: World, timeout: timedelta | None) -> None:
+        """Refuse to join a group that is not what was asked for; nobody knows the timeout of one made elsewhere."""
+        have: dict[str, Any] = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+        want: dict[str, Any] = {"rank": world.global_rank, "world_size": world.world_size}
+        if self.options.timeout is not None:
+            have["timeout"], want["timeout"] = timeout, self.options.timeout
+        backend = self.options.process_group_backend
+        if backend is not None:
+            pairs = str(dist.BackendConfig(dist.Backend(backend))).split(",")
+            if not set(pairs) <= set(dist.get_backend_config().split(",")):
+                have["process_group_backend"], want["process_group_backend"] = dist.get_backend_config(), backend
+        if have != want:
+            raise LaunchError(
+                "this process has a process group already, which is not what this strategy asks for",
+                where=f"options of the strategy {type(self).__name__}",
+                got="; ".join(f"{name}: {have[name]} there, {want[name]} asked for" for name in want),
+                instead="fabric.teardown() of the Fabric before it, or the options that the group was made with",
+            )
+
     def teardown(self) -> None:
         """Leave the process group; the last to leave a group that was made here ends it."""
-        group = self._groups.pop(self, None)
         self._world = None
-        if group is not None and group is dist.group.WORLD and group not in self._groups.values():
+        made = self._groups.get(dist.group.WORLD) if dist.is_initialized() else None
+        if made is None or self not in made.users:
+            return
+        made.users.discard(self)
+        if not made.users:
             dist.destroy_process_group()
 
     def _start_as_rank_zero(self, module: nn.Module) -> None:
@@ -106,14 +134,7 @@ class DistributedStrategy(Strategy):
     def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
         """Reduce over the ranks; a mean of integers is rounded towards zero, so that the type is kept."""
         self.world  # noqa: B018 - raises before launch
-        name = str(reduce_op).lower()
-        if name not in _OPERATIONS:
-            raise RequestError(
-                "there is no such reduction",
-                where="all_reduce(reduce_op=)",
-                got=repr(reduce_op),
-                instead=", ".join(_OPERATIONS),
-            )
+        name = check_reduction(reduce_op)
         # Backends reduce neither booleans nor 16-bit integers.
         dtype = torch.int32 if tensor.dtype in {torch.bool, torch.int16} else tensor.dtype
         result = tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
@@ -161,13 +182,7 @@ class DistributedStrategy(Strategy):
 
     def broadcast(self, obj: Any, src: int) -> Any:
         """Send any picklable object from one rank to all."""
-        if not 0 <= src < self.world.world_size:
-            raise RequestError(
-                "there is no such rank",
-                where="broadcast(src=)",
-                got=repr(src),
-                instead=f"a rank from 0 to {self.world.world_size - 1}",
-            )
+        check_source(src, self.world.world_size)
         box = [obj]
         dist.broadcast_object_list(box, src)
         return box[0]
@@ -176,6 +191,14 @@ class DistributedStrategy(Strategy):
         """Wait until every rank is here."""
         index = self.world.device.index
         dist.barrier(device_ids=None if index is None else [index])
+
+
+class _Made:
+    """A group that was made here: its timeout, and who uses it. Weak, so that one dropped without teardown is none."""
+
+    def __init__(self, timeout: timedelta, user: DistributedStrategy) -> None:
+        self.timeout = timeout
+        self.users = WeakSet([user])
 
 
 def send_from_zero(tensors: Iterable[torch.Tensor], device: torch.device) -> None:

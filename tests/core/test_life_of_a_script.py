@@ -92,12 +92,22 @@ def test_filter_chooses_what_is_saved(in_memory: dict[str, Any]) -> None:
 
 
 def test_single_process_collectives_give_the_data_back(in_memory: dict[str, Any]) -> None:
-    """With one process every collective is the identity on values."""
+    """With one process every collective is the identity on values, which are new and go with no gradient."""
     with Fabric(**in_memory) as fabric:
         data: dict[str, Any] = {"a": torch.arange(3), "b": (torch.ones(2),)}
         assert torch.equal(fabric.all_reduce(data)["a"], data["a"])
-        assert torch.equal(fabric.all_gather(data)["b"][0], data["b"][0])
+        assert torch.equal(fabric.all_gather(data)["b"][0], torch.ones(1, 2))
         assert fabric.broadcast("word") == "word"
+        loss = torch.ones(1, requires_grad=True) * 2
+        for result in (fabric.all_reduce(loss), fabric.all_gather(loss)):
+            assert not result.requires_grad
+            result.zero_()
+        assert loss.item() == 2
+        torch.autograd.backward(fabric.all_gather(loss, sync_grads=True), torch.ones(1, 1))
+        with pytest.raises(RequestError, match="no such reduction"):
+            fabric.all_reduce(loss, reduce_op="median")
+        with pytest.raises(RequestError, match="no such rank"):
+            fabric.broadcast("word", src=1)
         fabric.barrier()
         with fabric.rank_zero_first():
             pass

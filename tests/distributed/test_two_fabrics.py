@@ -1,10 +1,17 @@
 """Two ``Fabric`` objects of one process share PyTorch's one default process group."""
 
+import gc
+from datetime import timedelta
+from typing import Any
+
+import pytest
 import torch
 import torch.distributed as dist
 
 from fabric_core import Fabric
 from fabric_core.conformance.pool import RankPool
+from fabric_core.errors import LaunchError
+from fabric_plugins.strategies import DDPStrategy
 
 
 def _one_after_the_other_ends(first_strategy: str, second_strategy: str) -> list[float]:
@@ -43,3 +50,66 @@ def _beside_a_group_of_the_user_s(rank_count: int) -> bool:
 def test_a_group_of_the_user_s_stays() -> None:
     """A group that was there before is used, and left as it was."""
     assert _beside_a_group_of_the_user_s(1)
+
+
+def _after_a_dropped_one() -> list[bool]:
+    dropped = Fabric(accelerator="cpu", strategy="ddp", devices=2)
+    dropped.launch()
+    dropped.barrier()
+    del dropped
+    gc.collect()
+    there = [dist.is_initialized()]
+    with Fabric(accelerator="cpu", strategy="ddp", devices=2) as fabric:
+        fabric.launch()
+        fabric.barrier()
+    return [*there, dist.is_initialized()]
+
+
+def test_what_a_dropped_one_left_is_ended_by_the_next(two_ranks: RankPool) -> None:
+    """A ``Fabric`` that is dropped without teardown can end nothing; the next one uses its group, and ends it."""
+    assert two_ranks.run(_after_a_dropped_one) == [[True, False]] * 2
+
+
+def _with_other_options(options: dict[str, Any]) -> str:
+    with Fabric(accelerator="cpu", strategy=DDPStrategy(timeout=timedelta(seconds=60)), devices=2) as first:
+        first.launch()
+        second = Fabric(accelerator="cpu", strategy=DDPStrategy(**options), devices=2)
+        try:
+            second.launch()
+        except LaunchError as error:
+            first.barrier()
+            return str(error)
+        second.teardown()
+        first.barrier()
+        return "joined"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "joined"),
+        ({"timeout": timedelta(seconds=60), "process_group_backend": "gloo"}, "joined"),
+        ({"process_group_backend": "cpu:gloo"}, "joined"),
+        ({"process_group_backend": "cpu:gloo,cuda:nccl"}, "process_group_backend: cpu:gloo,cuda:gloo there"),
+        ({"timeout": timedelta(seconds=61)}, "timeout: 0:01:00 there, 0:01:01 asked for"),
+    ],
+)
+def test_options_that_cannot_apply_are_refused(options: dict[str, Any], said: str, two_ranks: RankPool) -> None:
+    """A second ``Fabric`` joins the first one's group, unless it asks for another; the first is none the worse."""
+    for got in two_ranks.run(_with_other_options, options):
+        assert said in got
+
+
+def _in_a_group_of_one() -> bool:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(LaunchError, match="world_size: 1 there, 2 asked for"):
+            Fabric(accelerator="cpu", strategy="ddp", devices=2).launch()
+        return dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_group_of_another_size_is_refused(two_ranks: RankPool) -> None:
+    """A group of the user's must be one of all processes; one that isn't is left as it was."""
+    assert two_ranks.run(_in_a_group_of_one) == [True, True]
