@@ -1017,7 +1017,6 @@ def _reduce_by(place: Place, fabric: Any, group: Any, example: cases.Tensors, op
     "`all_reduce` gives what raw torch.distributed gives, for sum, mean, max, min and product.",
     reason="Metrics and decisions are reduced by it.",
     advice="reduce over all ranks with the operation that is named; a mean divides by their number",
-    needs=("distributed",),
     world_sizes=_ALWAYS,
     examples=cases.tensors(),
     count=3,
@@ -1037,7 +1036,6 @@ def _all_reduce(bench: Bench, example: cases.Tensors) -> None:
     "`all_reduce` leaves its argument alone and gives a new tensor.",
     reason="A loss that is logged is still differentiated.",
     advice="reduce a clone",
-    needs=("distributed",),
     world_sizes=_ALWAYS,
     examples=cases.tensors(),
     count=2,
@@ -1061,7 +1059,6 @@ def _counts() -> "SearchStrategy[cases.Tensors]":
     "`all_reduce` keeps shape and type, also for a mean of integers, which is rounded towards zero.",
     reason="A count stays a count.",
     advice="divide integers with rounding_mode='trunc'",
-    needs=("distributed",),
     world_sizes=_ALWAYS,
     examples=_counts,
     count=4,
@@ -1098,7 +1095,6 @@ def _check_refused(bench: Bench, what: str) -> None:
     "`all_reduce` refuses an operation that there isn't, with a ValueError.",
     reason="A misspelt operation must not become a sum.",
     advice="raise RequestError",
-    needs=("distributed",),
     world_sizes=_ALWAYS,
 )
 def _no_such_operation(bench: Bench) -> None:
@@ -1213,7 +1209,6 @@ def _broadcasts(bench: Bench, message: Message) -> None:
     "`broadcast` refuses a rank that there isn't on every rank, with a ValueError.",
     reason="Otherwise some ranks wait for ever.",
     advice="compare src with the world size before anything is sent",
-    needs=("distributed",),
     world_sizes=_ALWAYS,
 )
 def _no_such_rank(bench: Bench) -> None:
