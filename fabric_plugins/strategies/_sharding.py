@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
 from typing import Any, Final, Literal
 from weakref import WeakSet
 
@@ -41,6 +42,18 @@ class ShardedStrategy(DistributedStrategy):
         """The modules that are inside ``no_backward_sync``."""
         self._held: WeakSet[nn.Module] = WeakSet()
         """The modules that may have gradients which the ranks don't share yet."""
+
+    def teardown(self) -> None:
+        """Leave, and let go of the threads of the groups that the parameters' mesh is made of."""
+        joined = self._world is not None
+        super().teardown()
+        if not joined:
+            return
+        # DTensor remembers how it divided what, for good, and with it each mesh and the threads of its groups. There is
+        # no public way to make it forget; where this one isn't, they stay until the process ends.
+        forget = getattr(import_module("torch.distributed.tensor.debug"), "_clear_sharding_prop_cache", None)
+        if forget is not None:
+            forget()
 
     def init_module(self, empty: bool) -> AbstractContextManager[Any]:
         """Make an empty model on the meta device, so that it is never whole on any rank."""

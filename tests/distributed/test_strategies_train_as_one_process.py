@@ -1,14 +1,16 @@
 """A small transformer under each strategy trains as plain PyTorch does in one process on the joined batch."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 
@@ -200,7 +202,11 @@ def test_float32(strategy: str, recipe: Recipe, two_ranks: RankPool, four_ranks:
 
 @pytest.mark.parametrize(
     "recipe",
-    [Recipe("bf16-mixed", clip_norm=0.3, accumulate=2), Recipe("16-mixed", clip_norm=0.3, optimizer="sgd")],
+    [
+        Recipe("bf16-mixed", clip_norm=0.3, accumulate=2),
+        Recipe("16-mixed", optimizer="sgd", accumulate=2),  # not clipped: so scaled gradients are no true ones
+        Recipe("16-mixed", clip_norm=0.3),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -213,3 +219,116 @@ def test_mixed(strategy: str, recipe: Recipe, two_ranks: RankPool, four_ranks: R
 def test_made_on_meta(strategy: str, two_ranks: RankPool, four_ranks: RankPool) -> None:
     """A model that was never whole on any rank begins with the same values, and trains alike."""
     _check(strategy, FULL[0], two_ranks, four_ranks, atol=1e-5, parameters_atol=5e-5, empty=True)
+
+
+OVERFLOWING = 65536.0
+"""The scale that ``16-mixed`` begins with, at which the first steps overflow."""
+
+
+class Scaled(NamedTuple):
+    """What a training with loss scaling gave."""
+
+    losses: list[float]
+    skipped: list[int]
+    state: Any
+
+
+def _scaled_steps(recipe: Recipe, act: Callable[[torch.Tensor], tuple[float, bool]]) -> Scaled:
+    """Train, each step by ``act``, which gives the loss and whether the step was skipped."""
+    losses, skipped = [], []
+    for step, (tokens,) in enumerate(recipe.batches()):
+        loss, was_skipped = act(tokens)
+        losses.append(loss)
+        if was_skipped:
+            skipped.append(step)
+    return Scaled(losses, skipped, None)
+
+
+def _scaled_by_fabric(recipe: Recipe) -> Scaled:
+    precision = f"16-mixed:init_scale={OVERFLOWING}"
+    with Fabric(accelerator="cpu", devices=2, strategy="fsdp", precision=precision) as fabric:
+        fabric.launch()
+        torch.manual_seed(7)
+        model = Transformer()
+        wrapped, optimizer = fabric.setup(model, recipe.make_optimizer(model))
+
+        def act(tokens: torch.Tensor) -> tuple[float, bool]:
+            own = tokens[fabric.global_rank :: 2]
+            loss = _loss(wrapped(own), own)
+            before = fabric.precision.state_dict().get("scale", OVERFLOWING)
+            fabric.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            return fabric.all_reduce(loss.detach()).item(), fabric.precision.state_dict()["scale"] < before
+
+        done = _scaled_steps(recipe, act)
+        state = fabric.strategy.module_state(model, full=True)
+        return done._replace(state={name: value.numpy() for name, value in state.items()})
+
+
+def _scaled_by_hand(recipe: Recipe) -> Scaled:
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(7)
+    model: Any = Transformer()
+    types: dict[str, Any] = {"param_dtype": torch.float16, "reduce_dtype": torch.float32}
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(**types))
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(**types, output_dtype=torch.float32))
+    optimizer = recipe.make_optimizer(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=OVERFLOWING)
+
+    def act(tokens: torch.Tensor) -> tuple[float, bool]:
+        own = tokens[dist.get_rank() :: 2]
+        loss = _loss(model(own), own)
+        before = scaler.get_scale()
+        torch.autograd.backward(scaler.scale(loss))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        return (mean / 2).item(), scaler.get_scale() < before
+
+    done = _scaled_steps(recipe, act)
+    state = {name: value.full_tensor().numpy() for name, value in model.state_dict().items()}
+    dist.destroy_process_group()
+    return done._replace(state=state)
+
+
+def _scaled_plainly(recipe: Recipe, skipped: list[int]) -> Scaled:
+    """Train in one process, without overflow, and leave out the steps that somebody else skipped."""
+    torch.manual_seed(7)
+    model = Transformer()
+    optimizer = recipe.make_optimizer(model)
+    steps = iter(range(STEPS))
+
+    def act(tokens: torch.Tensor) -> tuple[float, bool]:
+        with torch.autocast("cpu", torch.float16):
+            loss = _loss(model(tokens), tokens)
+        torch.autograd.backward(loss * SCALE)
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad.div_(SCALE)
+        left_out = next(steps) in skipped
+        if not left_out:
+            optimizer.step()
+        optimizer.zero_grad()
+        return loss.item(), left_out
+
+    return _scaled_steps(recipe, act)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(optimizer="sgd"), Recipe(fused=False)], ids=str)
+def test_overflows_under_fsdp(recipe: Recipe, two_ranks: RankPool) -> None:
+    """Where the first steps overflow, the same are skipped, and all else is bit for bit, as with FSDP2 and GradScaler.
+
+    That the losses differ from one process' comes from the skipped steps: without them, they agree as they do above.
+    """
+    got, hand = two_ranks.run(_scaled_by_fabric, recipe)[0], two_ranks.run(_scaled_by_hand, recipe)[0]
+    assert got.skipped
+    assert (got.losses, got.skipped) == (hand.losses, hand.skipped)
+    for name, value in hand.state.items():
+        assert (got.state[name] == value).all(), name
+    torch.testing.assert_close(got.losses, _scaled_plainly(recipe, got.skipped).losses, rtol=0, atol=5e-2)
+    assert max(abs(a - b) for a, b in zip(got.losses, _scaled_plainly(recipe, []).losses, strict=True)) > 5e-2
