@@ -201,6 +201,7 @@ class Shy(Averaging):
     "STR-323",
     "STR-324",
     "STR-325",
+    "STR-326",
     "STR-328",
     "STR-385",
     "STR-396",
@@ -357,7 +358,7 @@ class Adding(Averaging):
         return super().setup_module(module)
 
 
-@mutant("thaws what was frozen", "STR-314")
+@mutant("thaws what was frozen", "STR-314", "STR-325")
 class Thawing(Averaging):
     def setup_module(self, module: nn.Module) -> nn.Module:
         return super().setup_module(module.requires_grad_(True))
@@ -397,6 +398,7 @@ class Marking(Averaging):
     "STR-328",
     "STR-330",
     "STR-331",
+    "STR-333",
     "STR-340",
     "STR-341",
     "STR-342",
