@@ -149,8 +149,10 @@ def check_fits(
             misfits = [f"it is no state of a model or optimizer, but a {type(tree[name]).__name__}"]
         elif isinstance(value, nn.Module):
             own = strategy.module_state(value, False)
-            misfits = [*_other_names(own, tree[name])] if strict else []
-            misfits.extend(_other_shapes(own, tree[name], parts=strategy.capabilities.sharded))
+            misfits = []
+            if not _loads_its_own_way(value):
+                misfits += _other_names(own, tree[name]) if strict else ()
+                misfits += _other_shapes(own, tree[name], parts=strategy.capabilities.sharded)
         else:
             misfits = [*_other_groups(strategy.optimizer_state(value, False), tree[name])]
         if misfits:
@@ -160,6 +162,23 @@ def check_fits(
                 got="; ".join(misfits),
                 instead="a model and optimizers made as those that were saved; strict=False passes over names",
             )
+
+
+def _loads_its_own_way(module: nn.Module) -> bool:
+    """Say whether a model may take other names and shapes than its state has now, such as those of an older version.
+
+    That is by a hook or a method that isn't PyTorch's; nothing public tells of them.
+    """
+    ways = [
+        way
+        for one in module.modules()
+        for way in (
+            type(one).load_state_dict,
+            type(one)._load_from_state_dict,  # noqa: SLF001
+            *(getattr(hook, "hook", hook) for hook in one._load_state_dict_pre_hooks.values()),  # noqa: SLF001
+        )
+    ]
+    return not all(str(getattr(way, "__module__", "")).startswith("torch.") for way in ways)
 
 
 def _other_names(own: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterable[str]:

@@ -124,3 +124,27 @@ def test_a_bare_state_that_does_not_fit_changes_nothing(two_ranks: RankPool, tmp
     torch.save(_model(0).state_dict(), tmp_path / "bare.pt")
     with pytest.raises(RankRaised, match=r"CheckpointError[\s\S]*0\.weight is \(4, 4\) there"):
         two_ranks.run(_raw, tmp_path / "bare.pt")
+
+
+class _Renamed(nn.Linear):
+    """Takes a state in which its weight still has its old name."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 2)
+        self.register_load_state_dict_pre_hook(_rename)  # type: ignore[no-untyped-call]
+
+
+def _rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    if f"{prefix}kernel" in state:
+        state[f"{prefix}weight"] = state.pop(f"{prefix}kernel")
+
+
+@pytest.mark.parametrize("strategy", ["single_device", "ddp"])
+def test_a_model_that_takes_old_names_is_given_them(strategy: str, tmp_path: Path) -> None:
+    """Where a hook renames what it loads, other names than today's are no misfit."""
+    old = {"kernel": torch.ones(2, 4), "bias": torch.ones(2)}
+    with Fabric(accelerator="cpu", strategy=strategy, devices=1) as fabric:
+        model = fabric.setup(nn.Sequential(_Renamed()))
+        torch.save({"model": {f"0.{name}": value for name, value in old.items()}}, tmp_path / "file")
+        fabric.load(tmp_path / "file", {"model": model})
+        assert fabric.strategy.module_state(model.module, full=True)["0.weight"].tolist() == torch.ones(2, 4).tolist()
