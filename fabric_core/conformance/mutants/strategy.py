@@ -600,7 +600,7 @@ class Narrow(Sharding):
         return norm
 
 
-@mutant("gives the norm as it comes, distributed", "STR-342")
+@mutant("gives the norm as it comes, distributed", "STR-340", "STR-342")
 class Distributed(Sharding):
     def clip_grad_norm(
         self, parameters: Sequence[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool

@@ -1845,9 +1845,9 @@ def _errors_surface(bench: Bench) -> None:
 
 
 _RESUMING: Final = Script(
-    acts=("pass", "step", "save", "pass", "step", "load", "pass", "step", "restart", "pass", "step")
+    acts=("pass", "clip", "step", "save", "pass", "step", "load", "pass", "step", "restart", "pass", "step")
 )
-"""What it has gathered over steps, such as momentum, comes back with it."""
+"""Clips once; and what was gathered over steps, such as momentum, comes back."""
 
 _ACTS: Final = ("pass", "pass", "apart", "step", "step", "clip", "save", "load", "restart")
 
