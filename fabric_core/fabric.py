@@ -621,13 +621,15 @@ class Fabric:
         """Gather every tensor of a nested value over the ranks.
 
         Returns:
-            The same nesting, each tensor of shape ``(world size, *shape)``, of one process too; a list where shapes
-            differ.
+            The same nesting, each tensor of shape ``(world size, *shape)``; a list where shapes differ. With one
+            process the shapes are those that were given, as Lightning Fabric's.
         """
         self.world  # noqa: B018
 
         def gather(one: torch.Tensor) -> Any:
             parts = self._strategy.all_gather(one, group, sync_grads)
+            if self.world_size == 1:
+                return parts[0]
             return torch.stack(parts) if len({part.shape for part in parts}) == 1 else parts
 
         return map_tensors(_tensors(data, self.device), gather)
