@@ -832,7 +832,7 @@ class Lavish(Sharding):
         return {name: getattr(one, "full_tensor", lambda one=one: one)() for name, one in module.state_dict().items()}
 
 
-@mutant("leaves buffers out of the state", "STR-373", "STR-379")
+@mutant("leaves buffers out of the state", "STR-370", "STR-373", "STR-379")
 class Bare(Averaging):
     def module_state(self, module: nn.Module, full: bool) -> dict[str, Any]:
         return {name: one for name, one in module.state_dict().items() if name in dict(module.named_parameters())}
