@@ -424,8 +424,15 @@ class Fabric:
             The wrapped optimizer, or a tuple of them.
 
         Raises:
-            SetupError: One was set up before, or its parameters can't be matched.
+            SetupError: One was set up before, or its parameters can't be matched, or the strategy needs it together
+                with its model.
         """
+        if self.strategy.capabilities.joint_setup:
+            raise SetupError(
+                f"{type(self.strategy).__name__} sets an optimizer up together with its model",
+                where="fabric.setup_optimizers",
+                instead="fabric.setup(model, optimizer)",
+            )
         wrapped = tuple(self._setup_optimizer(optimizer) for optimizer in optimizers)
         return wrapped[0] if len(wrapped) == 1 else wrapped
 

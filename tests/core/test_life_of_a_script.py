@@ -91,6 +91,18 @@ def test_filter_chooses_what_is_saved(in_memory: dict[str, Any]) -> None:
         assert sorted(fabric.load("some")["model"]) == ["0.bias", "0.weight"]
 
 
+def test_a_strategy_that_needs_both_at_once_gets_both_at_once(in_memory: dict[str, Any]) -> None:
+    """Where joint setup is declared, an optimizer goes through ``setup`` with its model, and not alone."""
+    strategy = Fabric(**in_memory).strategy
+    declared = strategy.capabilities.model_copy(update={"joint_setup": True})
+    joint = type("Joint", (type(strategy),), {"capabilities": declared})
+    with Fabric(**{**in_memory, "strategy": joint()}) as fabric:
+        model = _model()
+        with pytest.raises(SetupError, match="together with its model"):
+            fabric.setup_optimizers(torch.optim.SGD(model.parameters()))
+        fabric.setup(model, torch.optim.SGD(model.parameters()))
+
+
 def test_single_process_collectives_give_the_data_back(in_memory: dict[str, Any]) -> None:
     """With one process every collective is the identity on values, which are new and go with no gradient."""
     with Fabric(**in_memory) as fabric:
