@@ -79,7 +79,7 @@ class Fabric:
         callbacks: Objects whose methods ``fabric.call`` calls.
         loggers: What takes metrics.
 
-    Every plugin is a name (``"ddp"``), a name with options (``"ddp:static_graph=true"``), a mapping, or an instance.
+    Every plugin is a name, a name with options (``"name:option=value"``), a mapping, or an instance.
     What is left at its default is filled from the variables ``FABRIC_ACCELERATOR``, ``FABRIC_STRATEGY``,
     ``FABRIC_DEVICES``, ``FABRIC_NUM_NODES``, ``FABRIC_PRECISION``, ``FABRIC_WRAPPERS`` and ``FABRIC_LOGGERS``.
 
