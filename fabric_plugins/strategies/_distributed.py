@@ -1,7 +1,14 @@
 """What strategies with a process group share: joining, leaving and collectives."""
 
+import atexit
+import ctypes
+import sys
+import threading
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -89,6 +96,7 @@ class DistributedStrategy(Strategy):
             timeout=timeout,
         )
         self._groups[dist.group.WORLD] = _Made(timeout, self)
+        atexit.register(_leave, keep=True)
         # PyTorch lets a rank go on while others still connect to it; if it left now, they would fail.
         store.set(f"connected/{world.global_rank}", "")
         store.wait([f"connected/{rank}" for rank in range(world.world_size)], timeout)
@@ -114,13 +122,14 @@ class DistributedStrategy(Strategy):
 
     def teardown(self) -> None:
         """Leave the process group; the last to leave a group that was made here ends it."""
-        self._world = None
+        world, self._world = self._world, None
         made = self._groups.get(dist.group.WORLD) if dist.is_initialized() else None
-        if made is None or self not in made.users:
+        if world is None or made is None or self not in made.users:
             return
         made.users.discard(self)
         if not made.users:
-            dist.destroy_process_group()
+            atexit.unregister(_leave)
+            _leave(keep=world.world_size > 1 and sys.exc_info()[0] is not None)
 
     def _start_as_rank_zero(self, module: nn.Module) -> None:
         """Give every rank the parameters and buffers that rank 0 has, as DDP does; meta ones have none yet."""
@@ -199,6 +208,48 @@ class _Made:
     def __init__(self, timeout: timedelta, user: DistributedStrategy) -> None:
         self.timeout = timeout
         self.users = WeakSet([user])
+
+
+def _leave(*, keep: bool) -> None:
+    """End the process group.
+
+    Whoever lets go of a backend of gloo last waits for what is under way in it. A rank that fails must not: it would
+    wait for others, who wait for it. So it keeps the backends until the process is gone.
+    """
+    _rest()
+    if not dist.is_initialized():
+        return
+    groups = list(dist.distributed_c10d._world.pg_map)  # noqa: SLF001 - PyTorch names its groups nowhere else
+    backends = [
+        group._get_backend(device)  # noqa: SLF001
+        for group in groups
+        for device in group._device_types  # noqa: SLF001
+    ]
+    if keep:
+        for backend in backends:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(backend))  # the interpreter's end won't let go of it either
+    # Letting go of a group holds the interpreter's lock, which its backends' threads may wait for; of a backend not.
+    groups.clear()
+    dist.destroy_process_group()
+
+
+def _rest() -> None:
+    """Wait until the threads of the backends are at rest, a second at most.
+
+    Gloo's let go of an operation's tensors only after it has returned, and need the interpreter for it. One that ends
+    just then is aborted (https://github.com/pytorch/pytorch/issues/190489). While this thread sleeps they can have it;
+    where the system doesn't say which of them still run, it sleeps longer.
+    """
+    tasks, own = Path("/proc/self/task"), str(threading.get_native_id())
+    if not tasks.exists():
+        time.sleep(0.1)
+        return
+    for _ in range(1000):
+        time.sleep(0.001)
+        with suppress(OSError):  # a thread ended as it was looked at
+            stats = [(task / "stat").read_text() for task in tasks.iterdir() if task.name != own]
+            if all(stat.rpartition(")")[2].split()[0] not in {"R", "D"} for stat in stats):
+                return
 
 
 def send_from_zero(tensors: Iterable[torch.Tensor], device: torch.device) -> None:

@@ -187,6 +187,70 @@ def test_failing_rank_ends_all_and_speaks_first(tmp_path: Path) -> None:
         assert _gone(int((tmp_path / f"pid-{rank}").read_text()))
 
 
+_UNDER_WAY = """
+import sys, torch
+import torch.distributed as dist
+from torch import nn
+from fabric_core import Fabric
+
+
+def work(fabric):
+    global model  # FSDP2 owns the process group too, until the interpreter's end
+    model = fabric.setup(nn.Linear(4, 4))
+    fabric.backward(model(torch.ones(2, 4)).sum())
+    if fabric.global_rank == 1:
+        handle = dist.all_reduce(torch.ones(3), async_op=True)
+        raise ValueError("the first cause")
+    dist.recv(torch.ones(2), 1)
+
+
+if __name__ == "__main__":
+    fabric = Fabric(accelerator="cpu", strategy=sys.argv[2], devices=2)
+    if sys.argv[1] == "plain":
+        fabric.launch()
+        work(fabric)
+    elif sys.argv[1] == "with":
+        with fabric:
+            fabric.launch()
+            work(fabric)
+    else:
+        fabric.launch(work)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "strategy"), [("plain", "ddp"), ("with", "ddp"), ("with", "fsdp"), ("function", "fsdp")]
+)
+def test_rank_fails_while_a_collective_is_under_way(tmp_path: Path, how: str, strategy: str) -> None:
+    """It ends, though gloo would wait for the others to end the collective first, and they wait for this rank."""
+    done = _run(sys.executable, _script(tmp_path, _UNDER_WAY), how, strategy, timeout=45)
+    assert done.returncode == 1, done.stderr
+    assert "the first cause" in done.stderr
+    assert "rank 1 failed first, with exit code 1" in done.stderr
+
+
+_ENDING_AT_ONCE = """
+import sys, torch
+from fabric_core import Fabric
+
+sys.setswitchinterval(100)  # who has the interpreter keeps it
+fabric = Fabric(accelerator="cpu", strategy="ddp", devices=6)
+fabric.launch()
+results = [fabric.all_reduce(torch.ones(1000)) for _ in range(8)]
+if len(sys.argv) > 1:
+    fabric.teardown()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [[], ["teardown"]])
+def test_script_may_end_right_after_a_collective(tmp_path: Path, last: list[str]) -> None:
+    """Gloo's threads let go of the tensors before the interpreter ends, or they would abort it."""
+    done = _run(sys.executable, _script(tmp_path, _ENDING_AT_ONCE), *last)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 _SLEEPING = """
 import os, sys, time
 from fabric_core import Fabric
