@@ -74,7 +74,7 @@ class DistributedStrategy(Strategy):
         return self._world
 
     def connect(self, world: World, policy: PrecisionPolicy) -> None:
-        """Join the default process group, or make it.
+        """Join the default process group, or make it; one that is made here ends with the process at the latest.
 
         Raises:
             LaunchError: There is one, and it is not what the options ask for.
@@ -96,7 +96,7 @@ class DistributedStrategy(Strategy):
             timeout=timeout,
         )
         self._groups[dist.group.WORLD] = _Made(timeout, self)
-        atexit.register(_leave, keep=True)
+        atexit.register(_leave, at_exit=True)
         # PyTorch lets a rank go on while others still connect to it; if it left now, they would fail.
         store.set(f"connected/{world.global_rank}", "")
         store.wait([f"connected/{rank}" for rank in range(world.world_size)], timeout)
@@ -129,7 +129,7 @@ class DistributedStrategy(Strategy):
         made.users.discard(self)
         if not made.users:
             atexit.unregister(_leave)
-            _leave(keep=world.world_size > 1 and sys.exc_info()[0] is not None)
+            _leave(failed=world.world_size > 1 and sys.exc_info()[0] is not None)
 
     def _start_as_rank_zero(self, module: nn.Module) -> None:
         """Give every rank the parameters and buffers that rank 0 has, as DDP does; meta ones have none yet."""
@@ -210,27 +210,36 @@ class _Made:
         self.users = WeakSet([user])
 
 
-def _leave(*, keep: bool) -> None:
+def _leave(*, failed: bool = False, at_exit: bool = False) -> None:
     """End the process group.
 
-    Whoever lets go of a backend of gloo last waits for what is under way in it. A rank that fails must not: it would
-    wait for others, who wait for it. So it keeps the backends until the process is gone.
+    Whoever lets go of a backend of gloo last waits for what is under way in it. A rank that failed must not: it would
+    wait for others, who wait for it. Nor must the interpreter's end, which lets go of what a model still holds.
     """
     _rest()
     if not dist.is_initialized():
         return
-    groups = list(dist.distributed_c10d._world.pg_map)  # noqa: SLF001 - PyTorch names its groups nowhere else
+    groups = WeakSet(dist.distributed_c10d._world.pg_map)  # noqa: SLF001 - PyTorch names its groups nowhere else
     backends = [
         group._get_backend(device)  # noqa: SLF001
         for group in groups
         for device in group._device_types  # noqa: SLF001
     ]
-    if keep:
-        for backend in backends:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(backend))  # the interpreter's end won't let go of it either
-    # Letting go of a group holds the interpreter's lock, which its backends' threads may wait for; of a backend not.
-    groups.clear()
+    if at_exit:
+        _keep(backends)
+    elif failed:
+        atexit.register(_keep, groups)
     dist.destroy_process_group()
+    # Letting go of a group holds the interpreter's lock, which its backends' threads may wait for; of a backend not.
+    ending = threading.Thread(target=backends.clear, daemon=True)
+    ending.start()
+    ending.join(1 if failed else None)
+
+
+def _keep(owners: Iterable[Any]) -> None:
+    """Never let go of these, not at the interpreter's end either."""
+    for owner in owners:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))
 
 
 def _rest() -> None:
