@@ -39,8 +39,11 @@ docs: $(INSTALLED) ## Run every code block of the documentation and check its li
 	$(BIN)/python -m pytest tests/docs
 
 .PHONY: mutants
-mutants: $(INSTALLED) ## Prove the conformance kit: every mutant, every rule, twenty seeds
+mutants: $(INSTALLED) ## Prove the conformance kit: every mutant by every rule
 	$(BIN)/python -m fabric_core.conformance.matrix
+
+.PHONY: seeds
+seeds: $(INSTALLED) ## Prove the conformance kit: pairs of mutants and correct variants, over twenty seeds
 	FABRIC_CONFORMANCE_SEEDS=20 $(BIN)/python -m pytest -q tests/conformance/test_mutants.py
 
 .PHONY: bench

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
+from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -198,14 +198,6 @@ def _measure(function: Callable[..., Any], place: "Place", args: tuple[Any, ...]
             torch.set_autocast_enabled(device_type, False)
 
 
-@cache
-def _store(port: int) -> Any:
-    """Connect to the store of this rank's pool, once."""
-    from torch.distributed import TCPStore
-
-    return TCPStore(os.environ["MASTER_ADDR"], port, wait_for_workers=False)
-
-
 class Place:
     """A rank's side: makes the plugin, and a ``Fabric`` whose other parts are the kit's references.
 
@@ -228,6 +220,13 @@ class Place:
         """The number of ranks."""
         return int(os.environ["WORLD_SIZE"])
 
+    @cached_property
+    def _store(self) -> Any:
+        """The store of this call's job."""
+        from torch.distributed import TCPStore
+
+        return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
+
     def plugin(self) -> Any:
         """Make a new plugin."""
         return self.subject.make()
@@ -237,9 +236,8 @@ class Place:
         """Open a process group of the kit's own, beside whatever group the plugin has."""
         import torch.distributed as dist
 
-        store = _store(int(os.environ["MASTER_PORT"]))
-        call = dist.PrefixStore(f"oracle/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        group = dist.ProcessGroupGloo(call, self.rank, self.world_size, timedelta(seconds=60))
+        store = dist.PrefixStore("oracle", self._store)
+        group = dist.ProcessGroupGloo(store, self.rank, self.world_size, timedelta(seconds=60))
         try:
             yield group
         finally:
@@ -262,12 +260,10 @@ class Place:
         """Wait until every rank is connected: one that leaves at once would break the others' connecting."""
         if self.world_size == 1:
             return
-        store = _store(int(os.environ["MASTER_PORT"]))
-        call = os.environ["TORCHELASTIC_RESTART_COUNT"]
-        meeting = store.add(f"kit/{call}/{self.rank}", 1)
-        if store.add(f"kit/{call}/meeting/{meeting}", 1) == self.world_size:
-            store.set(f"kit/{call}/met/{meeting}", "")
-        store.wait([f"kit/{call}/met/{meeting}"])
+        meeting = self._store.add(f"kit/{self.rank}", 1)
+        if self._store.add(f"kit/meeting/{meeting}", 1) == self.world_size:
+            self._store.set(f"kit/met/{meeting}", "")
+        self._store.wait([f"kit/met/{meeting}"])
 
     def unlaunched(self, **parts: Plugin) -> Fabric:
         """Build a ``Fabric``."""

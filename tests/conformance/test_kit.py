@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from fabric_core.conformance import RankPool, Report, Subject, replay, run_rules, suite
 from fabric_core.conformance.bench import Bench
@@ -201,3 +202,14 @@ def test_pool_survives_a_hang() -> None:
         with pytest.raises(RankHang, match=r"ranks \[0\] did not come back in 1 s"):
             pool.run(time.sleep, 30)
         assert pool.run(operator.add, 1, 2) == [3]
+
+
+def _asked_before() -> int:
+    store: dist.Store = next(dist.rendezvous("env://"))[0]
+    return store.add("asked", 1) - 1
+
+
+def test_each_call_of_a_pool_is_a_job_of_its_own() -> None:
+    """Who joins through the environment finds no key, so no address, that an earlier call left in the store."""
+    with RankPool(1) as pool:
+        assert [pool.run(_asked_before) for _ in range(2)] == [[0], [0]]

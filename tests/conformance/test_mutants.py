@@ -14,7 +14,7 @@ from fabric_core.conformance.rules import rules_for
 from fabric_core.conformance.runner import judge
 
 SEEDS = range(1, 1 + int(os.environ.get("FABRIC_CONFORMANCE_SEEDS", "1")))
-"""`make mutants` asks for twenty."""
+"""`make seeds` asks for twenty."""
 
 SAMPLE = [
     mutant

@@ -161,8 +161,7 @@ def process_group(devices: int) -> Iterator[None]:
     rank = 0
     if devices > 1:
         rank = int(os.environ["RANK"])
-        server = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        store = dist.PrefixStore(f"by-hand-{os.environ['TORCHELASTIC_RESTART_COUNT']}", server)
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=devices)
     try:
         yield
