@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cached_property
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -198,6 +198,14 @@ def _measure(function: Callable[..., Any], place: "Place", args: tuple[Any, ...]
             torch.set_autocast_enabled(device_type, False)
 
 
+@cache
+def _store(port: int) -> Any:
+    """Connect to the store of this rank's pool, once."""
+    from torch.distributed import TCPStore
+
+    return TCPStore(os.environ["MASTER_ADDR"], port, wait_for_workers=False)
+
+
 class Place:
     """A rank's side: makes the plugin, and a ``Fabric`` whose other parts are the kit's references.
 
@@ -220,13 +228,6 @@ class Place:
         """The number of ranks."""
         return int(os.environ["WORLD_SIZE"])
 
-    @cached_property
-    def _store(self) -> Any:
-        """The store of this call's job."""
-        from torch.distributed import TCPStore
-
-        return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
-
     def plugin(self) -> Any:
         """Make a new plugin."""
         return self.subject.make()
@@ -236,7 +237,7 @@ class Place:
         """Open a process group of the kit's own, beside whatever group the plugin has."""
         import torch.distributed as dist
 
-        store = dist.PrefixStore("oracle", self._store)
+        store = dist.PrefixStore("oracle", _store(int(os.environ["MASTER_PORT"])))
         group = dist.ProcessGroupGloo(store, self.rank, self.world_size, timedelta(seconds=60))
         try:
             yield group
@@ -260,10 +261,11 @@ class Place:
         """Wait until every rank is connected: one that leaves at once would break the others' connecting."""
         if self.world_size == 1:
             return
-        meeting = self._store.add(f"kit/{self.rank}", 1)
-        if self._store.add(f"kit/meeting/{meeting}", 1) == self.world_size:
-            self._store.set(f"kit/met/{meeting}", "")
-        self._store.wait([f"kit/met/{meeting}"])
+        store = _store(int(os.environ["MASTER_PORT"]))
+        meeting = store.add(f"kit/{self.rank}", 1)
+        if store.add(f"kit/meeting/{meeting}", 1) == self.world_size:
+            store.set(f"kit/met/{meeting}", "")
+        store.wait([f"kit/met/{meeting}"])
 
     def unlaunched(self, **parts: Plugin) -> Fabric:
         """Build a ``Fabric``."""

@@ -93,9 +93,8 @@ class RankPool:
         """
         if not self._ranks:
             self._start()
-        # Each call is a job of its own: what joins through the environment finds no key of an earlier call.
-        self._store = _open_store()
-        message = pickle.dumps((self._store.port, function, args))
+        self._forget()
+        message = pickle.dumps((function, args))
         for rank, (process, connection, stacks) in enumerate(self._ranks):
             _drain(stacks)
             try:
@@ -133,18 +132,31 @@ class RankPool:
         context = multiprocessing.get_context("forkserver")
         # Optimizers import torch._dynamo when they first step: a second for each rank of each pool.
         context.set_forkserver_preload(["torch", "torch._dynamo", "fabric_core.fabric", "fabric_core.conformance"])
+        # An IPv4 socket of our own: on a dual one PyTorch looks up the name of each mapped address that connects, and
+        # a resolver that doesn't know it may take seconds.
+        listener = socket.create_server((_ADDRESS, 0), backlog=128)
+        port = listener.getsockname()[1]
+        self._store = TCPStore(
+            _ADDRESS, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             stacks, late = context.Pipe(duplex=False)
             process = context.Process(
                 target=_serve,
-                args=(rank, self.world_size, theirs, late, self._timeout),
+                args=(rank, self.world_size, self._store.port, theirs, late, self._timeout),
                 daemon=not self._parents,
             )
             process.start()
             theirs.close()
             late.close()
             self._ranks.append((process, ours, stacks))
+
+    def _forget(self) -> None:
+        """Empty the store: each call is a job of its own, where who joins finds no address of an earlier one."""
+        if self._store is not None:
+            for key in self._store.list_keys():
+                self._store.delete_key(key)
 
     def _collect(self) -> list[Any]:
         answers: dict[int, tuple[bool, Any]] = {}
@@ -189,14 +201,6 @@ class RankPool:
         self.close()
 
 
-def _open_store() -> TCPStore:
-    # An IPv4 socket of our own: on a dual one PyTorch looks up the name of each mapped address that connects, and a
-    # resolver that doesn't know it may take seconds.
-    listener = socket.create_server((_ADDRESS, 0), backlog=128)
-    port = listener.getsockname()[1]
-    return TCPStore(_ADDRESS, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
-
-
 def _drain(stacks: Connection) -> bytes:
     """Take out what a rank wrote of its stack."""
     with contextlib.suppress(OSError):
@@ -224,16 +228,16 @@ def _die_with_driver() -> None:
     fcntl.fcntl(driver.sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
 
 
-def _serve(rank: int, world_size: int, connection: Connection, stacks: Connection, timeout: float) -> None:
+def _serve(rank: int, world_size: int, port: int, connection: Connection, stacks: Connection, timeout: float) -> None:
     """Run what comes through the pipe until it closes."""
     _die_with_driver()
+    values = (rank, rank, 0, world_size, world_size, _ADDRESS, port, "pool", True, 0)
     import torch
 
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
-            port, function, args = pickle.loads(connection.recv_bytes())  # noqa: S301 - from our own driver
-            values = (rank, rank, 0, world_size, world_size, _ADDRESS, port, "pool", True, 0)
+            function, args = pickle.loads(connection.recv_bytes())  # noqa: S301 - from our own driver
             os.environ.update(zip(VARIABLES, map(str, values), strict=True))
             with _stack_when_late(stacks.fileno(), timeout):
                 answer = _answer(function, args)
