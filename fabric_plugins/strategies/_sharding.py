@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib import import_module
 from typing import Any, Final, Literal
 from weakref import WeakSet
 
@@ -37,6 +36,7 @@ class ShardedStrategy(DistributedStrategy):
 
     def __init__(self, options: Any = None, /, **given: Any) -> None:
         super().__init__(options, **given)
+        self._mesh: Any = None
         self._units: WeakSet[Any] = WeakSet()
         self._apart: WeakSet[nn.Module] = WeakSet()
         """The modules that are inside ``no_backward_sync``."""
@@ -44,16 +44,12 @@ class ShardedStrategy(DistributedStrategy):
         """The modules that may have gradients which the ranks don't share yet."""
 
     def teardown(self) -> None:
-        """Leave, and let go of the threads of the groups that the parameters' mesh is made of."""
-        joined = self._world is not None
+        """Let go of the groups that the parameters' mesh is made of, then leave."""
+        # DTensor remembers how it divided what, for good, and with it each mesh, which owns its groups and so their
+        # threads and connections. There is no public way to make either forget.
+        getattr(self._mesh, "_pg_registry", {}).clear()
+        self._mesh = None
         super().teardown()
-        if not joined:
-            return
-        # DTensor remembers how it divided what, for good, and with it each mesh and the threads of its groups. There is
-        # no public way to make it forget; where this one isn't, they stay until the process ends.
-        forget = getattr(import_module("torch.distributed.tensor.debug"), "_clear_sharding_prop_cache", None)
-        if forget is not None:
-            forget()
 
     def init_module(self, empty: bool) -> AbstractContextManager[Any]:
         """Make an empty model on the meta device, so that it is never whole on any rank."""
