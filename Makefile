@@ -40,7 +40,7 @@ docs: $(INSTALLED) ## Run every code block of the documentation and check its li
 
 .PHONY: mutants
 mutants: $(INSTALLED) ## Prove the conformance kit: every mutant by every rule
-	$(BIN)/python -m fabric_core.conformance.matrix
+	PYTHONPATH=tests/conformance $(BIN)/python -m proof.matrix
 
 .PHONY: seeds
 seeds: $(INSTALLED) ## Prove the conformance kit: pairs of mutants and correct variants, over twenty seeds

@@ -9,6 +9,7 @@ from fabric_core.lazy import lazy
 
 if TYPE_CHECKING:
     from fabric_core.binding import around
+    from fabric_core.choosing.registry import register
     from fabric_core.contracts import (
         Accelerator,
         Checkpoint,
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
         hookimpl,
     )
     from fabric_core.fabric import Fabric
-    from fabric_core.registry import register
-    from fabric_core.seeding import seed_everything
+    from fabric_core.running.seeding import seed_everything
     from fabric_core.wrapping import (
         FabricDataLoader,
         FabricModule,
@@ -45,8 +45,8 @@ _HOMES = {
     "around": "binding",
     "hookimpl": "contracts",
     "is_wrapped": "wrapping",
-    "register": "registry",
-    "seed_everything": "seeding",
+    "register": "choosing.registry",
+    "seed_everything": "running.seeding",
     "unwrap": "wrapping",
 }
 

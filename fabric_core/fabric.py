@@ -13,9 +13,11 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fabric_core import seeding
-from fabric_core.assembly import assemble
 from fabric_core.binding import owner_of
+from fabric_core.choosing.candidates import assemble
+from fabric_core.choosing.registry import register, registrations
+from fabric_core.choosing.request import Request, fill, read_environment, read_file
+from fabric_core.choosing.resolve import Plan, start_clash
 from fabric_core.contracts import (
     Accelerator,
     Checkpoint,
@@ -23,18 +25,24 @@ from fabric_core.contracts import (
     LaunchOrder,
     Logger,
     Precision,
-    Ranks,
+    ProcessInfo,
     Strategy,
     World,
     Wrapper,
     map_tensors,
 )
 from fabric_core.errors import CheckpointError, LaunchError, MisuseError, RequestError, SetupError
-from fabric_core.launching import agree, detect, environment, make_world
-from fabric_core.registry import register, registrations
-from fabric_core.request import Request, fill, read_environment, read_file
-from fabric_core.resolve import Plan, start_clash
-from fabric_core.state import PRECISION, check_fits, check_named, collect, restore, restore_precision, template
+from fabric_core.running import seeding
+from fabric_core.running.checkpointing import (
+    PRECISION,
+    check_fits,
+    check_named,
+    collect,
+    restore,
+    restore_precision,
+    template,
+)
+from fabric_core.running.launching import agree, detect, environment, make_world
 from fabric_core.wrapping import (
     Around,
     FabricDataLoader,
@@ -268,7 +276,7 @@ class Fabric:
             elif self._plan.world_size > 1:
                 return self._start(function, args, kwargs)
             else:
-                self._join(None, Ranks())
+                self._join(None, ProcessInfo())
         return None if function is None else function(self, *args, **kwargs)
 
     def _start(self, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -295,11 +303,11 @@ class Fabric:
     def _rank(self) -> int | None:
         return None if self._world is None else self._world.global_rank
 
-    def _join(self, launcher: Launcher | None, ranks: Ranks) -> None:
+    def _join(self, launcher: Launcher | None, ranks: ProcessInfo) -> None:
         world = make_world(ranks, self._plan, _TIMEOUT)
         if launcher is not None:
             self._launcher = launcher  # and it stays on failure: it lets the first rank that failed speak
-            launcher.joined(ranks)
+            launcher.setup_process(ranks)
         agree(world, self._plan)
         with ExitStack() as undo:
             undo.callback(self._accelerator.teardown)
@@ -382,14 +390,14 @@ class Fabric:
         """
         declared, world = self.strategy.capabilities, self.world
         given, module = module, uncompiled(module)
-        check_model(module, self._set_up, move=move_to_device, placed_later=declared.places_module)
+        check_model(module, self._set_up, move=move_to_device, placed_later=declared.handles_device_placement)
         before = dict(module.named_parameters(remove_duplicate=False))
         module = self._precision.convert_module(module)
-        if move_to_device and not declared.places_module:
+        if move_to_device and not declared.handles_device_placement:
             module = module.to(world.device)
         for wrapper in self._stage("before_strategy"):
             check_same(wrapper.wrap_module(module), module, wrapper)
-        inner = self._strategy.setup_module(Route(module) if declared.wraps_forward else module)
+        inner = self._strategy.setup_module(Route(module) if declared.intercepts_forward else module)
         called = inner
         for wrapper in self._stage("after_strategy"):
             called = wrapper.wrap_module(called)
@@ -404,10 +412,10 @@ class Fabric:
             module,
             called,
             inner=inner,
-            routed=declared.wraps_forward,
+            routed=declared.intercepts_forward,
             around=Around(
                 precision=self._precision,
-                carried=declared.carries_policy and self._precision.policy.autocast,
+                carried=declared.applies_mixed_precision and self._precision.policy.autocast,
                 wrappers=tuple(self._wrappers),
                 guard=self._guard,
             ),
@@ -488,7 +496,7 @@ class Fabric:
             empty_init: Leave the memory unset, because a checkpoint will fill it.
         """
         with ExitStack() as stack:
-            if not self.strategy.capabilities.places_module:
+            if not self.strategy.capabilities.handles_device_placement:
                 stack.enter_context(self.device)
             context = self._precision.init_context()
             if context is not None:

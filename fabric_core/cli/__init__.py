@@ -9,14 +9,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fabric_core.assembly import plan
+from fabric_core.choosing.candidates import plan
+from fabric_core.choosing.registry import EXTENSION, GROUPS, Offer, Registry
+from fabric_core.choosing.request import Request, fill, read_environment, read_file
+from fabric_core.choosing.resolve import Plan, shown
 from fabric_core.cli._conformance import conformance
 from fabric_core.cli._describe import contract_page, field_type, meanings
 from fabric_core.errors import FabricError, FabricWarning, RequestError, UnknownPluginError
-from fabric_core.launching import environment
-from fabric_core.registry import EXTENSION, GROUPS, Offer, Registry
-from fabric_core.request import Request, fill, read_environment, read_file
-from fabric_core.resolve import Plan, shown
+from fabric_core.running.launching import environment
 
 __all__ = ["main"]
 
@@ -209,7 +209,8 @@ def _named(name: str) -> list[Offer]:
     near = get_close_matches(bare, sorted({offer.name for offer in offers}), n=3)
     raise UnknownPluginError(
         f"there is no plugin {name!r}",
-        instead=(f"did you mean {' or '.join(map(repr, near))}? " if near else "") + "`fabric plugins list` shows all",
+        instead=(f"did you mean {' or '.join(map(repr, near))}? " if near else "")
+        + "`fabric-core plugins list` shows all",
     )
 
 

@@ -1,4 +1,4 @@
-"""``fabric conformance``: whether a plugin keeps the contract of its kind, from the command line."""
+"""``fabric-core conformance``: whether a plugin keeps the contract of its kind, from the command line."""
 
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +34,10 @@ def conformance(
     kind, _, name = plugin.partition(":")
     if not name:
         raise RequestError(
-            "what to judge can't be understood", where="fabric conformance", got=plugin, instead="strategy:my_strategy"
+            "what to judge can't be understood",
+            where="fabric-core conformance",
+            got=plugin,
+            instead="strategy:my_strategy",
         )
     result = run_rules(
         Subject.of(kind, name),

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from fabric_core.choosing.registry import EXTENSION
 from fabric_core.contracts import API_VERSION, CONTRACTS, LifeCycle
 from fabric_core.contracts._spec import behaviours
-from fabric_core.registry import EXTENSION
 
 __all__ = ["contract_page", "field_type", "meanings"]
 
@@ -44,7 +44,7 @@ def contract_page(kind: str) -> str:
     lines = [
         f"# The contract of {'an' if kind[0] in 'aeiou' else 'a'} {kind}",
         "",
-        f"Written by `fabric contract {kind}` from version {API_VERSION} of the contracts; a test keeps it true.",
+        f"Written by `fabric-core contract {kind}` from version {API_VERSION} of the contracts; a test keeps it true.",
         "",
         *_prose(inspect.getdoc(contract) or ""),
         "",

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Final
 
 from fabric_core.binding import bind, check_extension
+from fabric_core.choosing.registry import EXTENSION, GROUPS, Offer, Registry
 from fabric_core.contracts import Accelerator
 from fabric_core.errors import (
     FabricError,
@@ -19,7 +20,6 @@ from fabric_core.errors import (
     OptionError,
     UnavailableError,
 )
-from fabric_core.registry import EXTENSION, GROUPS, Offer, Registry
 
 __all__ = ["SOUND", "Finding", "examine"]
 

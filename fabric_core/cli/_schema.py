@@ -6,10 +6,10 @@ from typing import Any, Final
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
+from fabric_core.choosing.registry import Registry
 from fabric_core.cli._describe import meanings
 from fabric_core.contracts import CONTRACTS
 from fabric_core.errors import FabricError
-from fabric_core.registry import Registry
 
 __all__ = ["make_schema"]
 

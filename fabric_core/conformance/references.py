@@ -26,7 +26,7 @@ from fabric_core.contracts import (
     Precision,
     PrecisionCapabilities,
     PrecisionPolicy,
-    Ranks,
+    ProcessInfo,
     Strategy,
     StrategyCapabilities,
     World,
@@ -106,7 +106,7 @@ class Averaging(Strategy):
     Its steps lie in methods of their own, so that a mutant changes one of them.
     """
 
-    capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, needs_backward=True)
+    capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, requires_strategy_backward=True)
 
     operations: ClassVar = {
         "sum": dist.ReduceOp.SUM,
@@ -228,7 +228,7 @@ class Routed(Averaging):
     """As ``Averaging``, but only for what passes through the module that it returns."""
 
     capabilities = StrategyCapabilities(
-        distributed=True, no_backward_sync=True, needs_backward=True, wraps_forward=True
+        distributed=True, no_backward_sync=True, requires_strategy_backward=True, intercepts_forward=True
     )
 
     def setup_module(self, module: nn.Module) -> nn.Module:
@@ -261,7 +261,7 @@ class Sharding(Averaging):
     """Parameters lie in shards, by PyTorch's own ``fully_shard``."""
 
     capabilities = StrategyCapabilities(
-        distributed=True, sharded=True, wraps_forward=True, loss_scaling=False, no_backward_sync=True
+        distributed=True, sharded=True, intercepts_forward=True, loss_scaling=False, no_backward_sync=True
     )
 
     def setup_module(self, module: nn.Module) -> nn.Module:
@@ -505,12 +505,12 @@ def _count(module: Any, _inputs: Any) -> None:
 class Surroundings(Launcher):
     """Recognises the environment that ``torchrun`` and the kit's ranks have; runs a function in this process."""
 
-    def detect(self, environment: Mapping[str, str]) -> Ranks | None:
+    def detect(self, environment: Mapping[str, str]) -> ProcessInfo | None:
         """Read the variables."""
         if "RANK" not in environment:
             return None
         try:
-            return Ranks(
+            return ProcessInfo(
                 global_rank=int(environment["RANK"]),
                 local_rank=int(environment["LOCAL_RANK"]),
                 node_rank=int(environment["GROUP_RANK"]),

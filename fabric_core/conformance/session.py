@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fabric_core.choosing.registry import Registry
+from fabric_core.choosing.request import parse_plugin
 from fabric_core.conformance.bench import Bench
 from fabric_core.conformance.report import Report
 from fabric_core.conformance.rule import Level, Rule
@@ -10,8 +12,6 @@ from fabric_core.conformance.rules import RULES, rules_for
 from fabric_core.conformance.runner import Outcome, Verdict, judge, why_not
 from fabric_core.conformance.subject import Subject
 from fabric_core.errors import RequestError
-from fabric_core.registry import Registry
-from fabric_core.request import parse_plugin
 
 __all__ = ["Session", "run_rules"]
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from fabric_core.choosing.registry import IN_PROCESS, Offer, Registry
+from fabric_core.choosing.request import parse_plugin
 from fabric_core.contracts import CONTRACTS, Accelerator, Launcher, Plugin, Preset
 from fabric_core.errors import RequestError
-from fabric_core.registry import IN_PROCESS, Offer, Registry
-from fabric_core.request import parse_plugin
 
 __all__ = ["Subject"]
 

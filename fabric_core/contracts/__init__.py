@@ -1,5 +1,6 @@
 """The contracts: what a plugin of each kind is, as a base class and as a pluggy hook specification at once."""
 
+from fabric_core.collectives import ProcessInfo, World
 from fabric_core.contracts._blocks import repeated_blocks
 from fabric_core.contracts._spec import (
     API_VERSION,
@@ -32,7 +33,6 @@ from fabric_core.contracts.precision import (
     map_tensors,
 )
 from fabric_core.contracts.strategy import Strategy, check_reduction, check_source, replace_parameters
-from fabric_core.contracts.world import Ranks, World
 from fabric_core.contracts.wrapper import Wrapper
 
 __all__ = [
@@ -55,7 +55,7 @@ __all__ = [
     "PrecisionCapabilities",
     "PrecisionPolicy",
     "Preset",
-    "Ranks",
+    "ProcessInfo",
     "Strategy",
     "StrategyCapabilities",
     "World",

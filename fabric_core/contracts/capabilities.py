@@ -39,13 +39,13 @@ class StrategyCapabilities(_Capabilities):
     """It has a process group: several processes train together."""
     sharded: bool = False
     """After ``setup_module`` the parameters of a rank are shards."""
-    wraps_forward: bool = False
+    intercepts_forward: bool = False
     """What runs the model must pass through the module that ``setup_module`` returns, all methods of it."""
-    carries_policy: bool = False
+    applies_mixed_precision: bool = False
     """It carries out the precision's compute, reduce and output types itself, so nobody casts inputs or autocasts."""
-    places_module: bool = False
+    handles_device_placement: bool = False
     """It moves the parameters to the device itself, as it shards them; they may come on the meta device."""
-    needs_backward: bool = False
+    requires_strategy_backward: bool = False
     """Gradients are right only through its ``backward``: a raw one on an output of a model is an error."""
     loss_scaling: bool = True
     """It works with a precision that scales the loss."""
@@ -77,7 +77,7 @@ class WrapperCapabilities(_Capabilities):
     """The names of wrappers that must come later."""
     after: frozenset[str] = frozenset()
     """The names of wrappers that must come earlier."""
-    strategies_sharded: bool = True
+    supports_sharded_parameters: bool = True
     """It works with a strategy that shards."""
 
 

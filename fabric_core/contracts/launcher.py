@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from fabric_core.collectives import ProcessInfo
 from fabric_core.contracts._spec import Plugin, behaviour
 from fabric_core.contracts.capabilities import LauncherCapabilities
-from fabric_core.contracts.world import Ranks
 
 __all__ = ["LaunchOrder", "Launcher"]
 
@@ -42,7 +42,7 @@ class Launcher(Plugin, ABC):
 
     @behaviour
     @abstractmethod
-    def detect(self, environment: Mapping[str, str]) -> Ranks | None:
+    def detect(self, environment: Mapping[str, str]) -> ProcessInfo | None:
         """Read this process's place from the environment that started it.
 
         Args:
@@ -70,9 +70,9 @@ class Launcher(Plugin, ABC):
         """
 
     @behaviour
-    def joined(self, ranks: Ranks) -> None:
+    def setup_process(self, ranks: ProcessInfo) -> None:
         """Called in a process that ``detect`` recognised, once it takes part."""
 
     @behaviour
     def teardown(self) -> None:
-        """Give back what ``joined`` took."""
+        """Give back what ``setup_process`` took."""

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from fabric_core.collectives import World
 from fabric_core.contracts._spec import event
-from fabric_core.contracts.world import World
 
 __all__ = ["LifeCycle"]
 

@@ -10,10 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
+from fabric_core.collectives import World
 from fabric_core.contracts._spec import Plugin, behaviour
 from fabric_core.contracts.capabilities import StrategyCapabilities
 from fabric_core.contracts.precision import PrecisionPolicy
-from fabric_core.contracts.world import World
 from fabric_core.errors import RequestError
 
 __all__ = ["Strategy"]
@@ -27,7 +27,7 @@ class Strategy(Plugin, ABC):
 
     The defaults are those of one process that trains alone.
 
-    [Note: the route] Under a strategy that declares ``wraps_forward``, the module that ``setup_module`` gets is a
+    [Note: the route] Under a strategy that declares ``intercepts_forward``, the module that ``setup_module`` gets is a
     thin route around the user's module: its ``forward(name, *args, **kwargs)`` runs the user's module, or the method
     ``name`` of it. The user's module is its only child, named ``module``. So a strategy wraps a module as it would
     wrap any other, and every marked method passes through it.
@@ -55,7 +55,7 @@ class Strategy(Plugin, ABC):
 
         Args:
             world: Who this process is.
-            policy: What the precision asks for; a strategy that declares ``carries_policy`` carries it out.
+            policy: What the precision asks for; a strategy that declares ``applies_mixed_precision`` carries it out.
         """
 
     @behaviour
@@ -77,7 +77,7 @@ class Strategy(Plugin, ABC):
         """Wrap or shard a module.
 
         Args:
-            module: The converted, placed module; a route where ``wraps_forward`` is declared ([Note: the route]).
+            module: The converted, placed module; a route where ``intercepts_forward`` is declared ([Note: the route]).
 
         Returns:
             The module to call in its place; it takes the same arguments.

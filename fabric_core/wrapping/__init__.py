@@ -1,6 +1,6 @@
 """What ``setup`` gives back in place of models, optimizers and data loaders."""
 
-from fabric_core.wrapping.backward import BackwardGuard, backward_guard
+from fabric_core.wrapping.backward_guard import BackwardGuard, backward_guard
 from fabric_core.wrapping.checks import check_model, check_optimizer, check_same, check_trains
 from fabric_core.wrapping.compiled import compile_again, uncompiled
 from fabric_core.wrapping.dataloader import FabricDataLoader, shard, to_device

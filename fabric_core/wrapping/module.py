@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fabric_core.contracts import Precision, Wrapper, converter
 from fabric_core.errors import MisuseError
-from fabric_core.wrapping.backward import BackwardGuard
+from fabric_core.wrapping.backward_guard import BackwardGuard
 
 __all__ = ["Around", "FabricModule", "Route", "first_device", "strategy_module"]
 

@@ -20,7 +20,7 @@ from typing import Any, Final, Literal
 import torch
 from torch.distributed import PrefixStore, TCPStore
 
-from fabric_core.contracts import Launcher, LauncherCapabilities, LaunchOrder, PluginOptions, Ranks
+from fabric_core.contracts import Launcher, LauncherCapabilities, LaunchOrder, PluginOptions, ProcessInfo
 from fabric_core.errors import LaunchError, RankFailedError
 
 __all__ = ["ElasticLauncher", "ElasticOptions"]
@@ -55,7 +55,7 @@ class ElasticLauncher(Launcher):
         super().__init__(options, **given)
         self._undo: list[Callable[[], None]] = []
 
-    def detect(self, environment: Mapping[str, str]) -> Ranks | None:
+    def detect(self, environment: Mapping[str, str]) -> ProcessInfo | None:
         """Recognise ``torchrun``, or an agent of this launcher."""
         if "TORCHELASTIC_RUN_ID" not in environment:
             return None
@@ -77,7 +77,7 @@ class ElasticLauncher(Launcher):
                 got=str(error),
             ) from error
         ours = environment["TORCHELASTIC_RUN_ID"].startswith(_OURS)
-        return Ranks(
+        return ProcessInfo(
             global_rank=rank,
             local_rank=local_rank,
             node_rank=node,
@@ -103,7 +103,7 @@ class ElasticLauncher(Launcher):
             return self._start_command(order)
         return self._start_function(order, order.function)
 
-    def joined(self, ranks: Ranks) -> None:
+    def setup_process(self, ranks: ProcessInfo) -> None:
         """In a rank that this launcher started: share the cores, die with the agent, let the first failure speak."""
         if ranks.owner != "elastic":
             return
@@ -126,7 +126,7 @@ class ElasticLauncher(Launcher):
         self._undo.append(restore)
 
     def teardown(self) -> None:
-        """Undo what ``joined`` did."""
+        """Undo what ``setup_process`` did."""
         while self._undo:
             self._undo.pop()()
 
@@ -228,7 +228,7 @@ def _run_rank(function: Callable[..., Any], result: Path, *args: Any) -> None:
         result.write_bytes(pickle.dumps(value))
 
 
-def _speak(ranks: Ranks, error: BaseException, show: Callable[[], None]) -> None:
+def _speak(ranks: ProcessInfo, error: BaseException, show: Callable[[], None]) -> None:
     """Show a failure if it is the first of all ranks; a line where it only follows from another's."""
     first = ranks.global_rank
     try:

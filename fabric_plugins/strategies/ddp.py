@@ -36,7 +36,7 @@ class DDPStrategy(DistributedStrategy):
     options: DDPOptions
     capabilities = StrategyCapabilities(
         distributed=True,
-        wraps_forward=True,
+        intercepts_forward=True,
         no_backward_sync=True,
         unused_parameters=False,
         priority=5,

@@ -49,9 +49,9 @@ class FSDPStrategy(ShardedStrategy):
     capabilities = StrategyCapabilities(
         distributed=True,
         sharded=True,
-        wraps_forward=True,
-        carries_policy=True,
-        places_module=True,
+        intercepts_forward=True,
+        applies_mixed_precision=True,
+        handles_device_placement=True,
         no_backward_sync=True,
     )
 

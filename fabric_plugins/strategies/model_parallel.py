@@ -49,8 +49,8 @@ class ModelParallelStrategy(ShardedStrategy):
     capabilities = StrategyCapabilities(
         distributed=True,
         sharded=True,
-        wraps_forward=True,
-        places_module=True,
+        intercepts_forward=True,
+        handles_device_placement=True,
         no_backward_sync=True,
     )
 

@@ -93,7 +93,7 @@ def test_snippets_of_every_type_run(rule: str, mutant: str, example: Any) -> Non
     """What stands in the message is a whole script, infinities and the kit's own types included."""
     from fabric_core.conformance.runner import _snippet
 
-    bench = Bench(Subject.of("strategy", f"fabric_core.conformance.mutants.strategy:{mutant}"))
+    bench = Bench(Subject.of("strategy", f"proof.mutants.strategy:{mutant}"))
     script = textwrap.dedent(_snippet(RULES_BY_ID[rule], bench, 2, example))
     with pytest.raises(Broken):
         exec(script, {"__name__": "__main__"})  # noqa: S102 - the kit's own

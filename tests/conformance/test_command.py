@@ -1,4 +1,4 @@
-"""The command `fabric conformance`: what it takes, what it prints, and how it ends."""
+"""The command `fabric-core conformance`: what it takes, what it prints, and how it ends."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from fabric_core import cli
 from fabric_core.conformance.rules import rules_for
 
-LAZY = "precision:fabric_core.conformance.mutants.precision:Lazy"
+LAZY = "precision:proof.mutants.precision:Lazy"
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def conformance(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     """Give a function that runs the command and returns exit code, output and errors."""
 
     def run(*arguments: str) -> tuple[Any, str, str]:
-        monkeypatch.setattr("sys.argv", ["fabric", "conformance", *arguments])
+        monkeypatch.setattr("sys.argv", ["fabric-core", "conformance", *arguments])
         monkeypatch.setenv("COLUMNS", "250")
         code: Any = 0
         try:

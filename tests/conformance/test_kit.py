@@ -20,9 +20,9 @@ from fabric_core.conformance.runner import Outcome, Verdict, judge
 from fabric_core.conformance.session import Session
 from fabric_core.errors import FabricError, RequestError
 
-LAZY = "fabric_core.conformance.mutants.precision:Lazy"
+LAZY = "proof.mutants.precision:Lazy"
 ALONE = "fabric_core.conformance.references:Alone"
-SUMMING = "fabric_core.conformance.mutants.strategy:Summing"
+SUMMING = "proof.mutants.strategy:Summing"
 
 
 def _run(value: str, *only: str, **more: Any) -> Report:
@@ -185,7 +185,7 @@ def test_options_are_written_as_in_a_request() -> None:
 
 def test_a_hang_is_a_verdict_with_the_rank_and_the_place() -> None:
     """A rank that doesn't come back is named, with the line where it is; the next call works again."""
-    bench = Bench(Subject.of("strategy", "fabric_core.conformance.mutants.strategy:Waiting"), timeout=3.0)
+    bench = Bench(Subject.of("strategy", "proof.mutants.strategy:Waiting"), timeout=3.0)
     bench.world_size = 2
     try:
         verdict = judge(RULES_BY_ID["STR-359"], bench, world_sizes=(2,))

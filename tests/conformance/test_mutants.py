@@ -4,11 +4,11 @@ import os
 import random
 
 import pytest
+from proof.matrix import MUTANTS, failing
+from proof.mutants import Mutant
 
 from fabric_core.conformance import Subject, run_rules
 from fabric_core.conformance.bench import Bench
-from fabric_core.conformance.matrix import MUTANTS, failing
-from fabric_core.conformance.mutants import Mutant
 from fabric_core.conformance.rule import Rule
 from fabric_core.conformance.rules import rules_for
 from fabric_core.conformance.runner import judge
@@ -108,7 +108,7 @@ def _pairs(count: int) -> list[tuple[Mutant, Mutant]]:
 def test_pairs_of_mutants_are_caught(pair: tuple[Mutant, Mutant]) -> None:
     """Two faults don't hide each other: a plugin with both still fails a rule that one of them fails."""
     one, other = pair
-    value = f"fabric_core.conformance.mutants.pairs:{one.subject.kind}__{one.name}__{other.name}"
+    value = f"proof.mutants.pairs:{one.subject.kind}__{one.name}__{other.name}"
     subject = Subject(one.subject.kind, "pair", value)
     report = run_rules(subject, only=sorted(one.fails | other.fails), shrink=False, timeout=15)
     assert report.failures

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from proof.matrix import MUTANTS, unproven
+from proof.pages import pages
 
 from fabric_core.conformance import Subject
 from fabric_core.conformance.bench import Bench
-from fabric_core.conformance.matrix import MUTANTS, unproven
-from fabric_core.conformance.pages import pages
 from fabric_core.conformance.rule import Level
 from fabric_core.conformance.rules import RULES, RULES_BY_ID
 from fabric_core.conformance.runner import Outcome, judge, why_not
@@ -66,7 +66,7 @@ def test_a_launcher_of_another_system_is_not_called_right() -> None:
 
 @pytest.mark.parametrize("place", list(pages()))
 def test_pages_are_fresh(place: str) -> None:
-    """The published pages are those that the tables make: python -m fabric_core.conformance.pages docs."""
+    """The published pages are those that the tables make: python -m proof.pages docs."""
     assert (DOCS / place).read_text(encoding="utf-8") == pages()[place]
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from fabric_core.choosing.registry import registered
 from fabric_core.contracts import (
     Accelerator,
     AcceleratorCapabilities,
@@ -20,7 +21,6 @@ from fabric_core.contracts import (
     StrategyCapabilities,
     World,
 )
-from fabric_core.registry import registered
 
 
 class Host(Accelerator):

@@ -27,7 +27,7 @@ class Scaling(Precision):
 class Engine(Strategy):
     """Runs backward passes itself."""
 
-    capabilities = StrategyCapabilities(max_world_size=1, needs_backward=True)
+    capabilities = StrategyCapabilities(max_world_size=1, requires_strategy_backward=True)
 
     def connect(self, world: World, policy: PrecisionPolicy) -> None:
         pass

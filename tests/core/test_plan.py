@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from fabric_core import Accelerator, Fabric, Launcher, Precision, Strategy, Wrapper
+from fabric_core.choosing.registry import Offer, Registry, registered
+from fabric_core.choosing.request import Request
+from fabric_core.choosing.resolve import Candidate, resolve
 from fabric_core.contracts import (
     AcceleratorCapabilities,
     LaunchOrder,
     PrecisionCapabilities,
     PrecisionPolicy,
-    Ranks,
+    ProcessInfo,
     StrategyCapabilities,
     World,
     WrapperCapabilities,
@@ -28,9 +31,6 @@ from fabric_core.errors import (
     RequestError,
     UnavailableError,
 )
-from fabric_core.registry import Offer, Registry, registered
-from fabric_core.request import Request
-from fabric_core.resolve import Candidate, resolve
 
 
 class Host(Accelerator):
@@ -118,7 +118,7 @@ class Shards(_Strategy):
     capabilities = StrategyCapabilities(
         distributed=True,
         sharded=True,
-        carries_policy=True,
+        applies_mixed_precision=True,
         loss_scaling=False,
         min_world_size=2,
         priority=1,
@@ -173,7 +173,7 @@ class OnBoard(Precision):
 class Whole(Wrapper):
     """Can't do shards."""
 
-    capabilities = WrapperCapabilities(strategies_sharded=False, after=frozenset({"early"}))
+    capabilities = WrapperCapabilities(supports_sharded_parameters=False, after=frozenset({"early"}))
 
 
 class Early(Wrapper):
@@ -190,7 +190,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "wrapper": {"whole": Whole, "early": Early},
     }
     nothing = Registry([])
-    monkeypatch.setattr("fabric_core.assembly.Registry", lambda **_: nothing)
+    monkeypatch.setattr("fabric_core.choosing.candidates.Registry", lambda **_: nothing)
     with ExitStack() as stack:
         for kind, plugins in offers.items():
             for name, plugin in plugins.items():
@@ -201,7 +201,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Never(Launcher):
     """Starts nothing."""
 
-    def detect(self, environment: Mapping[str, str]) -> Ranks | None:
+    def detect(self, environment: Mapping[str, str]) -> ProcessInfo | None:
         return None
 
     def start(self, order: LaunchOrder) -> Any:
@@ -353,7 +353,7 @@ def test_auto_refuses_two_equals_of_one_name() -> None:
 def test_auto_never_skips_a_broken_plugin_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     """What can't be loaded is warned of and stands in the plan; as an error where warnings are errors."""
     broken = Registry([Offer("accelerator", "broken", "acme", "1.0", "gone.away:Thing")])
-    monkeypatch.setattr("fabric_core.assembly.Registry", lambda **_: broken)
+    monkeypatch.setattr("fabric_core.choosing.candidates.Registry", lambda **_: broken)
     with pytest.warns(FabricWarning, match="the accelerator 'broken' of acme 1.0 was left out"):
         plan = Fabric(devices=1).plan
     assert "No module named 'gone'" in dict(plan.accelerator.rejected)["broken"]

@@ -41,7 +41,10 @@ def test_names_of_the_facade() -> None:
         assert inspect.getdoc(getattr(fabric_core.Fabric, name))
 
 
-@pytest.mark.parametrize("module", ["errors", "contracts", "registry", "request", "resolve", "binding", "wrapping"])
+@pytest.mark.parametrize(
+    "module",
+    ["errors", "contracts", "choosing.registry", "choosing.request", "choosing.resolve", "binding", "wrapping"],
+)
 def test_all_is_true(module: str) -> None:
     """Every name in a module's ``__all__`` exists."""
     loaded = importlib.import_module(f"fabric_core.{module}")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fabric_core import Fabric, Strategy, register
+from fabric_core.choosing.registry import IN_PROCESS, Offer, Registry, registered
 from fabric_core.contracts import PluginOptions, PrecisionPolicy, Preset, StrategyCapabilities, World
 from fabric_core.errors import (
     ConflictError,
@@ -21,7 +22,6 @@ from fabric_core.errors import (
     UnavailableError,
     UnknownPluginError,
 )
-from fabric_core.registry import IN_PROCESS, Offer, Registry, registered
 
 
 class Speed(PluginOptions):
@@ -211,7 +211,7 @@ def extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, 
             f"        print('{name} heard')\n"
         )
         (tmp_path / f"{name}_module.py").write_text(source)
-        _install(tmp_path, name.replace("_", "-"), f"[fabric.plugins]\n{name} = {name}_module:Extension\n")
+        _install(tmp_path, name.replace("_", "-"), f"[fabric.extensions]\n{name} = {name}_module:Extension\n")
     monkeypatch.syspath_prepend(tmp_path)
     return dict.fromkeys(("acme_one", "acme_two"), tmp_path)
 
@@ -221,11 +221,11 @@ def extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, 
     ("variables", "heard"),
     [
         ({}, ["acme_one heard", "acme_two heard"]),
-        ({"FABRIC_PLUGINS": "acme_two"}, ["acme_two heard"]),
-        ({"FABRIC_PLUGINS": "acme-one/acme_one"}, ["acme_one heard"]),
-        ({"FABRIC_PLUGINS": ""}, []),
+        ({"FABRIC_EXTENSIONS": "acme_two"}, ["acme_two heard"]),
+        ({"FABRIC_EXTENSIONS": "acme-one/acme_one"}, ["acme_one heard"]),
+        ({"FABRIC_EXTENSIONS": ""}, []),
         ({"FABRIC_DISABLE_PLUGINS": "acme-one"}, ["acme_two heard"]),
-        ({"FABRIC_PLUGINS": "acme_one,acme_two", "FABRIC_DISABLE_PLUGINS": "acme_two"}, ["acme_one heard"]),
+        ({"FABRIC_EXTENSIONS": "acme_one,acme_two", "FABRIC_DISABLE_PLUGINS": "acme_two"}, ["acme_one heard"]),
     ],
 )
 def test_variables_choose_among_the_installed_extensions(
@@ -235,7 +235,7 @@ def test_variables_choose_among_the_installed_extensions(
     variables: dict[str, str],
     heard: list[str],
 ) -> None:
-    """All listen by default; FABRIC_PLUGINS allows some, FABRIC_DISABLE_PLUGINS takes some out."""
+    """All listen by default; FABRIC_EXTENSIONS allows some, FABRIC_DISABLE_PLUGINS takes some out."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     fabric = Fabric(**in_memory)
@@ -246,10 +246,10 @@ def test_variables_choose_among_the_installed_extensions(
 @pytest.mark.usefixtures("extensions")
 def test_a_typo_in_the_allow_list_is_warned_of(in_memory: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that means nothing installed would otherwise switch an extension off in silence."""
-    monkeypatch.setenv("FABRIC_PLUGINS", "acme_one,acme_tow")
-    with pytest.warns(FabricWarning, match="FABRIC_PLUGINS has 'acme_tow'.*there are: acme_one, acme_two"):
+    monkeypatch.setenv("FABRIC_EXTENSIONS", "acme_one,acme_tow")
+    with pytest.warns(FabricWarning, match="FABRIC_EXTENSIONS has 'acme_tow'.*there are: acme_one, acme_two"):
         Fabric(**in_memory)
-    monkeypatch.setenv("FABRIC_PLUGINS", "acme_one")
+    monkeypatch.setenv("FABRIC_EXTENSIONS", "acme_one")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Fabric(**in_memory)

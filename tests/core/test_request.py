@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fabric_core.choosing.request import PluginRef, Request, fill, parse_plugin, read_environment, read_file
 from fabric_core.errors import FabricError, FabricWarning, RequestError
-from fabric_core.request import PluginRef, Request, fill, parse_plugin, read_environment, read_file
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,8}", fullmatch=True)
 JSON = st.recursive(

@@ -35,7 +35,7 @@ class Outer(nn.Module):
 class Routing(Strategy):
     """One process, through whose wrapper every run must go."""
 
-    capabilities = StrategyCapabilities(max_world_size=1, wraps_forward=True)
+    capabilities = StrategyCapabilities(max_world_size=1, intercepts_forward=True)
 
     def connect(self, world: World, policy: PrecisionPolicy) -> None:
         pass
@@ -376,7 +376,7 @@ def test_a_strategy_that_carries_the_types_is_left_to_it(in_memory: dict[str, An
     """Nothing is cast on the way in and nothing autocasts where the strategy does it."""
 
     class Carrying(Routing):
-        capabilities = StrategyCapabilities(max_world_size=1, wraps_forward=True, carries_policy=True)
+        capabilities = StrategyCapabilities(max_world_size=1, intercepts_forward=True, applies_mixed_precision=True)
 
     net = Net().double()
     model = Fabric(**{**in_memory, "strategy": Carrying(), "precision": Half()}).setup(net)

@@ -33,7 +33,7 @@ class Outer(nn.Module):
 
 
 class Routing(Strategy):
-    capabilities = StrategyCapabilities(max_world_size=1, wraps_forward=True)
+    capabilities = StrategyCapabilities(max_world_size=1, intercepts_forward=True)
 
     def connect(self, world: World, policy: PrecisionPolicy) -> None:
         pass

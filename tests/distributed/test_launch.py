@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from fabric_core import Fabric
+from fabric_core.choosing.registry import registered
 from fabric_core.contracts import StrategyCapabilities
 from fabric_core.errors import LaunchError, MisuseError, RankFailedError
-from fabric_core.registry import registered
 from fabric_plugins.strategies import SingleDeviceStrategy
 
 _SCRIPT = """

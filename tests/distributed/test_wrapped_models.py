@@ -88,7 +88,7 @@ def everywhere(request: pytest.FixtureRequest, two_ranks: RankPool) -> Everywher
 
 def routed(fabric: Fabric) -> bool:
     """Say whether a method must pass through the strategy."""
-    return fabric.strategy.capabilities.wraps_forward
+    return fabric.strategy.capabilities.intercepts_forward
 
 
 def _what_it_is(fabric: Fabric) -> None:

@@ -115,7 +115,7 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Every code block of a page runs, in order, in the page's own namespace."""
     monkeypatch.chdir(tmp_path)
     # What a page registers in this process ends with the page.
-    monkeypatch.setattr("fabric_core.registry._registrations", {})
+    monkeypatch.setattr("fabric_core.choosing.registry._registrations", {})
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in read_blocks(page.read_text(encoding="utf-8"), str(page)):
         if block.language == "python":

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from fabric_core import Fabric, cli
+from fabric_core.choosing.request import DEFAULTS, read_file
 from fabric_core.errors import FabricError
-from fabric_core.request import DEFAULTS, read_file
 
 
 def _run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["fabric", *arguments])
+    monkeypatch.setattr("sys.argv", ["fabric-core", *arguments])
     monkeypatch.setenv("COLUMNS", "250")
     code: Any = 0
     try:
@@ -47,12 +47,12 @@ def test_showing_has_options_declarations_and_presets(fabric: Any) -> None:
     kind, default, meaning = ddp["options"]["static_graph"]
     assert (kind, default) == ("bool", "False")
     assert "never changes" in meaning
-    assert ddp["declares"]["wraps_forward"] is True
+    assert ddp["declares"]["intercepts_forward"] is True
     _, out, _ = fabric("plugins", "show", "DDP_spawn", "--json")
     assert json.loads(out)[0]["preset"] == {"start_method": "spawn"}
     _, text, _ = fabric("plugins", "show", "fabric-registry/ddp")
     assert "static_graph" in text
-    assert "wraps_forward" in text
+    assert "intercepts_forward" in text
 
 
 def test_why_answers_for_the_chosen_the_rejected_and_the_alias(fabric: Any) -> None:
@@ -83,7 +83,7 @@ def test_explaining_gives_the_plan_of_fabric(fabric: Any, tmp_path: Path) -> Non
         (("explain", "--strategy", "dpp"), "did you mean 'ddp'"),
         (("explain", "--config", "absent.toml"), "can't be read"),
         (("plugins", "show", "dpp"), "did you mean 'ddp"),
-        (("plugins", "why", "nothing-like-it"), "`fabric plugins list` shows all"),
+        (("plugins", "why", "nothing-like-it"), "`fabric-core plugins list` shows all"),
         (("explain", "--accelerator", "cpu", "--strategy", "single_device", "--devices", "2"), "devices=1"),
     ],
 )

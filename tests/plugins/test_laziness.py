@@ -29,7 +29,7 @@ def test_neither_ddp_nor_fsdp_is_imported(code: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     modules = json.loads(done.stdout.splitlines()[-1])
-    assert "fabric_core.registry" in modules
+    assert "fabric_core.choosing.registry" in modules
     assert [name for name in modules if "ddp" in name or "fsdp" in name or "nn.parallel" in name] == []
     plugins = [name for name in modules if name.startswith("fabric_plugins.strategies.")]
     assert plugins == ([] if "list" in code else ["fabric_plugins.strategies.single_device"])

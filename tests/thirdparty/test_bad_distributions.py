@@ -58,7 +58,7 @@ OTHERS: list[dict[str, Any]] = [
         "name": "misspelt-hook",
         "source": "from fabric_core import around\n"
         "class Bad:\n    @around.strategy\n    def bakward(self, loss):\n        return (yield)",
-        "points": {"fabric.plugins": {"misspelt-hook": "misspelt_hook:Bad"}},
+        "points": {"fabric.extensions": {"misspelt-hook": "misspelt_hook:Bad"}},
     },
     {
         "name": "slow-import",
@@ -229,7 +229,7 @@ def test_the_doctor_survives_all_of_them(environment: Any) -> None:
 LISTING = """
 import sys
 from fabric_core import cli
-sys.argv = ["fabric", "plugins", "list", "--json"]
+sys.argv = ["fabric-core", "plugins", "list", "--json"]
 try:
     cli.main()
 except SystemExit as end:

@@ -13,7 +13,7 @@ import torch
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.pool import VARIABLES
 from fabric_core.conformance.rule import Broken, Table
-from fabric_core.contracts import LaunchOrder, Ranks
+from fabric_core.contracts import LaunchOrder, ProcessInfo
 from fabric_core.errors import CheckpointError, LaunchError
 
 LAUNCHER: Final = Table("launcher")
@@ -60,8 +60,8 @@ def _detect_is_pure(bench: Bench) -> None:
             raise Broken("it changes the environment")
 
 
-def _detect(place: Place) -> Ranks | None:
-    found: Ranks | None = place.plugin().detect(dict(os.environ))
+def _detect(place: Place) -> ProcessInfo | None:
+    found: ProcessInfo | None = place.plugin().detect(dict(os.environ))
     return found
 
 
@@ -153,7 +153,7 @@ def _raises(bench: Bench) -> None:
 
 @LAUNCHER.rule(
     "LAU-507",
-    "`teardown` may be called without `joined`, and twice.",
+    "`teardown` may be called without `setup_process`, and twice.",
     reason="What failed half-way is torn down too.",
     advice="let teardown look at what there is to give back",
 )

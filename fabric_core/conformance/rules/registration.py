@@ -18,11 +18,11 @@ import torch
 from pydantic import ValidationError
 
 from fabric_core.binding import bind
+from fabric_core.choosing.registry import Registry
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.rule import Broken, Level, Table
 from fabric_core.contracts import API_WINDOW, CONTRACTS, PluginOptions
 from fabric_core.errors import FabricError, OptionError
-from fabric_core.registry import Registry
 
 TABLE: Final = Table("any")
 

@@ -226,7 +226,7 @@ def _one_pass(place: Place, mode: str) -> tuple[dict[str, Any], dict[str, Any], 
             wrapped.zero_grad()
         if mode == "past Fabric":
             inner, mine = strategy_module(wrapped), part(x, shard).to(fabric.device)
-            out = inner("forward", mine) if fabric.strategy.capabilities.wraps_forward else inner(mine)
+            out = inner("forward", mine) if fabric.strategy.capabilities.intercepts_forward else inner(mine)
             nn.functional.mse_loss(out, part(y, shard).to(fabric.device)).backward()
         elif mode == "raw":
             _loss(fabric, wrapped, _How(), case, x, y).backward()
@@ -569,7 +569,7 @@ def _does_not_shard(bench: Bench) -> None:
     "STR-321",
     "A method that is marked trains as `forward` does.",
     reason="Models have training_step, generate, encode; what they compute must be synchronised too.",
-    advice="declare wraps_forward, and run whatever passes through the module that setup_module returned",
+    advice="declare intercepts_forward, and run whatever passes through the module that setup_module returned",
     world_sizes=_ALWAYS,
     examples=cases.trainings(buffers=False),
     count=3,
@@ -588,10 +588,10 @@ def _unmarked(place: Place) -> str:
 
 @TABLE.rule(
     "STR-322",
-    "Who declares wraps_forward: a method that isn't marked is refused when it runs the model.",
+    "Who declares intercepts_forward: a method that isn't marked is refused when it runs the model.",
     reason="It would train without synchronising, silently.",
     advice="leave submodules reachable by hooks, as nn.Module.__call__ does",
-    needs=("wraps_forward",),
+    needs=("intercepts_forward",),
     world_sizes=_ALWAYS,
 )
 def _refuses_unmarked(bench: Bench) -> None:
@@ -602,10 +602,10 @@ def _refuses_unmarked(bench: Bench) -> None:
 
 @TABLE.rule(
     "STR-323",
-    "Who doesn't declare wraps_forward trains rightly through any method, marked or not.",
+    "Who doesn't declare intercepts_forward trains rightly through any method, marked or not.",
     reason="Undeclared, nothing refuses such a method.",
-    advice="declare wraps_forward",
-    lacks=("wraps_forward",),
+    advice="declare intercepts_forward",
+    lacks=("intercepts_forward",),
     world_sizes=_ALWAYS,
     examples=cases.trainings(buffers=False),
     count=3,
@@ -799,10 +799,10 @@ def _backward_arguments(bench: Bench) -> None:
 
 @TABLE.rule(
     "STR-332",
-    "Who doesn't declare needs_backward: after `loss.backward()` the gradients are the mean too.",
+    "Who doesn't declare requires_strategy_backward: after `loss.backward()` the gradients are the mean too.",
     reason="Undeclared, nothing refuses such a call.",
-    advice="declare needs_backward, or average in hooks of autograd",
-    lacks=("needs_backward",),
+    advice="declare requires_strategy_backward, or average in hooks of autograd",
+    lacks=("requires_strategy_backward",),
     world_sizes=_ALWAYS,
 )
 def _needs_no_backward(bench: Bench) -> None:
@@ -811,10 +811,10 @@ def _needs_no_backward(bench: Bench) -> None:
 
 @TABLE.rule(
     "STR-333",
-    "Who declares needs_backward needs it: after a backward pass that goes past it the gradients are not the mean.",
+    "Who declares requires_strategy_backward needs it: after a raw backward pass the gradients are not the mean.",
     reason="What works must be declared: a script's `loss.backward()` is refused because of it.",
-    advice="take needs_backward out of the capabilities",
-    needs=("needs_backward",),
+    advice="take requires_strategy_backward out of the capabilities",
+    needs=("requires_strategy_backward",),
     world_sizes=_ALWAYS,
 )
 def _needs_backward(bench: Bench) -> None:
@@ -837,10 +837,10 @@ def _from_meta(place: Place) -> float:
 
 @TABLE.rule(
     "STR-334",
-    "Who declares places_module: a model on the meta device is set up, and takes a state.",
+    "Who declares handles_device_placement: a model on the meta device is set up, and takes a state.",
     reason="The core moves no such model; it may never fit on one device.",
-    advice="make room on the device as you shard, or take places_module out of the capabilities",
-    needs=("places_module",),
+    advice="make room on the device as you shard, or take handles_device_placement out of the capabilities",
+    needs=("handles_device_placement",),
     world_sizes=_ALWAYS,
 )
 def _takes_meta(bench: Bench) -> None:
@@ -1618,7 +1618,7 @@ def _types(place: Place, which: str) -> tuple[Any, Any]:
     "STR-386",
     "A precision's compute type holds inside the model, and its output type outside.",
     reason="Any precision works with any strategy, by its policy alone.",
-    advice="carry out the policy, or leave carries_policy undeclared, and the core does it",
+    advice="carry out the policy, or leave applies_mixed_precision undeclared, and the core does it",
     world_sizes=_ALWAYS,
 )
 def _carries(bench: Bench) -> None:

@@ -250,10 +250,10 @@ def _train_sharded(place: Place, case: Training) -> cases.Weights:
 
 @TABLE.rule(
     "WRA-412",
-    "Who declares strategies_sharded: under a strategy that shards, a training with it ends where one without it ends.",
+    "Who declares supports_sharded_parameters: under a strategy that shards, a training ends where one without it ends.",
     reason="Before the strategy a module is whole, and in its passes parameters come and go.",
-    advice="look at parameters inside forward only, or declare strategies_sharded=False",
-    needs=("strategies_sharded",),
+    advice="look at parameters inside forward only, or declare supports_sharded_parameters=False",
+    needs=("supports_sharded_parameters",),
 )
 def _trains_sharded(bench: Bench) -> None:
     got = bench.run(_train_sharded, Training())[0]

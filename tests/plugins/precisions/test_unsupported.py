@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fabric_core import Fabric
+from fabric_core.choosing.registry import registered
 from fabric_core.errors import PlanError
-from fabric_core.registry import registered
 from fabric_plugins.accelerators import CPUAccelerator
 from fabric_plugins.strategies import SingleDeviceStrategy
 

@@ -1,6 +1,6 @@
 """The pages of the documentation that are made from the kit's own tables.
 
-``python -m fabric_core.conformance.pages docs`` writes them; a test fails where they are stale.
+``python -m proof.pages docs`` writes them; a test fails where they are stale.
 """
 
 import sys
@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from fabric_core.conformance.matrix import MUTANTS, REFERENCES, unproven
 from fabric_core.conformance.report import profile_of
 from fabric_core.conformance.rule import Level, Rule
 from fabric_core.conformance.rules import RULES
+from proof.matrix import MUTANTS, REFERENCES, unproven
 
 __all__ = ["matrix_page", "pages", "specification_page"]
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from fabric_core.conformance.mutants import Mutants
 from fabric_core.conformance.references import Host
 from fabric_core.contracts import AcceleratorCapabilities, DeviceSpec
 from fabric_core.errors import DeviceError
+from proof.mutants import Mutants
 
 MUTANTS = Mutants()
 mutant = MUTANTS.mutant

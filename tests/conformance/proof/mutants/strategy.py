@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_core.conformance.mutants import Mutants
 from fabric_core.conformance.references import Alone, Averaging, Routed, Sharding
 from fabric_core.contracts import PrecisionPolicy, World
 from fabric_core.errors import RequestError, SetupError
+from proof.mutants import Mutants
 
 MUTANTS = Mutants()
 mutant = MUTANTS.mutant
@@ -273,12 +273,12 @@ class Fragile(Averaging):
 
 @mutant("averages in its backward only, and doesn't declare it", "STR-332")
 class Trapping(Averaging):
-    capabilities = Averaging.capabilities.model_copy(update={"needs_backward": False})
+    capabilities = Averaging.capabilities.model_copy(update={"requires_strategy_backward": False})
 
 
 @mutant("refuses loss.backward(), which would do", "STR-333")
 class Needy(Alone):
-    capabilities = Alone.capabilities.model_copy(update={"needs_backward": True})
+    capabilities = Alone.capabilities.model_copy(update={"requires_strategy_backward": True})
 
 
 # Modules
@@ -496,7 +496,7 @@ class Secret(Sharding):
 
 @mutant("only synchronises what passes through its module, and doesn't declare it", "STR-321", "STR-323")
 class Open(Routed):
-    capabilities = Routed.capabilities.model_copy(update={"wraps_forward": False})
+    capabilities = Routed.capabilities.model_copy(update={"intercepts_forward": False})
 
 
 @mutant("knows the last model only", "STR-326")
@@ -513,7 +513,7 @@ class OneModel(Averaging):
 
 @mutant("says that it carries out the policy, and doesn't", "STR-386")
 class Careless(Averaging):
-    capabilities = Averaging.capabilities.model_copy(update={"carries_policy": True})
+    capabilities = Averaging.capabilities.model_copy(update={"applies_mixed_precision": True})
 
 
 @mutant("leaves the default device changed", "STR-388")
@@ -526,7 +526,7 @@ class Sticky(Averaging):
 
 @mutant("declares that it makes room for a model, and doesn't", "STR-334")
 class Roomless(Averaging):
-    capabilities = Averaging.capabilities.model_copy(update={"places_module": True})
+    capabilities = Averaging.capabilities.model_copy(update={"handles_device_placement": True})
 
 
 # Optimizers
@@ -683,7 +683,7 @@ class Reversed(Averaging):
 class Selfish(Averaging):
     def all_gather(self, tensor: torch.Tensor, group: Any | None, sync_grads: bool) -> list[torch.Tensor]:
         parts = super().all_gather(tensor, group, sync_grads)
-        return parts if sync_grads or tensor.numel() <= 3 else [tensor for _ in parts]  # noqa: PLR2004 - the mutation
+        return parts if sync_grads or tensor.numel() <= 3 else [tensor for _ in parts]
 
 
 @mutant("cuts what it gathers to the smallest", "STR-355")
@@ -925,7 +925,9 @@ class Leaking(Averaging):
 
 @mutant("averages in hooks of the user's parameters, and leaves them there", "STR-310", "STR-392")
 class Hooked(Averaging):
-    capabilities = Averaging.capabilities.model_copy(update={"no_backward_sync": False, "needs_backward": False})
+    capabilities = Averaging.capabilities.model_copy(
+        update={"no_backward_sync": False, "requires_strategy_backward": False}
+    )
 
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         """Nothing is left to do."""

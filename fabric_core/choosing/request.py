@@ -52,7 +52,7 @@ VARIABLES: Final[Mapping[str, str]] = {
 }
 """The environment variables that fill arguments; a list's items are separated by ``;``."""
 
-_SWITCHES: Final = ("FABRIC_PLUGINS", "FABRIC_DISABLE_PLUGINS", "FABRIC_TRACE")
+_SWITCHES: Final = ("FABRIC_EXTENSIONS", "FABRIC_DISABLE_PLUGINS", "FABRIC_TRACE")
 
 
 class _Short(reprlib.Repr):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fabric_core.conformance.mutants import accelerator, precision, strategy
+from proof.mutants import accelerator, precision, strategy
 
 __all__: list[str] = []
 

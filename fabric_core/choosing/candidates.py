@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fabric_core.binding import Trace, bind, check_extension, life_cycle
+from fabric_core.choosing.registry import EXTENSION, Offer, Registry, matches
+from fabric_core.choosing.request import PluginRef, Request
+from fabric_core.choosing.resolve import Candidate, Plan, alternatives, resolve
 from fabric_core.contracts import (
     CONTRACTS,
     Accelerator,
@@ -27,9 +30,6 @@ from fabric_core.errors import (
     RequestError,
     UnavailableError,
 )
-from fabric_core.registry import EXTENSION, Offer, Registry, matches
-from fabric_core.request import PluginRef, Request
-from fabric_core.resolve import Candidate, Plan, alternatives, resolve
 
 __all__ = ["Parts", "assemble", "plan"]
 
@@ -103,7 +103,7 @@ def plan(request: Request, environment: Mapping[str, str], trace: Trace | None =
     """
     registry = Registry(disabled=_items(environment.get("FABRIC_DISABLE_PLUGINS", "")))
     given, own = _sort_plugins(request.plugins)
-    extensions = [*own, *_installed_extensions(registry, environment.get("FABRIC_PLUGINS"))]
+    extensions = [*own, *_installed_extensions(registry, environment.get("FABRIC_EXTENSIONS"))]
     find = _Finder(registry, [one.plugin for one in extensions], trace)
     candidates: dict[str, Sequence[Candidate]] = {
         "accelerator": find(request.accelerator, "accelerator"),
@@ -205,7 +205,7 @@ def _installed_extensions(registry: Registry, allowed: str | None) -> list[Candi
                 check_extension(extension)
             except FabricError as error:
                 raise offer.quarantine(error.what, got=error.got, instead=error.instead) from error
-            found.append(Candidate(EXTENSION, offer.name, offer.owner, extension, named="the group fabric.plugins"))
+            found.append(Candidate(EXTENSION, offer.name, offer.owner, extension, named="the group fabric.extensions"))
         except FabricError as error:
             found.append(Candidate(EXTENSION, offer.name, offer.owner, failure=error))
     _warn_of_failures({EXTENSION: found})
@@ -241,7 +241,7 @@ def _items(text: str) -> list[str]:
 
 def _warn_of_unknown(registry: Registry, environment: Mapping[str, str]) -> None:
     """Warn of names in the variables that mean nothing that is installed."""
-    for variable, kinds in (("FABRIC_PLUGINS", [EXTENSION]), ("FABRIC_DISABLE_PLUGINS", [*CONTRACTS, EXTENSION])):
+    for variable, kinds in (("FABRIC_EXTENSIONS", [EXTENSION]), ("FABRIC_DISABLE_PLUGINS", [*CONTRACTS, EXTENSION])):
         for item in _items(environment.get(variable, "")):
             offers = [offer for kind in kinds for offer in registry.offers(kind)]
             if not any(matches(item, offer) for offer in offers):

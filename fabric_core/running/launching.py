@@ -11,9 +11,9 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from fabric_core.contracts import Accelerator, Launcher, Ranks, World
+from fabric_core.choosing.resolve import Plan
+from fabric_core.contracts import Accelerator, Launcher, ProcessInfo, World
 from fabric_core.errors import LaunchError
-from fabric_core.resolve import Plan
 
 __all__ = ["agree", "detect", "environment", "make_world"]
 
@@ -23,7 +23,7 @@ def environment() -> dict[str, str]:
     return dict(os.environ)
 
 
-def detect(launchers: Sequence[tuple[str, Launcher]]) -> tuple[str, Launcher, Ranks] | None:
+def detect(launchers: Sequence[tuple[str, Launcher]]) -> tuple[str, Launcher, ProcessInfo] | None:
     """Ask the launchers, the highest priority first, whether their system started this process."""
     variables = environment()
     for name, launcher in launchers:
@@ -33,7 +33,7 @@ def detect(launchers: Sequence[tuple[str, Launcher]]) -> tuple[str, Launcher, Ra
     return None
 
 
-def make_world(ranks: Ranks, plan: Plan, timeout: timedelta) -> World:
+def make_world(ranks: ProcessInfo, plan: Plan, timeout: timedelta) -> World:
     """Find this process's device, and check that as many processes were started as the plan has.
 
     Raises:
@@ -50,7 +50,7 @@ def make_world(ranks: Ranks, plan: Plan, timeout: timedelta) -> World:
         )
     device = accelerator.devices(plan.device_indices)[ranks.local_rank]
     return World(
-        **{name: getattr(ranks, name) for name in Ranks.__dataclass_fields__},
+        **{name: getattr(ranks, name) for name in ProcessInfo.__dataclass_fields__},
         device=device,
         backend=accelerator.process_group_backend,
         open_store=_store_opener(ranks, timeout) if ranks.main_port else None,
@@ -58,7 +58,7 @@ def make_world(ranks: Ranks, plan: Plan, timeout: timedelta) -> World:
     )
 
 
-def _store_opener(ranks: Ranks, timeout: timedelta) -> Any:
+def _store_opener(ranks: ProcessInfo, timeout: timedelta) -> Any:
     @cache
     def open_store() -> Store:
         server = ranks.global_rank == 0 and not ranks.agent_store

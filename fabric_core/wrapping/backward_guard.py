@@ -112,6 +112,6 @@ def backward_guard(strategy: Strategy, precision: Precision) -> BackwardGuard | 
     """Give a guard where the strategy or the precision needs ``fabric.backward``."""
     if precision.policy.loss_scaling:
         return BackwardGuard("the precision scales the loss, so the gradients would be too small")
-    if strategy.capabilities.needs_backward:
+    if strategy.capabilities.requires_strategy_backward:
         return BackwardGuard("the strategy runs backward passes itself")
     return None

@@ -59,7 +59,7 @@ GROUPS: Final[Mapping[str, str]] = {
     "launcher": "fabric.launchers",
     "checkpoint": "fabric.checkpoints",
     "logger": "fabric.loggers",
-    EXTENSION: "fabric.plugins",
+    EXTENSION: "fabric.extensions",
 }
 """The entry-point group of each kind."""
 
@@ -415,7 +415,7 @@ class Registry:
 
 
 def matches(item: str, offer: Offer) -> bool:
-    """Whether an item of FABRIC_PLUGINS or FABRIC_DISABLE_PLUGINS means an offer: its name, distribution, or both."""
+    """Whether an item of a variable such as FABRIC_EXTENSIONS means an offer: its name, its distribution, or both."""
     owner, slash, name = item.rpartition("/")
     if slash:
         return _same(owner, offer.distribution) and name == offer.name

@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from pydantic import BaseModel
 
+from fabric_core.choosing.request import PluginRef, Request
 from fabric_core.contracts import (
     Accelerator,
     Precision,
@@ -19,7 +20,6 @@ from fabric_core.contracts import (
 )
 from fabric_core.contracts._spec import by_name
 from fabric_core.errors import ConflictError, FabricError, PlanError, UnavailableError
-from fabric_core.request import PluginRef, Request
 
 __all__ = ["Candidate", "Choice", "Plan", "alternatives", "resolve", "shown", "start_clash"]
 
@@ -301,7 +301,7 @@ def _precision_clash(precision: Precision, accelerator: Accelerator, strategy: C
     if policy.loss_scaling and not carrier.loss_scaling:
         return f"it scales the loss, which the strategy {strategy.name} declares not to support"
     converts = policy.compute_dtype is not None and policy.compute_dtype != policy.param_dtype
-    if carrier.carries_policy and converts and not policy.autocast:
+    if carrier.applies_mixed_precision and converts and not policy.autocast:
         return (
             f"it computes in {policy.compute_dtype} by other means than autocast, and the strategy {strategy.name} "
             "declares to carry out the policy itself"
@@ -310,7 +310,7 @@ def _precision_clash(precision: Precision, accelerator: Accelerator, strategy: C
 
 
 def _wrapper_clash(wrapper: Wrapper, strategy: Choice) -> str | None:
-    if strategy.plugin.capabilities.sharded and not wrapper.capabilities.strategies_sharded:
+    if strategy.plugin.capabilities.sharded and not wrapper.capabilities.supports_sharded_parameters:
         return f"it declares not to work with a strategy that shards, and {strategy.name} does"
     return None
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_core.conformance.mutants import Mutants
 from fabric_core.conformance.references import OneFile, Remembering, Surroundings, Tagging
-from fabric_core.contracts import CheckpointCapabilities, LaunchOrder, Ranks, WrapperCapabilities
+from fabric_core.contracts import CheckpointCapabilities, LaunchOrder, ProcessInfo, WrapperCapabilities
 from fabric_core.errors import CheckpointError, LaunchError
+from proof.mutants import Mutants
 
 MUTANTS = Mutants()
 mutant = MUTANTS.mutant
@@ -159,26 +159,26 @@ class Rolling(Tagging):
 
 @mutant("recognises every process as its own", "LAU-501")
 class Claiming(Surroundings):
-    def detect(self, environment: Mapping[str, str]) -> Ranks | None:
-        return super().detect(environment) or Ranks()
+    def detect(self, environment: Mapping[str, str]) -> ProcessInfo | None:
+        return super().detect(environment) or ProcessInfo()
 
 
 @mutant("writes into the environment that it reads", "LAU-502")
 class Scribbling(Surroundings):
-    def detect(self, environment: Mapping[str, str]) -> Ranks | None:
+    def detect(self, environment: Mapping[str, str]) -> ProcessInfo | None:
         environment["SEEN"] = "1"  # type: ignore[index]
         return super().detect(environment)
 
 
 @mutant("takes every rank for rank 0", "LAU-503")
 class Royal(Surroundings):
-    def detect(self, environment: Mapping[str, str]) -> Ranks | None:
+    def detect(self, environment: Mapping[str, str]) -> ProcessInfo | None:
         return super().detect({**environment, "RANK": "0"} if "RANK" in environment else environment)
 
 
 @mutant("raises what it likes for an environment that it can't read", "LAU-504")
 class Blunt(Surroundings):
-    def detect(self, environment: Mapping[str, str]) -> Ranks | None:
+    def detect(self, environment: Mapping[str, str]) -> ProcessInfo | None:
         try:
             return super().detect(environment)
         except LaunchError as error:

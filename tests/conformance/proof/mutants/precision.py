@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_core.conformance.mutants import Mutants
 from fabric_core.conformance.references import Doubled, Full, Mixed, Scaled
 from fabric_core.contracts import PrecisionPolicy, map_tensors
+from proof.mutants import Mutants
 
 MUTANTS = Mutants()
 mutant = MUTANTS.mutant
@@ -95,7 +95,7 @@ def _shallow(data: Any, dtype: torch.dtype) -> Any:
 @mutant("converts inputs that lie at the top only", "PRE-207")
 class Shallow(Doubled):
     def convert_input(self, data: Any) -> Any:
-        if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], dict):  # noqa: PLR2004 - args, kwargs
+        if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], dict):
             return tuple(_shallow(one, torch.float64) for one in data[0]), data[1]
         return _shallow(data, torch.float64)
 

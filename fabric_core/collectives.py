@@ -7,11 +7,11 @@ from datetime import timedelta
 import torch
 from torch.distributed import Store
 
-__all__ = ["Ranks", "World"]
+__all__ = ["ProcessInfo", "World"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranks:
+class ProcessInfo:
     """This process's place among the others, and how to meet them.
 
     Args:
@@ -40,7 +40,7 @@ class Ranks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class World(Ranks):
+class World(ProcessInfo):
     """Who this process is: its ranks, its device, and what a process group needs.
 
     Args:

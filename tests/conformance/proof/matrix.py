@@ -1,6 +1,6 @@
 """The kit's proof of itself: every mutant against every rule of its kind.
 
-``python -m fabric_core.conformance.matrix`` runs it, and fails where a mutant's failing rules are not exactly those
+``python -m proof.matrix`` runs it, and fails where a mutant's failing rules are not exactly those
 that are written at it.
 """
 
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from fabric_core.conformance import references
-from fabric_core.conformance.mutants import Mutant, accelerator, others, precision, registration, strategy
 from fabric_core.conformance.rule import Level
 from fabric_core.conformance.rules import RULES
 from fabric_core.conformance.session import run_rules
 from fabric_core.conformance.subject import Subject
+from proof.mutants import Mutant, accelerator, others, precision, registration, strategy
 
 __all__ = ["MUTANTS", "REFERENCES", "failing", "unproven"]
 

@@ -7,16 +7,16 @@ from typing import Any, ClassVar
 import torch
 from pydantic import ConfigDict
 
-from fabric_core.conformance.mutants import Mutants
 from fabric_core.conformance.references import Host, Remembering
 from fabric_core.contracts import AcceleratorCapabilities, Logger, PluginOptions
+from proof.mutants import Mutants
 
 MUTANTS = Mutants()
 mutant = MUTANTS.mutant
 
 MUTANTS.elsewhere(
     "logger",
-    "fabric_core.conformance.mutants.loud:Loud",
+    "proof.mutants.loud:Loud",
     "draws a random number, prints and imports something heavy when it is imported",
     "REG-002",
     "REG-003",

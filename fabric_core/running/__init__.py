@@ -1,0 +1,1 @@
+"""While a script runs: starting and joining processes, saving and loading, seeds."""
