@@ -14,8 +14,9 @@ from typing import Any, Final, TypeVar, cast
 import pluggy
 
 from fabric_core.contracts import CONTRACTS, LifeCycle, Plugin
-from fabric_core.contracts._spec import PROJECT, behaviours, signature_fault
+from fabric_core.contracts._spec import behaviours, signature_fault
 from fabric_core.errors import QuarantinedError, RequestError
+from fabric_core.markers import PROJECT
 
 __all__ = ["Trace", "around", "bind", "check_extension", "life_cycle", "owner_of"]
 

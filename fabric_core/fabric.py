@@ -1,6 +1,6 @@
 """The façade: everything a training script calls, in the order of a script's life."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +18,7 @@ from fabric_core.choosing.candidates import assemble
 from fabric_core.choosing.registry import register, registrations
 from fabric_core.choosing.request import Request, fill, read_environment, read_file
 from fabric_core.choosing.resolve import Plan, start_clash
+from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import (
     Accelerator,
     Checkpoint,
@@ -42,7 +43,7 @@ from fabric_core.running.checkpointing import (
     restore_precision,
     template,
 )
-from fabric_core.running.launching import agree, detect, environment, make_world
+from fabric_core.running.launching import agree, check_connected, detect, environment, make_world
 from fabric_core.wrapping import (
     Around,
     FabricDataLoader,
@@ -50,6 +51,7 @@ from fabric_core.wrapping import (
     FabricOptimizer,
     Route,
     backward_guard,
+    check_counts,
     check_model,
     check_optimizer,
     check_same,
@@ -141,6 +143,7 @@ class Fabric:
     def _build(self) -> None:
         own = set(vars(self))
         self._world: World | None = None
+        self._collectives: Collectives = SingleProcess()
         parts = assemble(self._request, environment(), self._rank)
         self._plan = parts.plan
         self._accelerator = parts.accelerator
@@ -155,6 +158,7 @@ class Fabric:
         self._guard = backward_guard(self._strategy, self._precision)
         # Weak: what was set up dies with its last user, and an old parameter once its optimizer has the new one.
         self._set_up: WeakSet[Any] = WeakSet()
+        self._models: WeakSet[FabricModule] = WeakSet()
         self._replaced = WeakTensorKeyDictionary()
         self._optimizers: WeakSet[Optimizer] = WeakSet()
         self._built = set(vars(self)) - own
@@ -312,9 +316,12 @@ class Fabric:
         with ExitStack() as undo:
             undo.callback(self._accelerator.teardown)
             self._accelerator.setup_device(world.device)
+            undo.enter_context(world.closing)
             undo.callback(self._strategy.teardown)
-            self._strategy.connect(world, self.precision.policy)
-            self._precision.connect(self._strategy.all_reduce)
+            own = self._strategy.connect(world, self.precision.policy)
+            check_connected(own, world, self.strategy)
+            self._collectives = self.strategy.collectives = own.fork() if world.world_size > 1 else own
+            self._precision.connect(self._collectives)
             undo.pop_all()
         self._world = world
         self._hooks.launched(world=world)
@@ -371,10 +378,10 @@ class Fabric:
             check_optimizer(optimizer, self._set_up)
             if isinstance(module, nn.Module):
                 check_trains(optimizer, [module, *self._set_up], self._replaced)
-        model = self.setup_module(module, move_to_device=move_to_device)
+        model, ready = self._setup_module(module, optimizers, move_to_device=move_to_device)
         if not optimizers and scheduler is None:
             return model
-        wrapped = [self._setup_optimizer(optimizer) for optimizer in optimizers]
+        wrapped = [self._wrap_optimizer(one, made) for one, made in zip(optimizers, ready, strict=True)]
         return (model, *wrapped) if scheduler is None else (model, *wrapped, scheduler)
 
     def setup_module(self, module: nn.Module, move_to_device: bool = True) -> FabricModule:
@@ -388,7 +395,14 @@ class Fabric:
         Raises:
             SetupError: It was set up before, is no module, or its parameters are on several devices or on none.
         """
+        return self._setup_module(module, (), move_to_device=move_to_device)[0]
+
+    def _setup_module(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], *, move_to_device: bool
+    ) -> tuple[FabricModule, list[Optimizer]]:
+        """Make a model ready, and the optimizers that are given with it."""
         declared, world = self.strategy.capabilities, self.world
+        check_counts(self.strategy, len(self._models), len(optimizers))
         given, module = module, uncompiled(module)
         check_model(module, self._set_up, move=move_to_device, placed_later=declared.handles_device_placement)
         before = dict(module.named_parameters(remove_duplicate=False))
@@ -397,7 +411,12 @@ class Fabric:
             module = module.to(world.device)
         for wrapper in self._stage("before_strategy"):
             check_same(wrapper.wrap_module(module), module, wrapper)
-        inner = self._strategy.setup_module(Route(module) if declared.intercepts_forward else module)
+        outer = Route(module) if declared.intercepts_forward else module
+        ready: list[Optimizer] = []
+        if declared.joint_setup:
+            inner, ready = self._strategy.setup_jointly(outer, optimizers)
+        else:
+            inner = self._strategy.setup_module(outer)
         called = inner
         for wrapper in self._stage("after_strategy"):
             called = wrapper.wrap_module(called)
@@ -422,8 +441,11 @@ class Fabric:
             device=world.device if move_to_device else first_device(module) or world.device,
         )
         self._set_up.add(module)
+        self._models.add(wrapped)
         self._hooks.module_set_up(module=wrapped)
-        return wrapped
+        if not declared.joint_setup:
+            ready = [self._strategy.setup_optimizer(optimizer, self._replaced) for optimizer in optimizers]
+        return wrapped, ready
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         """Make optimizers ready.
@@ -441,12 +463,14 @@ class Fabric:
                 where="fabric.setup_optimizers",
                 instead="fabric.setup(model, optimizer)",
             )
-        wrapped = tuple(self._setup_optimizer(optimizer) for optimizer in optimizers)
+        for optimizer in optimizers:
+            check_optimizer(optimizer, self._set_up)
+        self.world  # noqa: B018 - connects a single process
+        ready = [self._strategy.setup_optimizer(optimizer, self._replaced) for optimizer in optimizers]
+        wrapped = tuple(self._wrap_optimizer(one, made) for one, made in zip(optimizers, ready, strict=True))
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
-    def _setup_optimizer(self, optimizer: Optimizer) -> FabricOptimizer:
-        check_optimizer(optimizer, self._set_up)
-        ready = self._strategy.setup_optimizer(optimizer, self._replaced)
+    def _wrap_optimizer(self, optimizer: Optimizer, ready: Optimizer) -> FabricOptimizer:
         self._optimizers.add(ready)
         for wrapper in self._wrappers:
             ready = wrapper.wrap_optimizer(ready)
@@ -469,6 +493,7 @@ class Fabric:
         Raises:
             SetupError: One was set up before, or can't be divided.
         """
+        self.world  # noqa: B018 - connects a single process
         wrapped = []
         for given in dataloaders:
             if is_wrapped(given):
@@ -536,11 +561,19 @@ class Fabric:
         if args:
             kwargs.update(zip(_BACKWARD[: len(args)], args, strict=True))
         loss = self._precision.scale_loss(tensor)
+        module = self._called(model)
         if self._guard is None:
-            self._strategy.backward(loss, kwargs)
+            self._strategy.backward(loss, module, kwargs)
         else:
             with self._guard.opened():
-                self._strategy.backward(loss, kwargs)
+                self._strategy.backward(loss, module, kwargs)
+
+    def _called(self, model: FabricModule | None) -> nn.Module | None:
+        """Give what the strategy made of a model; without one, of the only one that is set up."""
+        if model is not None:
+            return strategy_module(model)
+        models = list(self._models)
+        return strategy_module(models[0]) if len(models) == 1 else None
 
     def clip_gradients(
         self,
@@ -591,7 +624,7 @@ class Fabric:
         return self._strategy.clip_grad_norm(parameters, float(max_norm), float(norm_type), error_if_nonfinite)
 
     def no_backward_sync(self, module: FabricModule, enabled: bool = True) -> AbstractContextManager[Any]:
-        """Leave each rank's gradients apart inside the context, to accumulate over several backward passes.
+        """Skip gradient synchronization inside the context, to accumulate over several backward passes.
 
         Args:
             module: A model that was set up.
@@ -609,6 +642,10 @@ class Fabric:
 
     # Between ranks
 
+    def _connected(self) -> Collectives:
+        self.world  # noqa: B018 - connects a single process
+        return self._collectives
+
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on one process of each node."""
         if self.local_rank == 0:
@@ -616,20 +653,18 @@ class Fabric:
 
     def barrier(self, name: str | None = None) -> None:
         """Wait until every rank is here."""
-        self.world  # noqa: B018 - connects a single process
-        self._strategy.barrier(name)
+        self._connected().barrier(name)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Give every rank the object of one."""
-        self.world  # noqa: B018
-        return self._strategy.broadcast(obj, src)
+        return self._connected().broadcast(obj, src)
 
     def all_reduce(self, data: Any, group: Any | None = None, reduce_op: str | None = "mean") -> Any:
         """Reduce every tensor of a nested value over the ranks; numbers become tensors."""
-        self.world  # noqa: B018
+        collectives = self._connected()
         return map_tensors(
             _tensors(data, self.device),
-            lambda one: self._strategy.all_reduce(one, group, reduce_op or "sum"),
+            lambda one: collectives.all_reduce(one, group, reduce_op or "sum"),
         )
 
     def all_gather(self, data: Any, group: Any | None = None, sync_grads: bool = False) -> Any:
@@ -639,10 +674,10 @@ class Fabric:
             The same nesting, each tensor of shape ``(world size, *shape)``; a list where shapes differ. With one
             process the shapes are those that were given, as Lightning Fabric's.
         """
-        self.world  # noqa: B018
+        collectives = self._connected()
 
         def gather(one: torch.Tensor) -> Any:
-            parts = self._strategy.all_gather(one, group, sync_grads)
+            parts = collectives.all_gather(one, group, sync_grads)
             if self.world_size == 1:
                 return parts[0]
             return torch.stack(parts) if len({part.shape for part in parts}) == 1 else parts
@@ -682,7 +717,7 @@ class Fabric:
 
     def _tell(self, ranks: range, text: str | None) -> dict[int, str]:
         """Send a text from each of some ranks to all; gives what they sent, where it is one."""
-        sent = {rank: self._strategy.broadcast(text, rank) for rank in ranks}
+        sent = {rank: self._collectives.broadcast(text, rank) for rank in ranks}
         return {rank: one for rank, one in sent.items() if one is not None}
 
     # State
@@ -821,7 +856,9 @@ class Fabric:
             if world is None:
                 return
             stack.callback(self._accelerator.teardown)
+            stack.enter_context(world.closing)
             stack.callback(self._strategy.teardown)
+            self.strategy.collectives = None
             for logger in self._loggers:
                 stack.callback(logger.finalize, "success")
         self._hooks.torn_down()

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed import HashStore, PrefixStore
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -18,6 +17,7 @@ from fabric_core.contracts import (
     Accelerator,
     Checkpoint,
     CheckpointCapabilities,
+    Collectives,
     DeviceSpec,
     Launcher,
     LaunchOrder,
@@ -26,7 +26,9 @@ from fabric_core.contracts import (
     Precision,
     PrecisionCapabilities,
     PrecisionPolicy,
+    ProcessGroup,
     ProcessInfo,
+    SingleProcess,
     Strategy,
     StrategyCapabilities,
     World,
@@ -34,7 +36,7 @@ from fabric_core.contracts import (
     WrapperCapabilities,
     parse_device_indices,
 )
-from fabric_core.errors import CheckpointError, LaunchError, MisuseError, RequestError
+from fabric_core.errors import CheckpointError, LaunchError, MisuseError
 
 __all__ = [
     "Alone",
@@ -96,8 +98,9 @@ class Alone(Strategy):
 
     capabilities = StrategyCapabilities(max_world_size=1)
 
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
-        """Nobody to join."""
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
+        """There are no other processes."""
+        return SingleProcess()
 
 
 class Averaging(Strategy):
@@ -108,19 +111,12 @@ class Averaging(Strategy):
 
     capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, requires_strategy_backward=True)
 
-    operations: ClassVar = {
-        "sum": dist.ReduceOp.SUM,
-        "mean": dist.ReduceOp.SUM,
-        "max": dist.ReduceOp.MAX,
-        "min": dist.ReduceOp.MIN,
-        "product": dist.ReduceOp.PRODUCT,
-    }
-    """By the contract's names; a table on the class is no state."""
+    group_class: ClassVar[type[ProcessGroup]] = ProcessGroup
+    """Makes the collectives; a mutant makes wrong ones."""
 
     _world: World | None = None
-    _owns = False
     _modules: tuple[nn.Module, ...] = ()
-    _apart: frozenset[int] = frozenset()
+    _skipping: frozenset[int] = frozenset()
 
     @property
     def world(self) -> World:
@@ -129,21 +125,14 @@ class Averaging(Strategy):
             raise MisuseError("not connected")
         return self._world
 
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
         """Make a process group, or use the one that there is."""
         self._world = world
-        if not dist.is_initialized():
-            store = HashStore() if world.open_store is None else PrefixStore("reference", world.open_store())
-            dist.init_process_group(
-                world.backend, store=store, rank=world.global_rank, world_size=world.world_size, timeout=world.timeout
-            )
-            self._owns = True
+        return self.group_class(world)
 
     def teardown(self) -> None:
-        """Leave it again."""
-        if self._owns and dist.is_initialized():
-            dist.destroy_process_group()
-        self._world, self._owns, self._modules, self._apart = None, False, (), frozenset()
+        """Forget the models."""
+        self._world, self._modules, self._skipping = None, (), frozenset()
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Give every rank the values of rank 0, and remember whose gradients to average."""
@@ -152,16 +141,16 @@ class Averaging(Strategy):
         self._modules = (*self._modules, module)
         return module
 
-    def backward(self, loss: torch.Tensor, arguments: Mapping[str, Any]) -> None:
+    def backward(self, loss: torch.Tensor, module: nn.Module | None, arguments: Mapping[str, Any]) -> None:
         """Run the backward pass, then average."""
         loss.backward(**arguments)
-        for module in self._modules:
-            if self.averages(module):
-                self.average([parameter for parameter in module.parameters() if parameter.requires_grad])
+        for one in self._modules:
+            if self.averages(one):
+                self.average([parameter for parameter in one.parameters() if parameter.requires_grad])
 
     def averages(self, module: nn.Module) -> bool:
         """Say whether this backward pass averages a module's gradients."""
-        return id(module) not in self._apart
+        return id(module) not in self._skipping
 
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         """Average gradients; a rank that has none counts as zero, where another one has."""
@@ -177,51 +166,13 @@ class Averaging(Strategy):
     @contextmanager
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
         """Leave a module out of the averaging."""
-        before = self._apart
+        before = self._skipping
         if enabled:
-            self._apart = before | {id(module)}
+            self._skipping = before | {id(module)}
         try:
             yield
         finally:
-            self._apart = before
-
-    def data_shard(self) -> tuple[int, int]:
-        """Every rank reads its own part."""
-        return self.world.global_rank, self.world.world_size
-
-    def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
-        """Reduce a copy."""
-        if reduce_op not in self.operations:
-            raise RequestError("there is no such reduction", got=reduce_op)
-        result = tensor.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(result, self.operations[reduce_op], group=group)
-        if reduce_op == "mean":
-            count = dist.get_world_size(group)
-            exact = result.is_floating_point() or result.is_complex()
-            result = result / count if exact else torch.div(result, count, rounding_mode="trunc")
-        return result
-
-    def all_gather(self, tensor: torch.Tensor, group: Any | None, sync_grads: bool) -> list[torch.Tensor]:
-        """Gather as objects where shapes may differ, differentiably where gradients flow."""
-        if sync_grads:
-            from torch.distributed.nn.functional import all_gather
-
-            return list(all_gather(tensor.contiguous(), group=group))
-        parts: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(parts, tensor.detach(), group=group)
-        return parts
-
-    def broadcast(self, obj: Any, src: int) -> Any:
-        """Send an object."""
-        if not 0 <= src < self.world.world_size:
-            raise RequestError("there is no such rank", got=repr(src))
-        box = [obj]
-        dist.broadcast_object_list(box, src)
-        return box[0]
-
-    def barrier(self, name: str | None) -> None:
-        """Wait."""
-        dist.barrier()
+            self._skipping = before
 
 
 class Routed(Averaging):

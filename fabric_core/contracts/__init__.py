@@ -1,6 +1,14 @@
 """The contracts: what a plugin of each kind is, as a base class and as a pluggy hook specification at once."""
 
-from fabric_core.collectives import ProcessInfo, World
+from fabric_core.collectives import (
+    Collectives,
+    ProcessGroup,
+    ProcessInfo,
+    SingleProcess,
+    World,
+    check_reduction,
+    check_source,
+)
 from fabric_core.contracts._blocks import repeated_blocks
 from fabric_core.contracts._spec import (
     API_VERSION,
@@ -8,9 +16,6 @@ from fabric_core.contracts._spec import (
     Plugin,
     PluginOptions,
     Preset,
-    behaviour,
-    event,
-    hookimpl,
 )
 from fabric_core.contracts.accelerator import Accelerator, DeviceSpec, parse_device_indices
 from fabric_core.contracts.capabilities import (
@@ -32,8 +37,9 @@ from fabric_core.contracts.precision import (
     converter,
     map_tensors,
 )
-from fabric_core.contracts.strategy import Strategy, check_reduction, check_source, replace_parameters
+from fabric_core.contracts.strategy import Strategy, replace_parameters
 from fabric_core.contracts.wrapper import Wrapper
+from fabric_core.markers import behaviour, event, hookimpl
 
 __all__ = [
     "API_VERSION",
@@ -43,6 +49,7 @@ __all__ = [
     "AcceleratorCapabilities",
     "Checkpoint",
     "CheckpointCapabilities",
+    "Collectives",
     "DeviceSpec",
     "LaunchOrder",
     "Launcher",
@@ -55,7 +62,9 @@ __all__ = [
     "PrecisionCapabilities",
     "PrecisionPolicy",
     "Preset",
+    "ProcessGroup",
     "ProcessInfo",
+    "SingleProcess",
     "Strategy",
     "StrategyCapabilities",
     "World",

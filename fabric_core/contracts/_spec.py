@@ -1,8 +1,4 @@
-"""The markers that make a contract a hook specification, and the base class of every plugin.
-
-[Note: no default values] pluggy matches arguments by name and leaves out those that have a default value. So a
-behaviour has none: the façade fills in what its caller left out, and every owner and extension sees every argument.
-"""
+"""The base class of every plugin, and what its signatures must be."""
 
 import inspect
 from collections.abc import Mapping
@@ -10,30 +6,16 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, Final, Self, cast
 
-import pluggy
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fabric_core.errors import OptionError
-
-PROJECT: Final = "fabric"
-"""The name under which pluggy knows the project."""
+from fabric_core.markers import PROJECT
 
 API_VERSION: Final = 1
 """The version of the contracts that this core offers; it grows when a contract changes incompatibly."""
 
 API_WINDOW: Final = range(1, 2)
 """The versions of the contracts that this core accepts plugins for."""
-
-_specification = pluggy.HookspecMarker(PROJECT)
-
-behaviour = _specification(firstresult=True)
-"""Marks a method of a contract: it has one owner, whose result is the result."""
-
-event = _specification
-"""Marks a life-cycle hook: it has any number of listeners."""
-
-hookimpl = pluggy.HookimplMarker(PROJECT)
-"""Marks a method of an extension that listens to a life-cycle hook."""
 
 
 class PluginOptions(BaseModel):

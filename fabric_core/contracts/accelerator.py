@@ -6,9 +6,10 @@ from typing import ClassVar, Final
 
 import torch
 
-from fabric_core.contracts._spec import Plugin, behaviour
+from fabric_core.contracts._spec import Plugin
 from fabric_core.contracts.capabilities import AcceleratorCapabilities
 from fabric_core.errors import DeviceError
+from fabric_core.markers import behaviour
 
 __all__ = ["Accelerator", "DeviceSpec"]
 

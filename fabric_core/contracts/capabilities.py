@@ -51,8 +51,6 @@ class StrategyCapabilities(_Capabilities):
     """It works with a precision that scales the loss."""
     no_backward_sync: bool = False
     """``no_backward_sync`` leaves gradients apart; without it, accumulation synchronises every time."""
-    unused_parameters: bool = True
-    """A parameter that a forward pass doesn't use is no error."""
     multiple_models: bool = True
     """Several models can be set up."""
     multiple_optimizers: bool = True

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fabric_core.contracts._spec import Plugin, behaviour
+from fabric_core.contracts._spec import Plugin
 from fabric_core.contracts.capabilities import CheckpointCapabilities
+from fabric_core.markers import behaviour
 
 __all__ = ["Checkpoint"]
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fabric_core.collectives import ProcessInfo
-from fabric_core.contracts._spec import Plugin, behaviour
+from fabric_core.contracts._spec import Plugin
 from fabric_core.contracts.capabilities import LauncherCapabilities
+from fabric_core.markers import behaviour
 
 __all__ = ["LaunchOrder", "Launcher"]
 

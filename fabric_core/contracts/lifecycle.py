@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from fabric_core.collectives import World
-from fabric_core.contracts._spec import event
+from fabric_core.markers import event
 
 __all__ = ["LifeCycle"]
 

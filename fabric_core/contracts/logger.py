@@ -4,7 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from fabric_core.contracts._spec import Plugin, behaviour
+from fabric_core.contracts._spec import Plugin
+from fabric_core.markers import behaviour
 
 __all__ = ["Logger"]
 

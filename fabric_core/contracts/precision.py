@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_core.contracts._spec import Plugin, behaviour
+from fabric_core.collectives import Collectives
+from fabric_core.contracts._spec import Plugin
 from fabric_core.contracts._tree import map_tree
 from fabric_core.contracts.capabilities import PrecisionCapabilities
+from fabric_core.markers import behaviour
 
 __all__ = ["Precision", "PrecisionPolicy"]
 
@@ -58,11 +60,11 @@ class Precision(Plugin, ABC):
         """What the precision asks for. The same for the life of the object."""
 
     @behaviour
-    def connect(self, all_reduce: Callable[[torch.Tensor, Any | None, str], torch.Tensor]) -> None:
-        """Learn how to ask the other ranks; called once, after the strategy has joined them.
+    def connect(self, collectives: Collectives) -> None:
+        """Receive the collectives; called once, after the strategy has connected.
 
         Args:
-            all_reduce: The strategy's behaviour of that name, for what the ranks must decide together.
+            collectives: For what the ranks must decide together, such as whether a gradient overflowed on any of them.
         """
 
     @behaviour

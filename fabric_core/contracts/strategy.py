@@ -3,23 +3,21 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from fabric_core.collectives import World
-from fabric_core.contracts._spec import Plugin, behaviour
+from fabric_core.collectives import Collectives, World
+from fabric_core.contracts._spec import Plugin
 from fabric_core.contracts.capabilities import StrategyCapabilities
 from fabric_core.contracts.precision import PrecisionPolicy
-from fabric_core.errors import RequestError
+from fabric_core.errors import MisuseError
+from fabric_core.markers import behaviour
 
 __all__ = ["Strategy"]
-
-_REDUCTIONS: Final = ("sum", "mean", "avg", "max", "min", "product")
-"""The operations of ``Strategy.all_reduce``; ``avg`` is ``mean``."""
 
 
 class Strategy(Plugin, ABC):
@@ -38,6 +36,27 @@ class Strategy(Plugin, ABC):
     capabilities: ClassVar[StrategyCapabilities] = StrategyCapabilities()
     """What the strategy declares."""
 
+    _collectives: Collectives | None = None
+
+    @property
+    def collectives(self) -> Collectives:
+        """What everything but gradients travels on: a fork of what ``connect`` returned; the core sets it.
+
+        Raises:
+            MisuseError: Before ``fabric.launch()``, or after ``fabric.teardown()``.
+        """
+        if self._collectives is None:
+            raise MisuseError(
+                "the processes are not connected",
+                where=type(self).__name__,
+                instead="call fabric.launch() first",
+            )
+        return self._collectives
+
+    @collectives.setter
+    def collectives(self, collectives: Collectives | None) -> None:
+        self._collectives = collectives
+
     @property
     def start_method(self) -> str | None:
         """How to start processes (``"spawn"``, ``"fork"``, ...); ``None`` leaves it to the launcher."""
@@ -50,17 +69,22 @@ class Strategy(Plugin, ABC):
 
     @behaviour
     @abstractmethod
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
         """Join the other processes; called once, before anything else but ``capabilities``.
 
         Args:
             world: Who this process is.
             policy: What the precision asks for; a strategy that declares ``applies_mixed_precision`` carries it out.
+
+        Returns:
+            The collectives that the strategy's own communication travels on, such as ``ProcessGroup(world)``, or
+            ``SingleProcess()``. The core closes them when the ``Fabric`` ends, also where this method raised after it
+            had made them, and forks them for everything else (``collectives``).
         """
 
     @behaviour
     def teardown(self) -> None:
-        """Leave the other processes and give back all that was taken. May be called again, and without ``connect``."""
+        """Release resources, before the core closes the collectives. May be called again, and without ``connect``."""
 
     @behaviour
     def init_module(self, empty: bool) -> AbstractContextManager[Any]:
@@ -70,7 +94,7 @@ class Strategy(Plugin, ABC):
             empty: Leave the parameters' memory unset where that is possible, because a checkpoint will fill it. Here
                 the functions of ``torch.nn.init`` that can be stepped over leave their tensors as they are.
         """
-        return _Undrawn() if empty else nullcontext()
+        return _SkipInit() if empty else nullcontext()
 
     @behaviour
     def setup_module(self, module: nn.Module) -> nn.Module:
@@ -101,11 +125,26 @@ class Strategy(Plugin, ABC):
         return replace_parameters(optimizer, replaced)
 
     @behaviour
-    def backward(self, loss: torch.Tensor, arguments: Mapping[str, Any]) -> None:
+    def setup_jointly(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[nn.Module, list[Optimizer]]:
+        """Make a model and its optimizers ready in one call; called where ``joint_setup`` is declared, and only there.
+
+        Args:
+            module: As for ``setup_module``.
+            optimizers: The user's optimizers of this model; none where it is not trained.
+
+        Returns:
+            The module to call in its place, and the optimizers to use, in the same order.
+        """
+        return self.setup_module(module), [self.setup_optimizer(optimizer, {}) for optimizer in optimizers]
+
+    @behaviour
+    def backward(self, loss: torch.Tensor, module: nn.Module | None, arguments: Mapping[str, Any]) -> None:
         """Run the backward pass.
 
         Args:
             loss: What to differentiate, already scaled.
+            module: What ``setup_module`` or ``setup_jointly`` returned for the model that the loss came from; ``None``
+                where several are set up and the user named none.
             arguments: Keyword arguments of ``torch.Tensor.backward``.
         """
         loss.backward(**arguments)  # type: ignore[no-untyped-call]
@@ -121,11 +160,11 @@ class Strategy(Plugin, ABC):
         module: nn.Module,
         enabled: bool,
     ) -> AbstractContextManager[Any]:
-        """Give the context in which backward passes leave each rank's gradients apart.
+        """Give the context in which backward passes skip gradient synchronization.
 
         Args:
             module: What ``setup_module`` returned.
-            enabled: Whether to leave them apart; otherwise the context changes nothing.
+            enabled: Whether to skip it; otherwise the context changes nothing.
         """
         return nullcontext()
 
@@ -160,63 +199,26 @@ class Strategy(Plugin, ABC):
 
     @behaviour
     def data_shard(self) -> tuple[int, int]:
-        """Say which part of the data this process reads: its index, and the number of parts."""
-        return 0, 1
+        """Say which part of the data this process reads: its index, and the number of parts; each rank its own."""
+        return self.collectives.rank, self.collectives.world_size
 
-    @behaviour
-    def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
-        """Reduce a tensor over the ranks.
+    def all_reduce(self, tensor: torch.Tensor, group: Any | None = None, reduce_op: str = "mean") -> torch.Tensor:
+        """Reduce a tensor over the ranks, as ``collectives`` does."""
+        return self.collectives.all_reduce(tensor, group, reduce_op)
 
-        Args:
-            tensor: The tensor of this rank, of the same shape and type on every rank; left as it is.
-            group: A process group; ``None`` is all ranks.
-            reduce_op: ``"sum"``, ``"mean"``, ``"max"``, ``"min"``, ``"product"``.
-
-        Returns:
-            A new tensor of the same shape and type, through which no gradient flows.
-
-        Raises:
-            RequestError: There is no such operation.
-        """
-        check_reduction(reduce_op)
-        return tensor.detach().clone()
-
-    @behaviour
     def all_gather(
-        self,
-        tensor: torch.Tensor,
-        group: Any | None,
-        sync_grads: bool,
+        self, tensor: torch.Tensor, group: Any | None = None, sync_grads: bool = False
     ) -> list[torch.Tensor]:
-        """Gather the tensors of all ranks.
+        """Gather the tensors of all ranks, as ``collectives`` does."""
+        return self.collectives.all_gather(tensor, group, sync_grads)
 
-        Args:
-            tensor: The tensor of this rank; shapes may differ between ranks, types and dimensions may not.
-            group: A process group; ``None`` is all ranks.
-            sync_grads: Let gradients flow back to the rank that a tensor came from.
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Give every rank the object of one, as ``collectives`` does."""
+        return self.collectives.broadcast(obj, src)
 
-        Returns:
-            New tensors, in the order of the ranks.
-        """
-        return [tensor.clone() if sync_grads else tensor.detach().clone()]
-
-    @behaviour
-    def broadcast(self, obj: Any, src: int) -> Any:
-        """Give every rank the object of one.
-
-        Args:
-            obj: Any picklable object on the rank ``src``; ignored on the others.
-            src: The global rank that it comes from.
-
-        Raises:
-            RequestError: There is no such rank.
-        """
-        check_source(src, 1)
-        return obj
-
-    @behaviour
-    def barrier(self, name: str | None) -> None:
-        """Wait until every rank is here; the name is for messages."""
+    def barrier(self, name: str | None = None) -> None:
+        """Wait until every rank is here, as ``collectives`` does."""
+        self.collectives.barrier(name)
 
     @behaviour
     def module_state(self, module: nn.Module, full: bool) -> dict[str, Any]:
@@ -264,8 +266,20 @@ class Strategy(Plugin, ABC):
         """Load what ``optimizer_state`` gave, saved under any strategy or world size."""
         optimizer.load_state_dict(dict(state))
 
+    @behaviour
+    def state_dict(self) -> dict[str, Any]:
+        """Give what the strategy itself must save to continue, such as a step counter, as plain values and tensors.
 
-class _Undrawn(TorchFunctionMode):
+        It travels with every checkpoint that ``fabric.save`` writes; called on every rank, and rank 0's is kept.
+        """
+        return {}
+
+    @behaviour
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` gave; called on every rank."""
+
+
+class _SkipInit(TorchFunctionMode):
     """Gives the tensor back, as it is, from every function of ``torch.nn.init`` that lets a mode step in."""
 
     def __torch_function__(
@@ -279,38 +293,6 @@ class _Undrawn(TorchFunctionMode):
         if getattr(func, "__module__", None) == nn.init.__name__:
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
-
-
-def check_reduction(reduce_op: Any) -> str:
-    """Give an operation's name in lower case.
-
-    Raises:
-        RequestError: There is no such operation.
-    """
-    name = str(reduce_op).lower()
-    if name not in _REDUCTIONS:
-        raise RequestError(
-            "there is no such reduction",
-            where="all_reduce(reduce_op=)",
-            got=repr(reduce_op),
-            instead=", ".join(_REDUCTIONS),
-        )
-    return name
-
-
-def check_source(src: int, world_size: int) -> None:
-    """Refuse a rank that there isn't.
-
-    Raises:
-        RequestError: There is no such rank.
-    """
-    if not 0 <= src < world_size:
-        raise RequestError(
-            "there is no such rank",
-            where="broadcast(src=)",
-            got=repr(src),
-            instead=f"a rank from 0 to {world_size - 1}",
-        )
 
 
 def replace_parameters(

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_core.contracts._spec import Plugin, behaviour
+from fabric_core.contracts._spec import Plugin
 from fabric_core.contracts.capabilities import WrapperCapabilities
+from fabric_core.markers import behaviour
 
 __all__ = ["Wrapper"]
 

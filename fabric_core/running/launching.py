@@ -12,10 +12,11 @@ from typing import Any
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from fabric_core.choosing.resolve import Plan
-from fabric_core.contracts import Accelerator, Launcher, ProcessInfo, World
+from fabric_core.collectives import Collectives
+from fabric_core.contracts import Accelerator, Launcher, ProcessInfo, Strategy, World
 from fabric_core.errors import LaunchError
 
-__all__ = ["agree", "detect", "environment", "make_world"]
+__all__ = ["agree", "check_connected", "detect", "environment", "make_world"]
 
 
 def environment() -> dict[str, str]:
@@ -113,6 +114,25 @@ def agree(world: World, plan: Plan) -> None:
             instead="the same arguments, variables, plugins and versions on every rank",
             ranks=differing,
         )
+
+
+def check_connected(collectives: object, world: World, strategy: Strategy) -> None:
+    """Make sure that a strategy has connected this process with all others.
+
+    Raises:
+        LaunchError: It has not.
+    """
+    there = isinstance(collectives, Collectives)
+    if isinstance(collectives, Collectives) and (collectives.world_size > 1 or world.world_size == 1):
+        return
+    raise LaunchError(
+        f"{type(strategy).__name__}.connect did not connect the {world.world_size} processes"
+        if there
+        else f"{type(strategy).__name__}.connect returned no Collectives",
+        where="fabric.launch()",
+        got=repr(collectives),
+        instead="return ProcessGroup(world) from connect; SingleProcess() is for one process",
+    )
 
 
 def _side(choice: list[str] | None) -> str:

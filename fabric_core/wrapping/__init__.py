@@ -1,7 +1,7 @@
 """What ``setup`` gives back in place of models, optimizers and data loaders."""
 
 from fabric_core.wrapping.backward_guard import BackwardGuard, backward_guard
-from fabric_core.wrapping.checks import check_model, check_optimizer, check_same, check_trains
+from fabric_core.wrapping.checks import check_counts, check_model, check_optimizer, check_same, check_trains
 from fabric_core.wrapping.compiled import compile_again, uncompiled
 from fabric_core.wrapping.dataloader import FabricDataLoader, shard, to_device
 from fabric_core.wrapping.module import Around, FabricModule, Route, first_device, strategy_module
@@ -16,6 +16,7 @@ __all__ = [
     "FabricOptimizer",
     "Route",
     "backward_guard",
+    "check_counts",
     "check_model",
     "check_optimizer",
     "check_same",

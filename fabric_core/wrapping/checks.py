@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_core.contracts import Wrapper
+from fabric_core.contracts import Strategy, Wrapper
 from fabric_core.errors import SetupError
 from fabric_core.wrapping.module import FabricModule
 from fabric_core.wrapping.unwrap import is_wrapped
 
-__all__ = ["check_model", "check_optimizer", "check_same", "check_trains"]
+__all__ = ["check_counts", "check_model", "check_optimizer", "check_same", "check_trains"]
 
 _WHERE = "fabric.setup"
 
@@ -66,6 +66,33 @@ def check_model(module: Any, set_up: Container[Any], *, move: bool, placed_later
             where=_WHERE,
             got=shown,
             instead="make the model without the meta device, or call model.to_empty(device=...) and load its state",
+        )
+
+
+def check_counts(strategy: Strategy, models: int, optimizers: int) -> None:
+    """Refuse one more model, or several optimizers of one model, where the strategy declares that it can't have them.
+
+    Args:
+        strategy: The strategy.
+        models: How many models are set up already.
+        optimizers: How many optimizers are given with this one.
+
+    Raises:
+        SetupError: It declares that.
+    """
+    declared, kind = strategy.capabilities, type(strategy).__name__
+    if models and not declared.multiple_models:
+        raise SetupError(
+            f"{kind} declares that it takes one model, and one is set up",
+            where=_WHERE,
+            instead="one module that holds both, with methods marked by mark_forward_method; or another strategy",
+        )
+    if optimizers > 1 and not declared.multiple_optimizers:
+        raise SetupError(
+            f"{kind} declares that a model has one optimizer",
+            where=_WHERE,
+            got=f"{optimizers} optimizers",
+            instead="one optimizer with several parameter groups; or another strategy",
         )
 
 

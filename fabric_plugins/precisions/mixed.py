@@ -18,7 +18,7 @@ from pydantic import Field
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from fabric_core.contracts import PluginOptions, Precision, PrecisionPolicy, Preset
+from fabric_core.contracts import Collectives, PluginOptions, Precision, PrecisionPolicy, Preset
 from fabric_core.errors import MisuseError
 
 __all__ = [
@@ -110,7 +110,7 @@ class Float16MixedPrecision(_MixedPrecision):
             backoff_factor=self.options.backoff_factor,
             growth_interval=self.options.growth_interval,
         )
-        self._all_reduce: Callable[[torch.Tensor, Any | None, str], torch.Tensor] | None = None
+        self._collectives: Collectives | None = None
         self._losses = 0
         """How many losses were scaled."""
         self._progress: WeakKeyDictionary[Optimizer, _Progress] = WeakKeyDictionary()
@@ -119,9 +119,9 @@ class Float16MixedPrecision(_MixedPrecision):
         self._overflowed: bool | None = None
         """Whether a step of this iteration was skipped; ``None`` before the first step with gradients."""
 
-    def connect(self, all_reduce: Callable[[torch.Tensor, Any | None, str], torch.Tensor]) -> None:
-        """Keep the way to the other ranks."""
-        self._all_reduce = all_reduce
+    def connect(self, collectives: Collectives) -> None:
+        """Keep the collectives, to agree on whether a step overflowed."""
+        self._collectives = collectives
 
     def setup_optimizer(self, optimizer: Optimizer) -> None:
         """Know it before its first step, because its gradients may be outstanding by then."""
@@ -215,8 +215,8 @@ class Float16MixedPrecision(_MixedPrecision):
         found = progress.found
         if found is None:
             raise AssertionError("gradients were unscaled, and nobody looked at them")
-        if self._all_reduce is not None:
-            found = self._all_reduce(found, None, "max")
+        if self._collectives is not None:
+            found = self._collectives.all_reduce(found, None, "max")
         verdict = found.item()
         progress.losses, progress.unscaled, progress.found = self._losses, False, None
         if verdict != _NO_GRADIENTS:

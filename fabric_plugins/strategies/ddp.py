@@ -38,7 +38,6 @@ class DDPStrategy(DistributedStrategy):
         distributed=True,
         intercepts_forward=True,
         no_backward_sync=True,
-        unused_parameters=False,
         priority=5,
     )
 
@@ -59,6 +58,7 @@ class DDPStrategy(DistributedStrategy):
         wrapped = Replicated(
             module,
             device_ids=None if device.index is None else [device.index],
+            process_group=self._group.group,
             find_unused_parameters=self.options.find_unused_parameters,
             static_graph=self.options.static_graph,
             gradient_as_bucket_view=self.options.gradient_as_bucket_view,
@@ -74,7 +74,7 @@ class DDPStrategy(DistributedStrategy):
             return
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
-        state: Any = powerSGD_hook.PowerSGDState(None) if name == "powersgd" else None
+        state: Any = powerSGD_hook.PowerSGDState(self._group.group) if name == "powersgd" else self._group.group
         hook = {
             "fp16": default_hooks.fp16_compress_hook,
             "bf16": default_hooks.bf16_compress_hook,

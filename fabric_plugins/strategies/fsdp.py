@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from fabric_core.contracts import PrecisionPolicy, Preset, StrategyCapabilities, World
+from fabric_core.contracts import Collectives, PrecisionPolicy, Preset, StrategyCapabilities, World
 from fabric_core.errors import OptionError
 from fabric_plugins.strategies._distributed import DistributedOptions
 from fabric_plugins.strategies._sharding import (
@@ -60,7 +60,7 @@ class FSDPStrategy(ShardedStrategy):
         """As the option says."""
         return self.options.state_dict_type == "sharded"
 
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
         """Join, and lay out the mesh."""
         replicate = self.options.replicate
         shard = self.options.shard or max(1, world.world_size // replicate)
@@ -71,13 +71,14 @@ class FSDPStrategy(ShardedStrategy):
                 got=f"replicate={replicate}, shard={self.options.shard}",
                 instead="sizes whose product is the number of processes; shard=None is what replicate leaves",
             )
-        super().connect(world, policy)
+        group = super().connect(world, policy)
         from torch.distributed.device_mesh import init_device_mesh
 
         if replicate == 1:
             self._mesh = init_device_mesh(world.device.type, (shard,), mesh_dim_names=("shard",))
         else:
             self._mesh = init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+        return group
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Shard the blocks, then the rest."""
@@ -104,8 +105,9 @@ class FSDPStrategy(ShardedStrategy):
             fully_shard(block, mp_policy=self._mixed(None), **shared)
         fully_shard(module, mp_policy=self._mixed(self._policy.output_dtype), **shared)
         device = self.world.device
-        materialise(user, device, kept_on=torch.device("cpu") if self.options.cpu_offload else device)
-        self._know(module)
+        kept_on = torch.device("cpu") if self.options.cpu_offload else device
+        materialise(user, device, kept_on=kept_on, group=self._group)
+        self._track_units(module)
         return module
 
     def _mixed(self, output_dtype: torch.dtype | None) -> Any:

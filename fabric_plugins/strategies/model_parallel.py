@@ -7,7 +7,7 @@ from pydantic import ImportString, PositiveInt
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fabric_core.contracts import PrecisionPolicy, StrategyCapabilities, World
+from fabric_core.contracts import Collectives, PrecisionPolicy, StrategyCapabilities, World
 from fabric_core.errors import OptionError, SetupError
 from fabric_plugins.strategies._distributed import DistributedOptions
 from fabric_plugins.strategies._sharding import (
@@ -59,13 +59,14 @@ class ModelParallelStrategy(ShardedStrategy):
         """As the option says."""
         return self.options.state_dict_type == "sharded"
 
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
         """Join, and lay out the mesh."""
         data, tensor = self._sizes(world)
-        super().connect(world, policy)
+        group = super().connect(world, policy)
         from torch.distributed.device_mesh import init_device_mesh
 
         self._mesh = init_device_mesh(world.device.type, (data, tensor), mesh_dim_names=(_DATA, _TENSOR))
+        return group
 
     def _sizes(self, world: World) -> tuple[int, int]:
         data, tensor = self.options.data_parallel_size, self.options.tensor_parallel_size
@@ -94,7 +95,7 @@ class ModelParallelStrategy(ShardedStrategy):
 
         if self.options.parallelize_fn is None:
             raise SetupError(
-                "nobody says how to spread the model over the mesh",
+                "parallelize_fn is required",
                 where="options of the strategy ModelParallelStrategy",
                 instead="ModelParallelStrategy(parallelize_fn=function), with function(module, mesh)",
             )
@@ -123,6 +124,6 @@ class ModelParallelStrategy(ShardedStrategy):
                 for block in choose_modules(user, "auto", option="auto_wrap_policy"):
                     fully_shard(block, mesh=data)
             fully_shard(module, mesh=data)
-        materialise(user, self.world.device, kept_on=self.world.device)
-        self._know(module)
+        materialise(user, self.world.device, kept_on=self.world.device, group=self._group)
+        self._track_units(module)
         return module

@@ -1,6 +1,13 @@
 """One process on one device."""
 
-from fabric_core.contracts import PrecisionPolicy, Strategy, StrategyCapabilities, World
+from fabric_core.contracts import (
+    Collectives,
+    PrecisionPolicy,
+    SingleProcess,
+    Strategy,
+    StrategyCapabilities,
+    World,
+)
 
 __all__ = ["SingleDeviceStrategy"]
 
@@ -10,5 +17,6 @@ class SingleDeviceStrategy(Strategy):
 
     capabilities = StrategyCapabilities(max_world_size=1, priority=10)
 
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
-        """Nobody to join."""
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
+        """There are no other processes."""
+        return SingleProcess()

@@ -19,6 +19,7 @@ from _rounds import medians, table
 
 from fabric_core import Strategy, around
 from fabric_core.binding import bind
+from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import PrecisionPolicy, World
 
 PLUGINS = 50
@@ -27,6 +28,7 @@ ROUNDS = 15
 _SOURCES = {
     "strategies": """
 from fabric_core import Strategy
+from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import PluginOptions, StrategyCapabilities
 class Options(PluginOptions):
     speed: int = 1
@@ -38,6 +40,7 @@ class Plugin(Strategy):
 """,
     "precisions": """
 from fabric_core import Precision
+from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import PluginOptions, PrecisionCapabilities, PrecisionPolicy
 class Plugin(Precision):
     capabilities = PrecisionCapabilities(priority=-{number})
@@ -98,8 +101,9 @@ def _resolve() -> None:
 
 
 class _Owner(Strategy):
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
-        """Nobody to join."""
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
+        """There are no other processes."""
+        return SingleProcess()
 
 
 class _Around:

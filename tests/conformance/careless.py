@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fabric_core.collectives import ProcessGroup
 from fabric_core.conformance.references import Averaging, Full, Tagging
 from fabric_core.contracts import PrecisionCapabilities, StrategyCapabilities
 
@@ -46,7 +47,7 @@ class DyingLater(Averaging):
         threading.Timer(0.05, lambda: os._exit(9)).start()
 
 
-class WaitingForRows(Averaging):
+class HangingGroup(ProcessGroup):
     """Hangs over tensors with rows."""
 
     def all_gather(self, tensor: torch.Tensor, group: Any, sync_grads: bool) -> list[torch.Tensor]:
@@ -54,6 +55,12 @@ class WaitingForRows(Averaging):
         if tensor.numel():
             time.sleep(1000)
         return super().all_gather(tensor, group, sync_grads)
+
+
+class WaitingForRows(Averaging):
+    """Has collectives that hang over tensors with rows."""
+
+    group_class = HangingGroup
 
 
 class ForCuda(Averaging):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fabric_core.choosing.registry import registered
+from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import (
     Accelerator,
     AcceleratorCapabilities,
@@ -65,8 +66,9 @@ class Alone(Strategy):
         super().__init__(options, **given)
         self.seen: list[str] = []
 
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
         self.seen.append(f"connect {world.world_size}")
+        return SingleProcess()
 
     def teardown(self) -> None:
         self.seen.append("teardown")

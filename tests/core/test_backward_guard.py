@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fabric_core import Fabric, FabricModule, Precision, Strategy
+from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import PrecisionPolicy, StrategyCapabilities, World
 from fabric_core.errors import MisuseError
 
@@ -29,8 +30,8 @@ class Engine(Strategy):
 
     capabilities = StrategyCapabilities(max_world_size=1, requires_strategy_backward=True)
 
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
-        pass
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
+        return SingleProcess()
 
 
 @pytest.fixture(params=["precision", "strategy"])

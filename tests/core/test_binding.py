@@ -1,26 +1,28 @@
 """One owner for each behaviour; everybody else goes round it, and only where asked for."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fabric_core import Fabric, around, hookimpl
 from fabric_core.binding import bind, check_extension, owner_of
+from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import PrecisionPolicy, Strategy, World
 from fabric_core.errors import FabricError, QuarantinedError, RequestError
 
 
 class Owner(Strategy):
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
-        pass
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
+        return SingleProcess()
 
-    def backward(self, loss: torch.Tensor, arguments: Mapping[str, Any]) -> None:
+    def backward(self, loss: torch.Tensor, module: nn.Module | None, arguments: Mapping[str, Any]) -> None:
         SAID.append("owner")
 
-    def barrier(self, name: str | None) -> None:
-        raise LookupError(name)
+    def clip_grad_value(self, parameters: Sequence[torch.Tensor], clip_value: float) -> None:
+        raise LookupError(clip_value)
 
 
 SAID: list[str] = []
@@ -53,7 +55,7 @@ def test_extensions_go_round_the_owner_the_first_outermost() -> None:
     """Code before runs in the order given, code after in the other."""
     SAID.clear()
     bound = bind(Owner(), [Speaker("one"), Speaker("two")])
-    bound.backward(torch.ones(()), arguments={})
+    bound.backward(torch.ones(()), None, arguments={})
     assert SAID == ["one before", "two before", "owner", "two after", "one after"]
 
 
@@ -64,7 +66,7 @@ class Changer:
         return index + 1, count + 1
 
     @around.strategy
-    def barrier(self, name: str) -> Generator[None, Any, Any]:
+    def clip_grad_value(self, clip_value: float) -> Generator[None, Any, Any]:
         try:
             return (yield)
         except LookupError as error:
@@ -73,9 +75,11 @@ class Changer:
 
 def test_an_extension_may_change_the_result_and_catch_what_the_owner_raised() -> None:
     """What the generator returns is the result; what the owner raises comes out of ``yield``."""
-    bound = bind(Owner(), [Changer()])
+    owner = Owner()
+    owner.collectives = SingleProcess()
+    bound = bind(owner, [Changer()])
     assert bound.data_shard() == (1, 2)
-    assert bound.barrier("here") == "here"  # type: ignore[func-returns-value]
+    assert bound.clip_grad_value([], 3.0) == "3.0"  # type: ignore[func-returns-value]
 
 
 class _Misspelt:
@@ -122,7 +126,7 @@ class _Silent:
 @pytest.mark.parametrize(
     ("extension", "error", "message"),
     [
-        (_Misspelt(), QuarantinedError, "did you mean backward(self, loss, arguments)?"),
+        (_Misspelt(), QuarantinedError, "did you mean backward(self, loss, module, arguments)?"),
         (_WrongArgument(), QuarantinedError, "arguments that the behaviour doesn't have: los"),
         (_Default(), QuarantinedError, "has default values"),
         (_NoYield(), QuarantinedError, "doesn't yield"),
@@ -166,7 +170,7 @@ def test_an_instance_that_breaks_the_signature_is_refused(in_memory: dict[str, A
     with pytest.raises(QuarantinedError) as caught:
         Fabric(**{**in_memory, "strategy": _Few()})
     assert "got:     backward(self, loss" in str(caught.value)
-    assert "instead: backward(self, loss, arguments), without default values" in str(caught.value)
+    assert "instead: backward(self, loss, module, arguments), without default values" in str(caught.value)
 
 
 class _Devices:

@@ -11,6 +11,7 @@ from fabric_core import Accelerator, Fabric, Launcher, Precision, Strategy, Wrap
 from fabric_core.choosing.registry import Offer, Registry, registered
 from fabric_core.choosing.request import Request
 from fabric_core.choosing.resolve import Candidate, resolve
+from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import (
     AcceleratorCapabilities,
     LaunchOrder,
@@ -86,8 +87,8 @@ class Absent(Host):
 
 
 class _Strategy(Strategy):
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
-        pass
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
+        return SingleProcess()
 
 
 class Alone(_Strategy):

@@ -11,6 +11,7 @@ import pytest
 
 from fabric_core import Fabric, Strategy, register
 from fabric_core.choosing.registry import IN_PROCESS, Offer, Registry, registered
+from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import PluginOptions, PrecisionPolicy, Preset, StrategyCapabilities, World
 from fabric_core.errors import (
     ConflictError,
@@ -35,8 +36,8 @@ class Fast(Strategy):
     options: Speed
     capabilities = StrategyCapabilities(priority=-1)
 
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
-        pass
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
+        return SingleProcess()
 
 
 def _offer(name: str, distribution: str = "acme", value: str = f"{__name__}:Fast") -> Offer:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fabric_core import Fabric, FabricModule, Precision, Strategy, is_wrapped, unwrap
+from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import PrecisionPolicy, StrategyCapabilities, World
 from fabric_core.errors import MisuseError
 
@@ -52,8 +53,8 @@ class Outer(nn.Module):
 class Routing(Strategy):
     capabilities = StrategyCapabilities(max_world_size=1, intercepts_forward=True)
 
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
-        pass
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
+        return SingleProcess()
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         return Outer(module)

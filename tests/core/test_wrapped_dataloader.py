@@ -25,6 +25,7 @@ from torch.utils.data import (
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fabric_core import Fabric, FabricDataLoader, Strategy
+from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import PrecisionPolicy, StrategyCapabilities, World
 from fabric_core.errors import CheckpointError, SetupError
 
@@ -36,8 +37,8 @@ class Part(Strategy):
 
     capabilities = StrategyCapabilities(max_world_size=1)
 
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
-        pass
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
+        return SingleProcess()
 
     def data_shard(self) -> tuple[int, int]:
         return 1, 2

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fabric_core import Fabric, FabricModule, Precision, Strategy
+from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import PrecisionPolicy, StrategyCapabilities, World
 from fabric_core.errors import MisuseError
 from fabric_core.wrapping import Route
@@ -37,8 +38,8 @@ class Routing(Strategy):
 
     capabilities = StrategyCapabilities(max_world_size=1, intercepts_forward=True)
 
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
-        pass
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
+        return SingleProcess()
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         self.outer = Outer(module)

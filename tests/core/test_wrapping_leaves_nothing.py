@@ -17,6 +17,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from fabric_core import Fabric, FabricModule, Precision, Strategy
+from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import PrecisionPolicy, StrategyCapabilities, World
 from fabric_core.errors import MisuseError
 
@@ -35,8 +36,8 @@ class Outer(nn.Module):
 class Routing(Strategy):
     capabilities = StrategyCapabilities(max_world_size=1, intercepts_forward=True)
 
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
-        pass
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
+        return SingleProcess()
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         return Outer(module)

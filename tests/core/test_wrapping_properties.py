@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fabric_core import Fabric, unwrap
+from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import PrecisionPolicy, Strategy, StrategyCapabilities, World, convert_tensors
 
 ONE_FIXTURE = settings(
@@ -36,8 +37,8 @@ class Outer(nn.Module):
 class Routing(Strategy):
     capabilities = StrategyCapabilities(max_world_size=1, intercepts_forward=True)
 
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
-        pass
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
+        return SingleProcess()
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         return Outer(module)

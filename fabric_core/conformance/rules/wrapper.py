@@ -250,7 +250,7 @@ def _train_sharded(place: Place, case: Training) -> cases.Weights:
 
 @TABLE.rule(
     "WRA-412",
-    "Who declares supports_sharded_parameters: under a strategy that shards, a training ends where one without it ends.",
+    "Who declares supports_sharded_parameters: a training under a strategy that shards ends where one without it does.",
     reason="Before the strategy a module is whole, and in its passes parameters come and go.",
     advice="look at parameters inside forward only, or declare supports_sharded_parameters=False",
     needs=("supports_sharded_parameters",),

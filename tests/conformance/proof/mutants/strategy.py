@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from fabric_core.collectives import Collectives, ProcessGroup, SingleProcess
 from fabric_core.conformance.references import Alone, Averaging, Routed, Sharding
 from fabric_core.contracts import PrecisionPolicy, World
 from fabric_core.errors import RequestError, SetupError
@@ -166,16 +167,16 @@ class Unequal(Averaging):
 
 @mutant("throws gathered gradients away before each pass", "STR-304", "STR-305", "STR-331", "STR-396")
 class Wiping(Averaging):
-    def backward(self, loss: torch.Tensor, arguments: Mapping[str, Any]) -> None:
-        for module in self._modules:
-            module.zero_grad()
-        super().backward(loss, arguments)
+    def backward(self, loss: torch.Tensor, module: nn.Module | None, arguments: Mapping[str, Any]) -> None:
+        for one in self._modules:
+            one.zero_grad()
+        super().backward(loss, module, arguments)
 
 
 @mutant("ignores what a backward pass is asked for", "STR-331")
 class Deaf(Averaging):
-    def backward(self, loss: torch.Tensor, arguments: Mapping[str, Any]) -> None:
-        super().backward(loss, {})
+    def backward(self, loss: torch.Tensor, module: nn.Module | None, arguments: Mapping[str, Any]) -> None:
+        super().backward(loss, module, {})
 
 
 @mutant("synchronises inside no_backward_sync", "STR-306")
@@ -218,11 +219,11 @@ class Always(Averaging):
 class Sulking(Averaging):
     @contextmanager
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
-        before = self._apart
+        before = self._skipping
         if enabled:
-            self._apart = before | {id(module)}
+            self._skipping = before | {id(module)}
         yield
-        self._apart = before
+        self._skipping = before
 
 
 @mutant("refuses a parameter without a gradient", "STR-310", "STR-326")
@@ -231,11 +232,6 @@ class Strict(Averaging):
         if any(parameter.grad is None for parameter in parameters):
             raise RuntimeError("a parameter has no gradient")
         super().average(parameters)
-
-
-@mutant("takes unused parameters, and declares that it doesn't", "STR-311")
-class Modest(Averaging):
-    capabilities = Averaging.capabilities.model_copy(update={"unused_parameters": False})
 
 
 @mutant("clips what a scaled loss makes large", "STR-385")
@@ -642,86 +638,133 @@ class Passive(Averaging):
 # Collectives
 
 
-@mutant("takes the minimum for the maximum", "STR-350")
-class Inverted(Averaging):
+class _Inverted(ProcessGroup):
     def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
         return super().all_reduce(tensor, group, "min" if reduce_op == "max" else reduce_op)
 
 
-@mutant("reduces single numbers only", "STR-350")
-class Skimming(Averaging):
+@mutant("takes the minimum for the maximum", "STR-350")
+class Inverted(Averaging):
+    group_class = _Inverted
+
+
+class _Skimming(ProcessGroup):
     def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
         return super().all_reduce(tensor, group, reduce_op) if tensor.numel() <= 1 else tensor.clone()
 
 
-@mutant("reduces in place", "STR-351")
-class InPlace(Averaging):
+@mutant("reduces single numbers only", "STR-350")
+class Skimming(Averaging):
+    group_class = _Skimming
+
+
+class _InPlace(ProcessGroup):
     def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
         return tensor.copy_(super().all_reduce(tensor, group, reduce_op))
 
 
-@mutant("gives every reduction as a floating-point number", "STR-352")
-class Floating(Averaging):
+@mutant("reduces in place", "STR-351")
+class InPlace(Averaging):
+    group_class = _InPlace
+
+
+class _Floating(ProcessGroup):
     def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
         result = super().all_reduce(tensor, group, reduce_op)
         return result if result.is_floating_point() else result.float()
 
 
-@mutant("takes a reduction that it doesn't know for a sum", "STR-353")
-class Guessing(Averaging):
+@mutant("gives every reduction as a floating-point number", "STR-352")
+class Floating(Averaging):
+    group_class = _Floating
+
+
+class _Guessing(ProcessGroup):
     def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
         return super().all_reduce(tensor, group, reduce_op if reduce_op != "no such" else "sum")
 
 
-@mutant("gathers in the opposite order", "STR-354", "STR-355", "STR-356")
-class Reversed(Averaging):
+@mutant("takes a reduction that it doesn't know for a sum", "STR-353")
+class Guessing(Averaging):
+    group_class = _Guessing
+
+
+class _Reversed(ProcessGroup):
     def all_gather(self, tensor: torch.Tensor, group: Any | None, sync_grads: bool) -> list[torch.Tensor]:
         return super().all_gather(tensor, group, sync_grads)[::-1]
 
 
-@mutant("gives its own tensor for every rank's where it is long", "STR-354", "STR-355")
-class Selfish(Averaging):
+@mutant("gathers in the opposite order", "STR-354", "STR-355", "STR-356")
+class Reversed(Averaging):
+    group_class = _Reversed
+
+
+class _Selfish(ProcessGroup):
     def all_gather(self, tensor: torch.Tensor, group: Any | None, sync_grads: bool) -> list[torch.Tensor]:
         parts = super().all_gather(tensor, group, sync_grads)
         return parts if sync_grads or tensor.numel() <= 3 else [tensor for _ in parts]
 
 
-@mutant("cuts what it gathers to the smallest", "STR-355")
-class Cutting(Averaging):
+@mutant("gives its own tensor for every rank's where it is long", "STR-354", "STR-355")
+class Selfish(Averaging):
+    group_class = _Selfish
+
+
+class _Cutting(ProcessGroup):
     def all_gather(self, tensor: torch.Tensor, group: Any | None, sync_grads: bool) -> list[torch.Tensor]:
         parts = super().all_gather(tensor, group, sync_grads)
         rows = min((len(one) for one in parts if one.ndim), default=0)
         return [one[:rows] if one.ndim else one for one in parts]
 
 
-@mutant("lets no gradient through a gather", "STR-356")
-class Detached(Averaging):
+@mutant("cuts what it gathers to the smallest", "STR-355")
+class Cutting(Averaging):
+    group_class = _Cutting
+
+
+class _Detached(ProcessGroup):
     def all_gather(self, tensor: torch.Tensor, group: Any | None, sync_grads: bool) -> list[torch.Tensor]:
         return [one.requires_grad_(sync_grads) for one in super().all_gather(tensor, group, False)]
 
 
-@mutant("always sends from rank 0", "STR-357")
-class Royal(Averaging):
+@mutant("lets no gradient through a gather", "STR-356")
+class Detached(Averaging):
+    group_class = _Detached
+
+
+class _Royal(ProcessGroup):
     def broadcast(self, obj: Any, src: int) -> Any:
         super().broadcast(obj, src)
         return super().broadcast(obj, 0)
 
 
-@mutant("sends no dict", "STR-357")
-class Terse(Averaging):
+@mutant("always sends from rank 0", "STR-357")
+class Royal(Averaging):
+    group_class = _Royal
+
+
+class _Terse(ProcessGroup):
     def broadcast(self, obj: Any, src: int) -> Any:
         sent = super().broadcast(obj, src)
         return None if isinstance(sent, dict) else sent
 
 
+@mutant("sends no dict", "STR-357")
+class Terse(Averaging):
+    group_class = _Terse
+
+
+class _Wrapping(ProcessGroup):
+    def broadcast(self, obj: Any, src: int) -> Any:
+        return super().broadcast(obj, min(src, self.world_size - 1))
+
+
 @mutant("takes a rank that there isn't for the last", "STR-358")
 class Wrapping(Averaging):
-    def broadcast(self, obj: Any, src: int) -> Any:
-        return super().broadcast(obj, min(src, self.world.world_size - 1))
+    group_class = _Wrapping
 
 
-@mutant("raises what it likes for a rank that there isn't", "STR-358")
-class Blunt(Averaging):
+class _Blunt(ProcessGroup):
     def broadcast(self, obj: Any, src: int) -> Any:
         try:
             return super().broadcast(obj, src)
@@ -729,23 +772,40 @@ class Blunt(Averaging):
             raise KeyError(src) from error
 
 
-@mutant("waits for nobody", "STR-359")
-class Impatient(Averaging):
+@mutant("raises what it likes for a rank that there isn't", "STR-358")
+class Blunt(Averaging):
+    group_class = _Blunt
+
+
+class _Impatient(ProcessGroup):
     def barrier(self, name: str | None) -> None:
         pass
 
 
+@mutant("waits for nobody", "STR-359")
+class Impatient(Averaging):
+    group_class = _Impatient
+
+
+class _Waiting(ProcessGroup):
+    def barrier(self, name: str | None) -> None:
+        if self.rank == 0 and self.world_size > 1:
+            threading.Event().wait()
+
+
 @mutant("lets rank 0 wait for ever", "STR-359", "STR-391")
 class Waiting(Averaging):
-    def barrier(self, name: str | None) -> None:
-        if self.world.global_rank == 0 and self.world.world_size > 1:
-            threading.Event().wait()
+    group_class = _Waiting
+
+
+class _Public(ProcessGroup):
+    def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
+        return super().all_reduce(tensor, None, reduce_op)
 
 
 @mutant("reduces over all ranks, whatever the group", "STR-360")
 class Public(Averaging):
-    def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
-        return super().all_reduce(tensor, None, reduce_op)
+    group_class = _Public
 
 
 @mutant(
@@ -778,18 +838,23 @@ class Repeating(Averaging):
         return 0, self.world.world_size
 
 
-class _Strangers(Alone):
-    """Any number of processes that don't know each other."""
+class _Pretending(SingleProcess):
+    """Says that there are others, and sends nothing."""
 
-    _rank = 0
-
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
-        super().connect(world, policy)
+    def __init__(self, world: World) -> None:
+        self.world_size = world.world_size
         self._rank = world.global_rank
 
     def broadcast(self, obj: Any, src: int) -> Any:
         time.sleep(0.5 * self._rank)  # else chance decides whether what rank 0 writes is there by now
         return super().broadcast(obj, src)
+
+
+class _Strangers(Alone):
+    """Any number of processes that don't know each other."""
+
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
+        return _Pretending(world)
 
 
 @mutant(
@@ -918,9 +983,13 @@ class Clinging(Averaging):
 
 @mutant("leaves its process group behind", "STR-392")
 class Leaking(Averaging):
-    def teardown(self) -> None:
-        self._owns = False
-        super().teardown()
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
+        if world.open_store is not None:
+            store = dist.PrefixStore("leaking", world.open_store())
+            dist.init_process_group(
+                world.backend, store=store, rank=world.global_rank, world_size=world.world_size, timeout=world.timeout
+            )
+        return super().connect(world, policy)
 
 
 @mutant("averages in hooks of the user's parameters, and leaves them there", "STR-310", "STR-392")
@@ -956,15 +1025,16 @@ class Hoarding(Averaging):
 
 @mutant("takes others' process group down", "STR-394")
 class Greedy(Averaging):
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
-        super().connect(world, policy)
-        self._owns = True
+    def teardown(self) -> None:
+        super().teardown()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @mutant("waits for all ranks as it leaves", "STR-395")
 class Polite(Averaging):
     def teardown(self) -> None:
-        if self._owns and dist.is_initialized():
+        if dist.is_initialized():
             with contextlib.suppress(RuntimeError):
                 dist.barrier()
         super().teardown()
@@ -994,6 +1064,6 @@ class Polite(Averaging):
     "STR-396",
 )
 class Meddling(Averaging):
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
         torch.set_default_dtype(torch.float64)
-        super().connect(world, policy)
+        return super().connect(world, policy)

@@ -4,11 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from fabric_core import Strategy
-from fabric_core.contracts import PluginOptions, PrecisionPolicy, StrategyCapabilities, World
+from fabric_core.contracts import (
+    Collectives,
+    PluginOptions,
+    PrecisionPolicy,
+    ProcessGroup,
+    StrategyCapabilities,
+    World,
+)
 
 
 class MeanGradientsOptions(PluginOptions):
@@ -23,41 +29,27 @@ class MeanGradients(Strategy):
 
     Options = MeanGradientsOptions
     options: MeanGradientsOptions
-    capabilities = StrategyCapabilities(distributed=True, min_world_size=2)
 
-    def connect(self, world: World, policy: PrecisionPolicy) -> None:
-        """Make the process group."""
-        self._world = world
-        self._parameters: list[torch.Tensor] = []
-        if world.open_store is None:
-            raise AssertionError("several processes have a store")
-        store = dist.PrefixStore("mean-gradients", world.open_store())
-        dist.init_process_group(world.backend, store=store, rank=world.global_rank, world_size=world.world_size)
+    capabilities = StrategyCapabilities(distributed=True, requires_strategy_backward=True)
 
-    def teardown(self) -> None:
-        """Leave it."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
+        """Make the process group, or join it."""
+        self._group, self._modules = ProcessGroup(world), list[nn.Module]()
+        return self._group
 
     def setup_module(self, module: nn.Module) -> nn.Module:
-        """Let all ranks begin with the same parameters."""
-        self._parameters += module.parameters()
-        for parameter in module.parameters():
-            dist.broadcast(parameter.data, 0)
+        """Let all ranks begin with rank 0's values."""
+        self._group.broadcast_tensors([*module.parameters(), *module.buffers()], 0)
+        self._modules.append(module)
         return module
 
-    def backward(self, loss: torch.Tensor, arguments: Mapping[str, Any]) -> None:
-        """Run backward, then average."""
-        super().backward(loss, arguments)
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad.mul_(self.options.factor / self._world.world_size)
+    def backward(self, loss: torch.Tensor, module: nn.Module | None, arguments: Mapping[str, Any]) -> None:
+        """Run the backward pass, then average; a rank that has no gradient counts as zero."""
+        super().backward(loss, module, arguments)
+        for parameter in (one for each in self._modules for one in each.parameters() if one.requires_grad):
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self._group.all_reduce(grad, None, "mean") * self.options.factor
 
-    def data_shard(self) -> tuple[int, int]:
-        """Every rank reads its own part."""
-        return self._world.global_rank, self._world.world_size
-
-    def barrier(self, name: str | None) -> None:
-        """Wait for all."""
-        dist.barrier()
+    def teardown(self) -> None:
+        """Forget the models."""
+        self._modules = []

@@ -1,7 +1,8 @@
 """Who this process is while it runs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -45,16 +46,18 @@ class World(ProcessInfo):
 
     Args:
         device: The device that this process trains on.
-        backend: The process group's backend for that device,.
+        backend: The process group's backend for that device, as ``torch.distributed.init_process_group`` takes it.
         open_store: Gives the store that the ranks share; the same object on every call, and empty for every ``Fabric``.
             Absent with one process that nobody started.
         timeout: How long a collective waits for the other ranks.
+        closing: What is called when the ``Fabric`` ends, the last first; also where connecting failed half-way.
     """
 
     device: torch.device
     backend: str
     open_store: Callable[[], Store] | None = None
     timeout: timedelta = timedelta(minutes=30)
+    closing: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
 
     @property
     def is_global_zero(self) -> bool:
