@@ -20,7 +20,7 @@ GALLERY: dict[str, dict[str, Any]] = {
     "wrong-base": {"source": "class Bad: pass"},
     "missing-method": {"source": "from fabric_core import Strategy\nclass Bad(Strategy): pass"},
     "wrong-arguments": {"source": STRATEGY + "    def backward(self, loss): pass"},
-    "default-values": {"source": STRATEGY + "    def barrier(self, name=None): pass"},
+    "default-values": {"source": STRATEGY + "    def clip_grad_value(self, parameters, clip_value=1.0): pass"},
     "bad-options": {"source": STRATEGY + "    class Options:\n        speed = 1"},
     "loose-options": {
         "source": STRATEGY
@@ -120,8 +120,8 @@ def answers(environment: Any) -> dict[str, list[str]]:
         ("system-exit", "QuarantinedError", "importing system_exit:Bad failed: SystemExit(3)", "SystemExit(3)"),
         ("wrong-base", "QuarantinedError", "which is no subclass of Strategy", "None"),
         ("missing-method", "QuarantinedError", "Bad lacks connect", "None"),
-        ("wrong-arguments", "QuarantinedError", "instead: backward(self, loss, arguments), without default", "None"),
-        ("default-values", "QuarantinedError", "got:     barrier(self, name=None)", "None"),
+        ("wrong-arguments", "QuarantinedError", "instead: backward(self, loss, module, arguments), without default", "None"),
+        ("default-values", "QuarantinedError", "got:     clip_grad_value(self, parameters, clip_value=1.0)", "None"),
         ("bad-options", "QuarantinedError", "which is no subclass of PluginOptions", "None"),
         ("loose-options", "QuarantinedError", "Bad.Options takes unknown options", "None"),
         ("bad-capabilities", "QuarantinedError", "which is no StrategyCapabilities", "None"),
