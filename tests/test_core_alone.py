@@ -1,5 +1,6 @@
 """The core stands alone."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,3 +28,29 @@ def test_core_passes_its_tests_without_any_plugin() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
+
+
+_BARE = """
+import importlib.metadata as metadata
+
+# As in a clone that was never installed: there is no metadata of any distribution.
+metadata.distributions = lambda **given: iter(())
+from fabric_core import Fabric
+Fabric()
+"""
+
+
+def test_a_clone_that_was_never_installed_says_how_to_install_it() -> None:
+    """``PYTHONPATH=. python -c "... Fabric()"`` in a bare clone ends with the command that installs it."""
+    done = subprocess.run(
+        [sys.executable, "-c", _BARE],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "no distribution that provides plugins" in done.stderr
+    assert "pip install -e ." in done.stderr

@@ -152,6 +152,7 @@ class _Finder:
             plugin = bind(ref.instance, self._extensions, self._trace)
             return [Candidate(kind, ref.name, "(given)", plugin, named=source)]
         if ref.is_auto:
+            self._registry.require(kind)
             return self._automatic(kind, ref.options)
         offer = self._registry.find(kind, ref.name, ref.distribution)
         return [Candidate(kind, offer.name, offer.owner, self._make(offer, ref.options), named=source)]

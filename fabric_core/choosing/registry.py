@@ -8,6 +8,7 @@ declare, in the group ``fabric.known``, names that other distributions bring
 
 import os
 import re
+import shlex
 import sys
 import threading
 import warnings
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, distributions, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from fabric_core.contracts import API_WINDOW, CONTRACTS, Plugin, PluginOptions, Preset
@@ -67,6 +69,8 @@ IN_PROCESS: Final = "(this process)"
 """Stands for the distribution of an offer that came through ``register``."""
 
 _KNOWN: Final = "fabric.known"
+_ESSENTIAL: Final = frozenset({"accelerator", "strategy", "precision"})
+"""The kinds of which every run has a plugin."""
 _CORE: Final = "fabric-registry"
 
 
@@ -240,6 +244,14 @@ class Offer:
         return Offer, tuple(getattr(self, one.name) for one in fields(self))
 
 
+def _install_command() -> str:
+    """Give the command that installs the distribution of this core: from its source tree, where it runs from one."""
+    tree = Path(__file__).parents[2]
+    if not (tree / "pyproject.toml").is_file():
+        return f"pip install {_CORE}"
+    return f"pip install -e {'.' if tree == Path.cwd() else shlex.quote(str(tree))}"
+
+
 @lru_cache(maxsize=1)
 def _core_version() -> str | None:
     """Give the version of the core that runs; ``None`` in a bare source tree."""
@@ -379,6 +391,24 @@ class Registry:
             raise self.refuse_disabled(found[0])
         raise self._absent(kind, name, distribution, everything)
 
+    def require(self, kind: str) -> None:
+        """Refuse to choose a plugin of a kind of which every run needs one, where no plugin of it is installed at all.
+
+        That is so in a source tree that was never installed: entry points come with an installation.
+
+        Raises:
+            NotInstalledError: There is none; it says how to install the built-in ones.
+        """
+        if kind in _ESSENTIAL and not self.offers(kind):
+            raise NotInstalledError(
+                f"no distribution that provides plugins of the kind {kind} is installed",
+                where=kind,
+                got=f"no entry point in the group {GROUPS[kind]}",
+                instead=f"{_install_command()}, which provides the built-in plugins",
+                kind=kind,
+                distribution=_CORE,
+            )
+
     def _absent(self, kind: str, name: str, distribution: str | None, everything: list[Offer]) -> PluginError:
         """Tell a name that isn't installed from one that nobody knows."""
         wanted = distribution or self._known(kind).get(name.casefold())
@@ -391,6 +421,8 @@ class Registry:
                 name=name,
                 distribution=wanted,
             )
+        if wanted is None:
+            self.require(kind)
         offers = [one for one in everything if distribution is None or _same(one.distribution, distribution)]
         names = sorted({offer.name for offer in offers})
         near = [*dict.fromkeys(_near(name, names))]

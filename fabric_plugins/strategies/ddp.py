@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final, Literal
 
+import torch.distributed as dist
 from torch import nn
 
 from fabric_core.contracts import Preset, StrategyCapabilities
@@ -11,6 +12,9 @@ from fabric_core.errors import SetupError
 from fabric_plugins.strategies._distributed import DistributedOptions, DistributedStrategy
 
 __all__ = ["DDP_FIND_UNUSED_PARAMETERS_TRUE", "DDP_NOTEBOOK", "DDP_SPAWN", "DDPOptions", "DDPStrategy"]
+
+_BFLOAT16_BACKENDS: Final = ("nccl", "xccl")
+"""What PyTorch's bfloat16 compression is supported on."""
 
 
 class DDPOptions(DistributedOptions):
@@ -81,6 +85,7 @@ class DDPStrategy(DistributedStrategy):
             "powersgd": powerSGD_hook.powerSGD_hook,
         }[name]
         try:
+            _check_backend(name, self.world.device.type)
             wrapped.register_comm_hook(state, hook)
         except (RuntimeError, TypeError, ValueError) as error:
             raise SetupError(
@@ -104,6 +109,25 @@ class DDPStrategy(DistributedStrategy):
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
         """Leave gradients apart inside the context."""
         return _unsynchronised(module, enabled=enabled)
+
+
+def _check_backend(hook: str, device_type: str) -> None:
+    """Ask the process group that gradients will travel through; PyTorch asks what it was built with.
+
+    A build with NCCL lets the hook pass on a process group of gloo too.
+
+    Raises:
+        ValueError: Its backend is none of those that PyTorch supports this hook on.
+    """
+    if hook != "bf16":
+        return
+    backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+    backend = backends.get(device_type)
+    if backend not in _BFLOAT16_BACKENDS:
+        raise ValueError(
+            f"gradients on {device_type} travel by {backend}, and PyTorch supports it with "
+            f"{' and '.join(_BFLOAT16_BACKENDS)} alone"
+        )
 
 
 @contextmanager

@@ -82,6 +82,35 @@ def test_a_name_that_nobody_offers(name: str, distribution: str | None, error: t
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["accelerator", "strategy", "precision"])
+def test_without_any_plugin_the_error_is_the_command_that_installs_them(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source tree that was never installed provides no plugin: named or not, the error says how to install it."""
+    tree = Path(__file__).parents[2]
+    registry = Registry([])
+    for directory, command in ((tree, "pip install -e .,"), (tmp_path, f"pip install -e {tree},")):
+        monkeypatch.chdir(directory)
+        for choose in (lambda: registry.require(kind), lambda: registry.find(kind, "cpu")):
+            with pytest.raises(NotInstalledError, match=f"no distribution that provides .* {kind} is inst") as caught:
+                choose()
+            assert command in str(caught.value)
+
+
+def test_outside_of_a_source_tree_the_command_names_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A core that lies alone among installed packages says which distribution to install."""
+    monkeypatch.setattr("fabric_core.choosing.registry.__file__", "/usr/lib/fabric_core/choosing/registry.py")
+    with pytest.raises(NotInstalledError, match="pip install fabric-registry"):
+        Registry([]).require("strategy")
+
+
+def test_a_kind_that_a_run_can_do_without_needs_no_plugin() -> None:
+    """No logger at all is no error, and an unknown one is just that."""
+    Registry([]).require("logger")
+    with pytest.raises(UnknownPluginError, match="There are: none"):
+        Registry([]).find("logger", "csv")
+
+
 def test_a_name_of_another_kind_says_so(in_memory: dict[str, Any]) -> None:
     """Giving a precision's name as a strategy's is a common slip."""
     with pytest.raises(UnknownPluginError, match="there is no strategy 'plain'; it is a precision"):
@@ -169,6 +198,7 @@ def test_the_same_distribution_seen_twice_counts_once(tmp_path: Path, monkeypatc
     assert (found.version, found.distribution) == ("1.0", "acme-twice")
 
 
+@pytest.mark.usefixtures("in_memory")
 def test_what_is_installed_while_the_process_runs_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The entry points are scanned once, and again once a folder of the path changes."""
     monkeypatch.syspath_prepend(tmp_path)

@@ -34,6 +34,24 @@ def test_a_hook_that_the_backend_cannot_carry_out_is_refused(two_ranks: RankPool
         two_ranks.run(_gradient, "bf16")
 
 
+def _gradient_where_the_build_has_nccl() -> Any:
+    from unittest import mock
+
+    # What PyTorch asks of a CUDA build.
+    with (
+        mock.patch("torch.version.cuda", "13.0"),
+        mock.patch("torch.distributed.is_nccl_available", return_value=True),
+        mock.patch("torch.cuda.nccl.version", return_value=(2, 30)),
+    ):
+        return _gradient("bf16")
+
+
+def test_what_the_build_could_do_with_another_backend_does_not_count(two_ranks: RankPool) -> None:
+    """A build with CUDA and NCCL refuses it as well where the process group is gloo's, and names that backend."""
+    with pytest.raises(RankRaised, match=r"gradients on cpu travel by gloo[\s\S]*ddp_comm_hook=\"none\""):
+        two_ranks.run(_gradient_where_the_build_has_nccl)
+
+
 def test_an_unknown_hook_is_refused_at_construction() -> None:
     """A name that is no hook is an error of the option."""
     with pytest.raises(OptionError, match="ddp_comm_hook"):
