@@ -480,18 +480,19 @@ class Fabric:
     def setup_dataloaders(
         self, *dataloaders: Any, use_distributed_sampler: bool = True, move_to_device: bool = True
     ) -> Any:
-        """Make data loaders ready.
+        """Make data loaders ready; every rank must call it.
 
         Args:
             dataloaders: The loaders.
-            use_distributed_sampler: Let each rank read its own part, where the strategy divides data.
+            use_distributed_sampler: Let each rank read its own part, where the strategy divides data: any sampler's
+                order is drawn from the seed of rank 0, the same on every rank, and divided.
             move_to_device: Move batches to this process's device.
 
         Returns:
             The wrapped loader, or a list of them.
 
         Raises:
-            SetupError: One was set up before, or can't be divided.
+            SetupError: One was set up before, or keeps its samplers where they can't be replaced.
         """
         self.world  # noqa: B018 - connects a single process
         wrapped = []
@@ -504,7 +505,7 @@ class Fabric:
                 )
             loader = given
             if use_distributed_sampler:
-                loader = shard(loader, *self._strategy.data_shard())
+                loader = shard(loader, *self._strategy.data_shard(), lambda seed: self._strategy.broadcast(seed, 0))
             for wrapper in self._wrappers:
                 loader = wrapper.wrap_dataloader(loader)
             wrapped.append(FabricDataLoader(loader, self.device if move_to_device else None, given))

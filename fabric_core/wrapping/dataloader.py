@@ -17,6 +17,7 @@ from torch.utils.data import (
 
 from fabric_core.contracts import map_tensors
 from fabric_core.errors import CheckpointError, SetupError
+from fabric_core.wrapping.sampler import DividedSampler
 
 __all__ = ["FabricDataLoader", "shard", "to_device"]
 
@@ -114,6 +115,9 @@ class FabricDataLoader(DataLoader[Any]):
     def state_dict(self) -> dict[str, Any]:
         """Give the place in the data: epoch, batches read, and what the order depends on."""
         state: dict[str, Any] = {"epoch": self._fabric_epoch, "batches": self._fabric_yielded}
+        seeds = _seeds(self._fabric_inner)
+        if seeds:
+            state["seeds"] = seeds
         if _stateful(self._fabric_inner):
             return {**state, "loader": self._fabric_inner.state_dict()}
         return {**state, "random": dict(self._fabric_random) if self._fabric_yielded else {}}
@@ -129,13 +133,15 @@ class FabricDataLoader(DataLoader[Any]):
         """
         stateful = _stateful(self._fabric_inner)
         wanted = {"epoch", "batches", "loader" if stateful else "random"}
-        if set(state) != wanted:
+        if set(state) - {"seeds"} != wanted:
             raise CheckpointError(
                 "this is no state of such a data loader",
                 where="load_state_dict",
                 got=", ".join(map(str, state)),
                 instead=f"the state of the same sort of loader: {', '.join(sorted(wanted))}",
             )
+        for sampler, seed in zip(_seeded(self._fabric_inner), state.get("seeds", ()), strict=False):
+            sampler.seed = seed
         if stateful:
             self._fabric_inner.load_state_dict(state["loader"])
         self.__dict__["_fabric_resume"] = state
@@ -235,6 +241,15 @@ def _epoch_samplers(loader: Any) -> list[Any]:
     return [sampler for sampler in _samplers(loader) if callable(getattr(sampler, "set_epoch", None))]
 
 
+def _seeded(loader: Any) -> list[DistributedSampler[Any]]:
+    """Give the samplers that read a part of an order that follows a seed."""
+    return [one for one in _samplers(loader) if isinstance(one, DistributedSampler)]
+
+
+def _seeds(loader: Any) -> list[int]:
+    return [one.seed for one in _seeded(loader)]
+
+
 def _counts(sampler: Any) -> bool:
     return isinstance(getattr(sampler, "epoch", None), int)
 
@@ -271,7 +286,7 @@ def _skipped(loader: Any, count: int, random: Mapping[str, Any]) -> Iterator[Any
     return cast("Iterator[Any]", batches)
 
 
-def shard(loader: Any, index: int, count: int) -> Any:
+def shard(loader: Any, index: int, count: int, agree: Callable[[int], int]) -> Any:
     """Make a loader read one of several parts of its data.
 
     The loader is copied, and only its samplers are other ones, so that its class and whatever it was given are kept.
@@ -281,31 +296,28 @@ def shard(loader: Any, index: int, count: int) -> Any:
         loader: The user's loader.
         index: Which part to read.
         count: How many parts there are.
+        agree: Gives every rank the number of rank 0. Called where the order is drawn at random.
 
     Raises:
-        SetupError: Its order is not one that can be divided without guessing.
+        SetupError: It keeps its samplers where they can't be replaced.
     """
     if count == 1 or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
     if any(isinstance(sampler, DistributedSampler) for sampler in _samplers(loader)):
         return loader
     batch_sampler: Any = loader.batch_sampler
-    own_batches = loader.batch_size is not None or type(batch_sampler) in {BatchSampler, type(None)}
+    own_batches = loader.batch_size is None and type(batch_sampler) not in {BatchSampler, type(None)}
     sampler = getattr(batch_sampler, "sampler", None) if loader.batch_size is None and batch_sampler else loader.sampler
-    shuffled = _shuffles(sampler, loader.dataset)
-    if not own_batches or shuffled is None:
-        raise _undividable(sampler if own_batches else batch_sampler, count)
-    part: DistributedSampler[Any] = DistributedSampler(
-        loader.dataset,
-        num_replicas=count,
-        rank=index,
-        shuffle=shuffled,
-        drop_last=loader.drop_last if batch_sampler is None else batch_sampler.drop_last,
-    )
-    changes: dict[str, Any] = {"sampler": part, "_iterator": None}
-    if batch_sampler is not None:
-        changes["batch_sampler"] = type(batch_sampler)(part, batch_sampler.batch_size, batch_sampler.drop_last)
-    olds = (sampler, loader.sampler, batch_sampler)
+    divided = batch_sampler if own_batches else sampler
+    part = _part(divided, loader, index, count, agree)
+    changes: dict[str, Any] = {"_iterator": None}
+    if own_batches:
+        changes["batch_sampler"] = part
+    else:
+        changes["sampler"] = part
+        if batch_sampler is not None:
+            changes["batch_sampler"] = type(batch_sampler)(part, batch_sampler.batch_size, batch_sampler.drop_last)
+    olds = (batch_sampler,) if own_batches else (sampler, loader.sampler, batch_sampler)
     attributes = vars(loader)
     kept = [
         name
@@ -319,10 +331,33 @@ def shard(loader: Any, index: int, count: int) -> Any:
             got=", ".join(kept) or "a sampler that is no plain attribute",
             instead=_CURE,
         )
-    divided = copy.copy(loader)
+    clone = copy.copy(loader)
     # Past `DataLoader.__setattr__`, which refuses to change a loader: this one is new, and nobody has seen it.
-    divided.__dict__.update(changes)
-    return divided
+    clone.__dict__.update(changes)
+    return clone
+
+
+def _part(
+    sampler: Any, loader: DataLoader[Any], index: int, count: int, agree: Callable[[int], int]
+) -> DistributedSampler[Any]:
+    """Divide the order of a loader, which one of its samplers draws.
+
+    What it draws follows the seed of the sampler's own generator, or PyTorch's: rank 0's, for ranks may be seeded
+    differently.
+    """
+    drop_last = bool(getattr(loader if loader.batch_sampler is None else loader.batch_sampler, "drop_last", False))
+    shuffled = _shuffles(sampler, loader.dataset)
+    if shuffled is False:
+        return DistributedSampler(loader.dataset, count, index, shuffle=False, drop_last=drop_last)
+    generator = getattr(sampler, "generator", None)
+    seed = agree((generator if isinstance(generator, torch.Generator) else torch).initial_seed() % _SEEDS)
+    if shuffled:
+        return DistributedSampler(loader.dataset, count, index, shuffle=True, drop_last=drop_last, seed=seed)
+    return DividedSampler(sampler, count, index, drop_last=drop_last, seed=seed)
+
+
+_SEEDS: Final = 2**62
+"""Room for the numbers of epochs below the largest seed."""
 
 
 _CURE: Final = "a sampler that reads one rank's part (DistributedSampler), or use_distributed_sampler=False"
@@ -344,12 +379,3 @@ def _random_samplers() -> set[Callable[..., Any]]:
     """Give the classes of plain shuffles; a loader of torchdata's brings one of its own, with the same attributes."""
     torchdata = sys.modules.get("torchdata.stateful_dataloader.sampler")
     return {RandomSampler} if torchdata is None else {RandomSampler, torchdata.RandomSampler}
-
-
-def _undividable(sampler: Any, count: int) -> SetupError:
-    return SetupError(
-        f"a loader with the sampler {type(sampler).__name__} can't be divided over {count} ranks without guessing",
-        where="setup_dataloaders",
-        got=repr(sampler),
-        instead=_CURE,
-    )
