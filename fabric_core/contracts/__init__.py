@@ -38,7 +38,6 @@ from fabric_core.contracts.wrapper import Wrapper
 __all__ = [
     "API_VERSION",
     "API_WINDOW",
-    "CONTRACTS",
     "Accelerator",
     "AcceleratorCapabilities",
     "Checkpoint",
@@ -73,8 +72,3 @@ __all__ = [
     "repeated_blocks",
     "replace_parameters",
 ]
-
-CONTRACTS: dict[str, type[Plugin]] = {
-    contract.kind: contract for contract in (Accelerator, Strategy, Precision, Wrapper, Launcher, Checkpoint, Logger)
-}
-"""The contract of each kind."""

@@ -39,7 +39,6 @@ class DDPStrategy(DistributedStrategy):
         intercepts_forward=True,
         no_backward_sync=True,
         unused_parameters=False,
-        priority=5,
     )
 
     def __init__(self, options: DDPOptions | None = None, /, **given: Any) -> None:
