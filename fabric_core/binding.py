@@ -1,24 +1,30 @@
-"""A chosen plugin and the extensions that wrap it become bound behaviours.
+"""Extensions go round the behaviours of a plugin, on the plugin itself.
 
-[Note: bind once] Each behaviour is bound when a ``Fabric`` is built. Where nothing wraps it, the binding holds the
-owner's own bound method, and a call costs what a method call costs. Only a wrapped behaviour goes through pluggy.
+[Note: bind once] Each behaviour is bound when a ``Fabric`` is built, and a bound plugin is the plugin: for each wrapped
+behaviour an attribute of the instance hides the method and leads through pluggy to the extensions and then to that
+method. So everybody who calls the behaviour meets the extensions, the plugin itself included, and a behaviour that
+nothing wraps costs what a method call costs. What is wrapped, and the one plugin of a kind that has one, belongs to one
+living ``Fabric``.
 """
 
+import gc
 import inspect
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import wraps
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, cast
 
 import pluggy
 
-from fabric_core.contracts import CONTRACTS, LifeCycle, Plugin
-from fabric_core.contracts._spec import behaviours, signature_fault
-from fabric_core.errors import QuarantinedError, RequestError
+from fabric_core.contracts import LifeCycle, Plugin
+from fabric_core.contracts._spec import BOUND, Bound, behaviours, bound_of, signature_fault
+from fabric_core.errors import MisuseError, QuarantinedError, RequestError
+from fabric_core.kinds import KINDS, Count
 from fabric_core.markers import PROJECT
 
-__all__ = ["Trace", "around", "bind", "check_extension", "life_cycle", "owner_of"]
+__all__ = ["Bindings", "Trace", "around", "check_extension", "life_cycle"]
 
 _MARK: Final = "fabric_around"
 
@@ -30,8 +36,8 @@ class _Around:
     """Marks methods of an extension that wrap a behaviour: ``@around.strategy``, ``@around.precision``, ..."""
 
     def __getattr__(self, kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        if kind not in CONTRACTS:
-            raise AttributeError(f"there is no kind {kind!r} to wrap; there are: {', '.join(CONTRACTS)}")
+        if kind not in KINDS:
+            raise AttributeError(f"there is no kind {kind!r} to wrap; there are: {', '.join(KINDS)}")
 
         def mark(function: Callable[..., Any]) -> Callable[..., Any]:
             setattr(function, _MARK, kind)
@@ -75,9 +81,6 @@ def _wraps(extension: object, name: str) -> str | None:
     return kind
 
 
-P = TypeVar("P", bound=Plugin)
-
-
 def check_extension(extension: object) -> None:
     """Check that every marked method of an extension wraps a behaviour, or listens to a hook, that there is.
 
@@ -108,7 +111,7 @@ def check_extension(extension: object) -> None:
 
 def _check_wrapper(extension: object, name: str, kind: str) -> None:
     method = getattr(type(extension), name)
-    known = behaviours(CONTRACTS[kind])
+    known = behaviours(KINDS[kind].contract)
     where = f"{type(extension).__module__}.{type(extension).__qualname__}.{name}"
     if name not in known:
         near = get_close_matches(name, known, n=1)
@@ -145,22 +148,107 @@ def _shown(name: str, known: Mapping[str, tuple[str, ...]]) -> str:
     return f"{name}({', '.join(('self', *known[name]))})"
 
 
-def bind(owner: P, extensions: Sequence[object], trace: Trace | None = None) -> P:
-    """Bind the behaviours of a plugin ([Note: bind once]).
+class Bindings:
+    """What one ``Fabric`` has bound ([Note: bind once]).
 
     Args:
-        owner: The chosen plugin.
         extensions: Checked objects whose marked methods wrap behaviours; the first is the outermost.
         trace: Told of each call.
-
-    Returns:
-        An object that has the contract's behaviours, each bound, and shows the owner's other attributes.
-
-    Raises:
-        QuarantinedError: The owner doesn't keep the signatures of its contract.
     """
-    contract = CONTRACTS[owner.kind]
-    fault = signature_fault(contract, type(owner))
+
+    def __init__(self, extensions: Sequence[object] = (), trace: Trace | None = None) -> None:
+        self._extensions = extensions
+        self._trace = trace
+        self._owners: list[Plugin] = []
+        self._released: list[Plugin] = []
+
+    def bind(self, owner: Plugin) -> None:
+        """Bind the behaviours of a plugin, on the plugin itself.
+
+        Raises:
+            QuarantinedError: It doesn't keep the signatures of its contract.
+            MisuseError: It belongs to another living ``Fabric``.
+        """
+        _check_signatures(owner)
+        kind = KINDS[owner.kind]
+        names = behaviours(kind.contract)
+        wrapping = [one for one in self._extensions if any(_wraps(one, name) == owner.kind for name in names)]
+        if not (kind.count is Count.ONE or wrapping or self._trace) or not self._claim(owner, alone=bool(wrapping)):
+            return
+        bound: dict[str, Callable[..., Any]] = {}
+        if wrapping:
+            manager = _Manager(kind.contract)
+            for plugin in (owner, *reversed(wrapping)):
+                manager.register(plugin)
+            manager.check_pending()
+            wrapped = [name for name in names if any(_wraps(one, name) == owner.kind for one in wrapping)]
+            bound = {name: _through(getattr(manager.hook, name), getattr(owner, name), names[name]) for name in wrapped}
+        if self._trace is not None:
+            label = f"{owner.kind} {type(owner).__name__}"
+            calls = {name: bound.get(name) or getattr(owner, name) for name in names}
+            bound = {name: _traced(call, f"{label}.{name}", self._trace) for name, call in calls.items()}
+        attributes = vars(owner)
+        hidden = {name: attributes[name] for name in bound if name in attributes}
+        extensions = tuple(type(one).__name__ for one in wrapping)
+        attributes.update(bound, **{BOUND: Bound(weakref.ref(self), tuple(bound), hidden, extensions)})
+        self._owners.append(owner)
+
+    def _claim(self, owner: Plugin, *, alone: bool) -> bool:
+        """Make a plugin this ``Fabric``'s own; false where there is nothing left to do.
+
+        Args:
+            owner: The plugin.
+            alone: It will be wrapped, so that nobody else may have it, whatever its kind.
+        """
+        earlier = bound_of(owner)
+        holder = None if earlier is None else earlier.living()
+        if holder is self:
+            return False
+        if earlier is not None and holder is not None:
+            # A Fabric that nobody can reach any more may wait for the collector.
+            del holder
+            gc.collect()
+            if earlier.living() is not None:
+                if not (alone or earlier.extensions or KINDS[owner.kind].count is Count.ONE):
+                    return False  # shared, and traced once
+                raise MisuseError(
+                    f"this {owner.kind} belongs to another Fabric that is still in use",
+                    where=f"Fabric({KINDS[owner.kind].argument or 'plugins'}=...)",
+                    got=f"an instance of {type(owner).__name__}",
+                    instead="a new instance for each Fabric, or teardown() of the first one before",
+                )
+        if earlier is not None:
+            _unbind(owner)
+        return True
+
+    def renew(self) -> None:
+        """Bind again what was let go of; nothing where that is not so.
+
+        Raises:
+            MisuseError: Another living ``Fabric`` has taken one in the meantime.
+        """
+        while self._released:
+            self.bind(self._released.pop())
+
+    def undo(self) -> None:
+        """Let go of every plugin, each as it was."""
+        while self._owners:
+            owner = self._owners.pop()
+            self._released.append(owner)
+            bound = bound_of(owner)
+            if bound is not None and bound.living() is self:
+                _unbind(owner)
+
+
+def _unbind(owner: Plugin) -> None:
+    bound: Bound = vars(owner).pop(BOUND)
+    for name in bound.names:
+        vars(owner).pop(name, None)
+    vars(owner).update(bound.hidden)
+
+
+def _check_signatures(owner: Plugin) -> None:
+    fault = signature_fault(KINDS[owner.kind].contract, type(owner))
     if fault is not None:
         got, expected = fault
         raise QuarantinedError(
@@ -169,49 +257,17 @@ def bind(owner: P, extensions: Sequence[object], trace: Trace | None = None) -> 
             got=got,
             instead=expected,
         )
-    names = behaviours(contract)
-    bound: dict[str, Callable[..., Any]] = {name: getattr(owner, name) for name in names}
-    wrapped = {name for one in extensions for name in names if _wraps(one, name) == owner.kind}
-    if wrapped:
-        manager = _Manager(contract)
-        for plugin in (owner, *reversed(extensions)):
-            manager.register(plugin)
-        manager.check_pending()
-        bound.update({name: _through(getattr(manager.hook, name), bound[name], names[name]) for name in wrapped})
-    if trace is not None:
-        label = f"{owner.kind} {type(owner).__name__}"
-        bound = {name: _traced(function, f"{label}.{name}", trace) for name, function in bound.items()}
-    return cast("P", _Bound(owner, extensions, bound))
-
-
-class _Bound:
-    """The bound behaviours of a plugin, as attributes."""
-
-    def __init__(self, owner: Plugin, extensions: Sequence[object], bound: Mapping[str, Callable[..., Any]]) -> None:
-        self.__dict__.update(bound)
-        self._owner = owner
-        self._extensions = extensions
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_owner"], name)
-
-    def __repr__(self) -> str:
-        return repr(self._owner)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Travel as the plugin does, and be bound again."""
-        return bind, (self._owner, tuple(self._extensions))
-
-
-def owner_of(bound: P) -> P:
-    """Give the plugin whose behaviours were bound."""
-    return cast("P", bound.__dict__["_owner"])
 
 
 def _through(caller: pluggy.HookCaller, method: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+    expected = frozenset(names)
+
     @wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return caller(**dict(zip(names, args, strict=False)), **kwargs)
+        given = dict(zip(names, args, strict=False), **kwargs) if args else kwargs
+        if given.keys() != expected or len(args) + len(kwargs) != len(expected):
+            return method(*args, **kwargs)  # which raises the TypeError that a call with wrong arguments raises
+        return caller(**given)
 
     return wrapped
 
@@ -246,7 +302,7 @@ def life_cycle(listeners: Sequence[object]) -> LifeCycle:
     except pluggy.PluginValidationError as error:
         hooks = [f"{name}({', '.join(('self', *names))})" for name, names in behaviours(LifeCycle).items()]
         raise QuarantinedError(
-            f"{type(error.plugin).__name__} listens to what there isn't: {error}",
+            f"{type(error.plugin).__name__} implements an unknown life-cycle hook: {error}",
             where=f"{type(error.plugin).__module__}.{type(error.plugin).__qualname__}",
             instead=f"the life-cycle hooks are: {', '.join(hooks)}",
         ) from error

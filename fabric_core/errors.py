@@ -3,7 +3,7 @@
 The tree (the builtin that each class also is stands in brackets, so that ``except ValueError`` works)::
 
     FabricError
-    ├── RequestError (ValueError)           what the user asked for can't be understood
+    ├── RequestError (ValueError)           what the user asked for can't be parsed
     │   ├── OptionError                     an option of a plugin: unknown, or of the wrong type
     │   └── DeviceError                     devices: absent, doubled, negative or zero
     ├── PluginError (RuntimeError)          a plugin can't be had
@@ -103,7 +103,7 @@ def _rebuild(
 
 
 class RequestError(FabricError, ValueError):
-    """What the user asked for can't be understood."""
+    """What the user asked for can't be parsed."""
 
 
 class OptionError(RequestError):

@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fabric_core.binding import owner_of
-from fabric_core.choosing.candidates import assemble
+from fabric_core.assembly import assemble
+from fabric_core.choosing.plan import Plan
 from fabric_core.choosing.registry import register, registrations
 from fabric_core.choosing.request import Request, fill, read_environment, read_file
-from fabric_core.choosing.resolve import Plan, start_clash
+from fabric_core.choosing.resolve import start_clash
 from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import (
     Accelerator,
@@ -94,8 +94,8 @@ class Fabric:
     ``FABRIC_DEVICES``, ``FABRIC_NUM_NODES``, ``FABRIC_PRECISION``, ``FABRIC_WRAPPERS`` and ``FABRIC_LOGGERS``.
 
     Raises:
-        RequestError: An argument can't be understood.
-        PluginError: A plugin can't be had.
+        RequestError: An argument can't be parsed.
+        PluginError: A plugin is not available, or can't be loaded.
         PlanError: The choices don't fit together.
     """
 
@@ -144,16 +144,16 @@ class Fabric:
         own = set(vars(self))
         self._world: World | None = None
         self._collectives: Collectives = SingleProcess()
-        parts = assemble(self._request, environment(), self._rank)
-        self._plan = parts.plan
-        self._accelerator = parts.accelerator
-        self._strategy = parts.strategy
-        self._precision = parts.precision
-        self._wrappers = parts.wrappers
-        self._launchers = parts.launchers
-        self._checkpoints = parts.checkpoints
-        self._loggers = parts.loggers
-        self._hooks = parts.hooks
+        assembly = assemble(self._request, environment(), self._rank)
+        self._chosen, self._bindings, self._hooks = assembly.chosen, assembly.bindings, assembly.hooks
+        self._plan = self._chosen.plan
+        self._accelerator: Accelerator = self._chosen.one("accelerator")
+        self._strategy: Strategy = self._chosen.one("strategy")
+        self._precision: Precision = self._chosen.one("precision")
+        self._wrappers: list[Wrapper] = self._chosen.all("wrapper")
+        self._launchers = self._chosen.ranked("launcher")
+        self._checkpoints = self._chosen.ranked("checkpoint")
+        self._loggers: list[Logger] = self._chosen.all("logger")
         self._launcher: Launcher | None = None
         self._guard = backward_guard(self._strategy, self._precision)
         # Weak: what was set up dies with its last user, and an old parameter once its optimizer has the new one.
@@ -162,7 +162,11 @@ class Fabric:
         self._replaced = WeakTensorKeyDictionary()
         self._optimizers: WeakSet[Optimizer] = WeakSet()
         self._built = set(vars(self)) - own
-        self._hooks.configured(plan=self._plan)
+        try:
+            self._hooks.configured(plan=self._plan)
+        except BaseException:
+            self._bindings.undo()
+            raise
 
     # What was chosen
 
@@ -174,17 +178,17 @@ class Fabric:
     @property
     def accelerator(self) -> Accelerator:
         """The accelerator that was chosen."""
-        return owner_of(self._accelerator)
+        return self._accelerator
 
     @property
     def strategy(self) -> Strategy:
         """The strategy that was chosen."""
-        return owner_of(self._strategy)
+        return self._strategy
 
     @property
     def precision(self) -> Precision:
         """The precision that was chosen."""
-        return owner_of(self._precision)
+        return self._precision
 
     @property
     def loggers(self) -> list[Logger]:
@@ -284,7 +288,8 @@ class Fabric:
         return None if function is None else function(self, *args, **kwargs)
 
     def _start(self, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if not self._launchers:
+        found = next(iter(self._launchers), None)
+        if found is None:
             raise SetupError("no launcher is installed", where="fabric.launch()", instead="install one")
         clash = start_clash(self._strategy, self._accelerator)
         if clash is not None:
@@ -293,7 +298,7 @@ class Fabric:
                 where="fabric.launch()",
                 instead="launch before anything uses a device, or another way of starting",
             )
-        _, launcher = self._launchers[0]
+        _, launcher = found
         return launcher.start(
             LaunchOrder(
                 processes=len(self._plan.device_indices),
@@ -308,7 +313,8 @@ class Fabric:
         return None if self._world is None else self._world.global_rank
 
     def _join(self, launcher: Launcher | None, ranks: ProcessInfo) -> None:
-        world = make_world(ranks, self._plan, _TIMEOUT)
+        world = make_world(ranks, self._plan, self._accelerator, _TIMEOUT)
+        self._bindings.renew()
         if launcher is not None:
             self._launcher = launcher  # and it stays on failure: it lets the first rank that failed speak
             launcher.setup_process(ranks)
@@ -334,7 +340,7 @@ class Fabric:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Resolve the request in this process."""
         for offer in state["registrations"]:
-            register(offer.kind, offer.name, offer.loaded, override=True)
+            register(offer.kind, offer.name, offer.loaded, override=True, auto=offer.auto)
         self.__dict__.update(state["own"])
         self._build()
 
@@ -796,6 +802,7 @@ class Fabric:
         restore(state, tree, self._strategy, full=True, strict=strict)
 
     def _checkpoint(self, *, sharded: bool) -> Checkpoint:
+        checkpoint: Checkpoint
         for _, checkpoint in self._checkpoints:
             # The only one there is was given by the user.
             if checkpoint.capabilities.sharded == sharded or len(self._checkpoints) == 1:
@@ -803,13 +810,14 @@ class Fabric:
         raise CheckpointError("no checkpoint format is installed that fits", where="fabric.save")
 
     def _recognised(self, path: Path) -> Checkpoint:
+        checkpoint: Checkpoint
         for _, checkpoint in self._checkpoints:
             if checkpoint.recognises(path):
                 return checkpoint
         raise CheckpointError(
             "there is no checkpoint" if not path.exists() else "no installed format recognises the checkpoint",
             where=str(path),
-            got=None if not path.exists() else f"formats: {', '.join(name for name, _ in self._checkpoints)}",
+            got=None if not path.exists() else f"formats: {', '.join(self._checkpoints.names)}",
         )
 
     # Saying what happens
@@ -852,6 +860,7 @@ class Fabric:
         world, launcher = self._world, self._launcher
         self._world = self._launcher = None
         with ExitStack() as stack:
+            stack.callback(self._bindings.undo)
             if launcher is not None:
                 stack.callback(launcher.teardown)
             if world is None:

@@ -1,7 +1,8 @@
 """The command line: ``fabric`` or ``python -m fabric_core``."""
 
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,28 +10,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fabric_core.choosing.candidates import plan
-from fabric_core.choosing.registry import EXTENSION, GROUPS, Offer, Registry
+from fabric_core.assembly import make_plan, make_registry
+from fabric_core.choosing.offers import Offer
+from fabric_core.choosing.plan import Plan
+from fabric_core.choosing.registry import Registry
 from fabric_core.choosing.request import Request, fill, read_environment, read_file
-from fabric_core.choosing.resolve import Plan, shown
 from fabric_core.cli._conformance import conformance
 from fabric_core.cli._describe import contract_page, field_type, meanings
 from fabric_core.errors import FabricError, FabricWarning, RequestError, UnknownPluginError
+from fabric_core.kinds import EXTENSION, KINDS, Count, argument_defaults, groups
 from fabric_core.running.launching import environment
 
 __all__ = ["main"]
-
-app = typer.Typer(no_args_is_help=True, help="Look into plugins and plans.", add_completion=False)
-plugins = typer.Typer(no_args_is_help=True, help="The plugins that are installed.")
-app.add_typer(plugins, name="plugins")
-app.command()(conformance)
 
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 _Config = Annotated[Path | None, typer.Option(help="A configuration file, TOML or YAML.")]
 _Listed = Annotated[list[str] | None, typer.Option(help="May be given several times.")]
 
 
-@plugins.command("list")
 def list_plugins(as_json: _AsJson = False) -> None:
     """List what could be chosen; imports no plugin."""
     offers = _offers()
@@ -43,7 +40,6 @@ def list_plugins(as_json: _AsJson = False) -> None:
     )
 
 
-@plugins.command("show")
 def show_plugin(name: str, as_json: _AsJson = False) -> None:
     """Show what a plugin is, what it declares, and its options; imports it."""
     shown_offers = [_described(offer) for offer in _named(name)]
@@ -67,7 +63,6 @@ def show_plugin(name: str, as_json: _AsJson = False) -> None:
             _print_table(("declares", "value"), [(key, str(value)) for key, value in one["declares"].items()])
 
 
-@plugins.command("doctor")
 def examine_plugins(
     as_json: _AsJson = False,
     timeout: Annotated[float, typer.Option(help="How many seconds a plugin may take to be imported.")] = 30.0,
@@ -89,23 +84,10 @@ def examine_plugins(
         raise typer.Exit(1)
 
 
-@plugins.command("why")
-def why_plugin(
-    name: str,
-    accelerator: str = "auto",
-    strategy: str = "auto",
-    devices: str = "auto",
-    num_nodes: int = 1,
-    precision: str | None = None,
-    wrapper: _Listed = None,
-    plugin: _Listed = None,
-    logger: _Listed = None,
-    config: _Config = None,
-    as_json: _AsJson = False,
-) -> None:
+def why_plugin(name: str, as_json: _AsJson = False, **asked: Any) -> None:
     """Say why a plugin would be chosen for a request, or why not."""
     offers = _named(name)
-    chosen = _plan(config, accelerator, strategy, devices, num_nodes, precision, wrapper, plugin, logger)
+    chosen = _plan(**asked)
     answers = [{**_as_dict(offer), **_why(chosen, offer)} for offer in offers]
     if as_json:
         _print_json(answers)
@@ -115,41 +97,27 @@ def why_plugin(
         Console().print(f"{answer['kind']} {answer['name']}: {verdict}, {answer['reason']}", markup=False)
 
 
-@app.command()
-def explain(
-    accelerator: str = "auto",
-    strategy: str = "auto",
-    devices: str = "auto",
-    num_nodes: int = 1,
-    precision: str | None = None,
-    wrapper: _Listed = None,
-    plugin: _Listed = None,
-    logger: _Listed = None,
-    config: _Config = None,
-    as_json: _AsJson = False,
-) -> None:
+def explain(as_json: _AsJson = False, **asked: Any) -> None:
     """Show what ``Fabric(...)`` would choose, and why."""
-    chosen = _plan(config, accelerator, strategy, devices, num_nodes, precision, wrapper, plugin, logger)
+    chosen = _plan(**asked)
     if as_json:
         _print_json(chosen.as_dict())
         return
     rows = []
     for choice in chosen.choices:
         rejected = "\n".join(f"{name}: {reason}" for name, reason in choice.rejected)
-        rows.append((choice.kind, shown(choice), choice.distribution, choice.reason, rejected))
+        rows.append((choice.kind, choice.text, choice.distribution, choice.reason, rejected))
     _print_table(("kind", "choice", "from", "because", "instead of"), rows)
     Console().print(f"{chosen.world_size} process(es), devices {list(chosen.device_indices)}")
 
 
-@app.command()
 def contract(kind: str) -> None:
     """Print the reference of a contract as Markdown: what a plugin of a kind, or an extension, must and may have."""
-    if kind not in GROUPS:
-        raise RequestError("there is no such kind", got=kind, instead=f"one of {', '.join(GROUPS)}")
+    if kind not in groups():
+        raise RequestError("there is no such kind", got=kind, instead=f"one of {', '.join(groups())}")
     typer.echo(contract_page(kind).rstrip())
 
 
-@app.command()
 def schema() -> None:
     """Print the JSON Schema of a configuration file, with the options of the plugins that are installed."""
     from fabric_core.cli._schema import make_schema
@@ -157,40 +125,51 @@ def schema() -> None:
     _print_json(make_schema(_registry()))
 
 
-def _plan(
-    config: Path | None,
-    accelerator: str,
-    strategy: str,
-    devices: str,
-    num_nodes: int,
-    precision: str | None,
-    wrappers: list[str] | None,
-    parts: list[str] | None,
-    loggers: list[str] | None,
-) -> Plan:
+def _asking(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each argument of ``Fabric``, and one for a configuration file."""
+
+    def run(**given: Any) -> None:
+        command(**given)
+
+    own = [one for one in inspect.signature(command).parameters.values() if one.kind is not one.VAR_KEYWORD]
+    more = [
+        inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+        for option, (_, annotation, default) in _options().items()
+    ]
+    more.append(inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, annotation=_Config, default=None))
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (*own, *more)]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def _options() -> dict[str, tuple[str, Any, Any]]:
+    """Give the options that stand for arguments of ``Fabric``: each with the argument, its type and its default."""
+    several = {kind.argument: kind.name for kind in KINDS.values() if kind.count is Count.MANY}
+    found: dict[str, tuple[str, Any, Any]] = {}
+    for name, default in argument_defaults().items():
+        if name in several or name == "plugins":
+            found[several.get(name, "plugin")] = (name, _Listed, None)
+        elif name != "callbacks":
+            found[name] = (name, int if name == "num_nodes" else str if default else str | None, default)
+    return found
+
+
+def _plan(config: Path | None = None, **asked: Any) -> Plan:
     variables = environment()
-    code = {
-        "accelerator": accelerator,
-        "strategy": strategy,
-        "devices": devices,
-        "num_nodes": num_nodes,
-        "precision": precision,
-        "wrappers": wrappers,
-        "plugins": parts,
-        "loggers": loggers,
-    }
+    code = {argument: asked[option] for option, (argument, _, _) in _options().items()}
     file = {} if config is None else read_file(config)
-    return plan(Request.of(**fill(code, read_environment(variables), file)), variables)
+    return make_plan(Request.of(**fill(code, read_environment(variables), file)), variables)
 
 
 def _registry() -> Registry:
-    disabled = environment().get("FABRIC_DISABLE_PLUGINS", "")
-    return Registry(disabled=[item.strip() for item in disabled.split(",") if item.strip()])
+    return make_registry(environment())
 
 
 def _offers() -> list[Offer]:
     registry = _registry()
-    return [offer for kind in GROUPS for offer in registry.offers(kind)]
+    return [offer for kind in groups() for offer in registry.offers(kind)]
 
 
 def _named(name: str) -> list[Offer]:
@@ -258,6 +237,8 @@ def _why(chosen: Plan, offer: Offer) -> dict[str, Any]:
     try:
         if offer.kind != EXTENSION and offer.is_alias:
             return {"chosen": False, "reason": "it is another name for a plugin, never chosen unless it is named"}
+        if offer.auto is None and not any(choice.reason.startswith("named") for choice in of_kind):
+            return {"chosen": False, "reason": "it isn't offered to the automatic choice, so it must be named"}
     except FabricError as error:
         return {"chosen": False, "reason": error.what}
     names = ", ".join(choice.name for choice in of_kind) or "none"
@@ -277,11 +258,25 @@ def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> N
     Console().print(table)
 
 
+def _make_app() -> typer.Typer:
+    """Put the commands together; those that ask for a plan have the options that the table of kinds gives now."""
+    app = typer.Typer(no_args_is_help=True, help="Look into plugins and plans.", add_completion=False)
+    plugins = typer.Typer(no_args_is_help=True, help="The plugins that are installed.")
+    app.add_typer(plugins, name="plugins")
+    plugins.command("list")(list_plugins)
+    plugins.command("show")(show_plugin)
+    plugins.command("doctor")(examine_plugins)
+    plugins.command("why")(_asking(why_plugin))
+    for command in (conformance, _asking(explain), contract, schema):
+        app.command()(command)
+    return app
+
+
 def main() -> None:
     """Run the command line; an error of the project is a message and exit code 2."""
     warnings.simplefilter("always", FabricWarning)
     try:
-        app()
+        _make_app()()
     except FabricError as error:
         Console(stderr=True).print(f"{error}", style="red", markup=False)
         raise SystemExit(2) from None

@@ -34,7 +34,7 @@ def conformance(
     kind, _, name = plugin.partition(":")
     if not name:
         raise RequestError(
-            "what to judge can't be understood",
+            "what to judge can't be parsed",
             where="fabric-core conformance",
             got=plugin,
             instead="strategy:my_strategy",

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from fabric_core.choosing.registry import EXTENSION
-from fabric_core.contracts import API_VERSION, CONTRACTS, LifeCycle
+from fabric_core.contracts import API_VERSION, LifeCycle
 from fabric_core.contracts._spec import behaviours
+from fabric_core.kinds import EXTENSION, KINDS
 
 __all__ = ["contract_page", "field_type", "meanings"]
 
@@ -40,7 +40,7 @@ def field_type(annotation: Any) -> str:
 
 def contract_page(kind: str) -> str:
     """Give the reference page of a contract, or of extensions, as Markdown, from the contract itself."""
-    contract = LifeCycle if kind == EXTENSION else CONTRACTS[kind]
+    contract = LifeCycle if kind == EXTENSION else KINDS[kind].contract
     lines = [
         f"# The contract of {'an' if kind[0] in 'aeiou' else 'a'} {kind}",
         "",
@@ -50,7 +50,7 @@ def contract_page(kind: str) -> str:
         "",
     ]
     declared = getattr(contract, "capabilities", None)
-    if declared is not None:
+    if declared is not None and type(declared).model_fields:
         lines += [
             f"## What it declares: `{type(declared).__name__}`",
             "",

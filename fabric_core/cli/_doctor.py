@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Final
 
-from fabric_core.binding import bind, check_extension
-from fabric_core.choosing.registry import EXTENSION, GROUPS, Offer, Registry
+from fabric_core.binding import Bindings, check_extension
+from fabric_core.choosing.offers import Offer
+from fabric_core.choosing.registry import Registry
+from fabric_core.choosing.resolve import check_declared
 from fabric_core.contracts import Accelerator
 from fabric_core.errors import (
     FabricError,
@@ -20,11 +22,12 @@ from fabric_core.errors import (
     OptionError,
     UnavailableError,
 )
+from fabric_core.kinds import EXTENSION, groups
 
 __all__ = ["SOUND", "Finding", "examine"]
 
 SOUND: Final = frozenset({"ok", "unavailable", "not installed", "switched off"})
-"""What needs no mending."""
+"""What needs no fixing."""
 
 _STATUS: Final = {
     UnavailableError: "unavailable",
@@ -45,7 +48,7 @@ class Finding:
         name: The name.
         distribution: The distribution with its version.
         status: ``ok``, ``unavailable``, ``not installed``, ``switched off``, ``incompatible``, ``quarantined``,
-            ``conflict``, ``crashed`` or ``hangs``.
+            ``conflict``, ``crashed``, ``hangs``, or ``not counted`` for an entry of ``fabric.auto`` that is wrong.
         note: Why.
         seconds: How long it took to import and make.
     """
@@ -67,7 +70,9 @@ def examine(registry: Registry, timeout: float) -> Iterator[Finding]:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fabric_core.cli._doctor"])
-    for kind in GROUPS:
+    for stray in registry.strays:
+        yield Finding("auto", stray.entry, stray.owner, "not counted", stray.reason)
+    for kind in groups():
         offers = registry.offers(kind)
         for offer in offers:
             twins = [one.owner for one in offers if one.name == offer.name and one is not offer]
@@ -123,7 +128,7 @@ def _probe(offer: Offer, connection: Connection) -> None:
 def _judge(offer: Offer) -> tuple[str, str]:
     try:
         return _use(offer)
-    except Exception as error:  # noqa: BLE001 - whatever a plugin does when it is made is what is examined
+    except BaseException as error:  # noqa: BLE001 - whatever a plugin does when it is made is what is examined
         status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), "quarantined")
         return status, str(error) if isinstance(error, FabricError) else repr(error)
 
@@ -134,10 +139,12 @@ def _use(offer: Offer) -> tuple[str, str]:
         return "ok", ""
     preset = offer.load()
     try:
-        plugin = preset.plugin(preset.plugin.parse_options(preset.options))
+        preset.plugin.parse_options(preset.options)
     except OptionError as error:
         return "ok", f"it can't be used without options: {error.what}"
-    bound = bind(plugin, [])
-    if isinstance(plugin, Accelerator) and not bound.is_available():  # type: ignore[attr-defined]
+    plugin = offer.make({})
+    Bindings().bind(plugin)
+    if isinstance(plugin, Accelerator) and not plugin.is_available():
         return "unavailable", "no such device can be used here"
+    check_declared(plugin)
     return "ok", ""

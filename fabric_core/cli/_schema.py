@@ -7,9 +7,10 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from fabric_core.choosing.registry import Registry
+from fabric_core.choosing.request import file_arguments
 from fabric_core.cli._describe import meanings
-from fabric_core.contracts import CONTRACTS
 from fabric_core.errors import FabricError
+from fabric_core.kinds import EXTENSION, KINDS, Count
 
 __all__ = ["make_schema"]
 
@@ -28,25 +29,31 @@ def make_schema(registry: Registry) -> dict[str, Any]:
 
     A plugin that can't be loaded is named in it, with a comment that says why, and with any options.
     """
-    several = {"devices": {"anyOf": [{"type": "integer"}, {"type": "string"}, _list({"type": "integer"})]}}
-    one = {kind: _reference(registry, kind, kind in {"accelerator", "strategy", "precision"}) for kind in CONTRACTS}
-    parts = [_reference(registry, kind, False, f"{kind}=") for kind in ("precision", "launcher", "checkpoint")]
+    properties: dict[str, Any] = {}
+    for name in file_arguments():
+        kind = next((kind for kind in KINDS.values() if kind.argument == name), None)
+        if name == "devices":
+            properties[name] = {"anyOf": [{"type": "integer"}, {"type": "string"}, _list({"type": "integer"})]}
+        elif name == "num_nodes":
+            properties[name] = {"type": "integer", "minimum": 1}
+        elif name == "plugins":
+            parts = [_reference(registry, one.name, False, f"{one.name}=") for one in KINDS.values() if one.in_plugins]
+            properties[name] = _list({"anyOf": [*parts, _extensions(registry)]})
+        elif kind is not None:
+            one = _reference(registry, kind.name, kind.count is Count.ONE)
+            properties[name] = one if kind.count is Count.ONE else {"anyOf": [one, _list(one)]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "The arguments of Fabric",
         "type": "object",
         "additionalProperties": False,
-        "properties": {
-            "accelerator": one["accelerator"],
-            "strategy": one["strategy"],
-            **several,
-            "num_nodes": {"type": "integer", "minimum": 1},
-            "precision": one["precision"],
-            "wrappers": {"anyOf": [one["wrapper"], _list(one["wrapper"])]},
-            "loggers": {"anyOf": [one["logger"], _list(one["logger"])]},
-            "plugins": _list({"anyOf": parts}),
-        },
+        "properties": properties,
     }
+
+
+def _extensions(registry: Registry) -> dict[str, Any]:
+    names = "|".join(re.escape(offer.name) for offer in registry.offers(EXTENSION))
+    return {"type": "string", "pattern": f"^{EXTENSION}=([^/:]+/)?({names})$"}
 
 
 def _list(items: dict[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fabric_core.choosing.parsing import parse_plugin
 from fabric_core.choosing.registry import Registry
-from fabric_core.choosing.request import parse_plugin
 from fabric_core.conformance.bench import Bench
 from fabric_core.conformance.report import Report
 from fabric_core.conformance.rule import Level, Rule

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from fabric_core.choosing.registry import IN_PROCESS, Offer, Registry
-from fabric_core.choosing.request import parse_plugin
-from fabric_core.contracts import CONTRACTS, Accelerator, Launcher, Plugin, Preset
+from fabric_core.choosing.offers import Offer
+from fabric_core.choosing.parsing import parse_plugin
+from fabric_core.choosing.registry import IN_PROCESS, Registry
+from fabric_core.contracts import Accelerator, Launcher, Plugin, Preset
 from fabric_core.errors import RequestError
+from fabric_core.kinds import KINDS
 
 __all__ = ["Subject"]
 
@@ -40,6 +42,8 @@ class Subject:
         distribution: Which distribution brings it; empty where it was given as a class.
         version: That distribution's version.
         options: The options that it is made with.
+        auto: Its priority in automatic choice; ``None`` where it takes no part in it.
+        strays: The entries about it in ``fabric.auto`` that don't count, with the reason.
     """
 
     kind: str
@@ -48,6 +52,8 @@ class Subject:
     distribution: str = ""
     version: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    auto: int | None = None
+    strays: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, kind: str, plugin: str | type[Plugin], options: Mapping[str, Any] | None = None) -> "Subject":
@@ -60,13 +66,13 @@ class Subject:
             options: The options to make it with; they win over those in the text.
 
         Raises:
-            RequestError: There is no such kind, the text can't be understood, or the class can't be imported by its
+            RequestError: There is no such kind, the text can't be parsed, or the class can't be imported by its
                 name.
             UnknownPluginError: Nobody offers the name.
         """
-        if kind not in CONTRACTS:
+        if kind not in KINDS:
             raise RequestError(
-                "there is no such kind", where="conformance", got=kind, instead=f"one of {', '.join(CONTRACTS)}"
+                "there is no such kind", where="conformance", got=kind, instead=f"one of {', '.join(KINDS)}"
             )
         given = dict(options or {})
         if isinstance(plugin, type):
@@ -84,9 +90,15 @@ class Subject:
             return cls(kind, place["name"], f"{place['module']}:{place['name']}", options={**more, **given})
         named = parse_plugin(plugin, kind)
         given = {**named.options, **given}
-        offer = Registry().find(kind, named.name, named.distribution)
+        registry = Registry()
+        offer = registry.find(kind, named.name, named.distribution)
         owner = "" if offer.distribution == IN_PROCESS else offer.distribution
-        return cls(kind, offer.name, offer.value, owner, offer.version, given)
+        strays = tuple(
+            f"{one.entry}: {one.reason}"
+            for one in registry.strays
+            if one.owner == offer.owner and one.entry.startswith(f"{kind}/") and one.entry.endswith(f"/{offer.name}")
+        )
+        return cls(kind, offer.name, offer.value, owner, offer.version, given, offer.auto, strays)
 
     @property
     def offer(self) -> Offer:

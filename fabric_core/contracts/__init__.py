@@ -44,7 +44,6 @@ from fabric_core.markers import behaviour, event, hookimpl
 __all__ = [
     "API_VERSION",
     "API_WINDOW",
-    "CONTRACTS",
     "Accelerator",
     "AcceleratorCapabilities",
     "Checkpoint",
@@ -82,8 +81,3 @@ __all__ = [
     "repeated_blocks",
     "replace_parameters",
 ]
-
-CONTRACTS: dict[str, type[Plugin]] = {
-    contract.kind: contract for contract in (Accelerator, Strategy, Precision, Wrapper, Launcher, Checkpoint, Logger)
-}
-"""The contract of each kind."""

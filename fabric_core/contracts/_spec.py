@@ -1,7 +1,7 @@
 """The base class of every plugin, and what its signatures must be."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, Final, Self, cast
@@ -16,6 +16,33 @@ API_VERSION: Final = 1
 
 API_WINDOW: Final = range(1, 2)
 """The versions of the contracts that this core accepts plugins for."""
+
+
+BOUND: Final = "_fabric_bound"
+"""The attribute of an instance that says what a ``Fabric`` has bound on it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """What a ``Fabric`` has bound on an instance.
+
+    Args:
+        living: Gives what bound it, or ``None`` once that is gone.
+        names: The attributes that were set, each of which leads through the extensions or the trace.
+        hidden: The attributes of the instance that had these names before.
+        extensions: The extensions that wrap it, by name.
+    """
+
+    living: Callable[[], object | None]
+    names: tuple[str, ...] = ()
+    hidden: Mapping[str, Any] = field(default_factory=dict)
+    extensions: tuple[str, ...] = ()
+
+
+def bound_of(instance: object) -> Bound | None:
+    """Give what a ``Fabric`` has bound on an instance, if one has."""
+    bound: Bound | None = vars(instance).get(BOUND)
+    return bound
 
 
 class PluginOptions(BaseModel):
@@ -77,8 +104,14 @@ class Plugin:
             ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel to another process as the options; what was taken in this one stays here."""
+        """Travel to another process as the options; what was taken in this one, and what wraps it here, stays here."""
         return type(self), (self.options,)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what a ``Fabric`` bound, for a subclass that travels by its attributes."""
+        bound = bound_of(self)
+        left_out = set() if bound is None else {BOUND, *bound.names}
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __repr__(self) -> str:
         """Show the plugin as the call that makes it, with the options that differ from their defaults."""

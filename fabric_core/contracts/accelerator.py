@@ -19,6 +19,9 @@ DeviceSpec = int | str | Sequence[int]
 
 _ALL: Final = -1
 
+MOST_DEVICES: Final = 65_536
+"""More devices, or processes, than this are on no machine."""
+
 
 class Accelerator(Plugin, ABC):
     """A kind of hardware: which devices there are, and everything that depends on their type.
@@ -73,7 +76,7 @@ class Accelerator(Plugin, ABC):
             At least one index, in the user's order, each once.
 
         Raises:
-            DeviceError: The devices are absent, doubled, negative or zero, or the words can't be understood.
+            DeviceError: The devices are absent, doubled, negative or zero, or the words can't be parsed.
         """
         return parse_device_indices(spec, self.device_count(), where=f"devices of {type(self).__name__}")
 
@@ -120,7 +123,7 @@ def parse_device_indices(spec: DeviceSpec, count: int, *, where: str, unbounded:
         unbounded: There are as many as one asks for, and ``count`` is only what ``"auto"`` means.
 
     Raises:
-        DeviceError: The devices are absent, doubled, negative or zero, or the words can't be understood.
+        DeviceError: The devices are absent, doubled, negative or zero, or the words can't be parsed.
     """
 
     def refuse(what: str) -> DeviceError:
@@ -135,13 +138,14 @@ def parse_device_indices(spec: DeviceSpec, count: int, *, where: str, unbounded:
     there = f"there {'is' if count == 1 else 'are'} {count}"
     parsed = _words(spec)
     if parsed is None:
-        raise refuse("devices can't be understood")
+        raise refuse("devices can't be parsed")
     if isinstance(parsed, list):
         faults = (
             (not parsed, "at least one device is needed"),
             (len(set(parsed)) != len(parsed), "a device is named twice"),
             (min(parsed, default=0) < 0, "a device index can't be negative"),
             (max(parsed, default=0) >= count and not unbounded, f"a device isn't there: {there}"),
+            (max(parsed, default=0) >= MOST_DEVICES, f"no machine has more than {MOST_DEVICES} devices"),
         )
     else:
         faults = (
@@ -149,6 +153,7 @@ def parse_device_indices(spec: DeviceSpec, count: int, *, where: str, unbounded:
             (parsed < _ALL, "the number of devices can't be negative"),
             (parsed == _ALL and count == 0, "no device is there"),
             (parsed > count and not unbounded, f"{parsed} devices were asked for, and {there}"),
+            (parsed > MOST_DEVICES, f"{parsed} processes are more than any machine runs"),
         )
     for found, what in faults:
         if found:

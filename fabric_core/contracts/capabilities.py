@@ -15,9 +15,6 @@ __all__ = [
 class _Capabilities(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    priority: int = Field(default=0)
-    """Among the plugins that fit, ``"auto"`` takes the one with the highest priority; below zero it takes none."""
-
 
 class AcceleratorCapabilities(_Capabilities):
     """What an accelerator declares."""

@@ -4,14 +4,14 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from datetime import timedelta
 from functools import cache
 from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from fabric_core.choosing.resolve import Plan
+from fabric_core.choosing.plan import Plan
 from fabric_core.collectives import Collectives
 from fabric_core.contracts import Accelerator, Launcher, ProcessInfo, Strategy, World
 from fabric_core.errors import LaunchError
@@ -24,7 +24,7 @@ def environment() -> dict[str, str]:
     return dict(os.environ)
 
 
-def detect(launchers: Sequence[tuple[str, Launcher]]) -> tuple[str, Launcher, ProcessInfo] | None:
+def detect(launchers: Iterable[tuple[str, Launcher]]) -> tuple[str, Launcher, ProcessInfo] | None:
     """Ask the launchers, the highest priority first, whether their system started this process."""
     variables = environment()
     for name, launcher in launchers:
@@ -34,13 +34,12 @@ def detect(launchers: Sequence[tuple[str, Launcher]]) -> tuple[str, Launcher, Pr
     return None
 
 
-def make_world(ranks: ProcessInfo, plan: Plan, timeout: timedelta) -> World:
+def make_world(ranks: ProcessInfo, plan: Plan, accelerator: Accelerator, timeout: timedelta) -> World:
     """Find this process's device, and check that as many processes were started as the plan has.
 
     Raises:
         LaunchError: Another number of processes was started.
     """
-    accelerator: Accelerator = plan.accelerator.plugin
     if ranks.world_size != plan.world_size or ranks.local_world_size != len(plan.device_indices):
         raise LaunchError(
             f"{ranks.owner or 'the launcher'} started {ranks.world_size} processes"

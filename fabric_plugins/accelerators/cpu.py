@@ -7,7 +7,6 @@ import torch
 
 from fabric_core.contracts import (
     Accelerator,
-    AcceleratorCapabilities,
     DeviceSpec,
     parse_device_indices,
 )
@@ -17,8 +16,6 @@ __all__ = ["CPUAccelerator"]
 
 class CPUAccelerator(Accelerator):
     """The CPU: as many "devices" as one asks for, each a process of its own on the same hardware."""
-
-    capabilities = AcceleratorCapabilities(priority=0)
 
     @property
     def device_type(self) -> str:

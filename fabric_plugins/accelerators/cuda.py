@@ -29,7 +29,7 @@ _PEAKS: Final[Mapping[str, tuple[float, float]]] = {
 class CUDAAccelerator(Accelerator):
     """GPUs through ``torch.cuda``; processes talk over NCCL, and over gloo about what is on the CPU."""
 
-    capabilities = AcceleratorCapabilities(priority=100, start_methods=frozenset({"spawn", "forkserver"}))
+    capabilities = AcceleratorCapabilities(start_methods=frozenset({"spawn", "forkserver"}))
 
     _before: int | None = None
 

@@ -24,7 +24,7 @@ class TorchAccelerator(Accelerator):
 
     Options = TorchAcceleratorOptions
     options: TorchAcceleratorOptions
-    capabilities = AcceleratorCapabilities(priority=50, start_methods=frozenset({"spawn", "forkserver"}))
+    capabilities = AcceleratorCapabilities(start_methods=frozenset({"spawn", "forkserver"}))
 
     _before: int | None = None
 

@@ -31,7 +31,7 @@ class DistributedCheckpoint(Checkpoint):
     all plain values, lie beside them in a file of their own: what that format keeps as pickled objects would run code.
     """
 
-    capabilities = CheckpointCapabilities(sharded=True, priority=0)
+    capabilities = CheckpointCapabilities(sharded=True)
 
     def recognises(self, path: Path) -> bool:
         """A directory with both parts."""

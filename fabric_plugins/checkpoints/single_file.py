@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fabric_core.contracts import Checkpoint, CheckpointCapabilities
+from fabric_core.contracts import Checkpoint
 from fabric_core.errors import CheckpointError
 from fabric_plugins.checkpoints._plain import check_readable
 
@@ -17,8 +17,6 @@ __all__ = ["SingleFileCheckpoint"]
 
 class SingleFileCheckpoint(Checkpoint):
     """One file, written aside and renamed; ``torch.load(path, weights_only=True)`` reads it."""
-
-    capabilities = CheckpointCapabilities(priority=10)
 
     def recognises(self, path: Path) -> bool:
         """A regular file that begins as a zip archive does."""

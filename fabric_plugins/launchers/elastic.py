@@ -49,7 +49,7 @@ class ElasticLauncher(Launcher):
 
     Options = ElasticOptions
     options: ElasticOptions
-    capabilities = LauncherCapabilities(multi_node=True, priority=10)
+    capabilities = LauncherCapabilities(multi_node=True)
 
     def __init__(self, options: ElasticOptions | None = None, /, **given: Any) -> None:
         super().__init__(options, **given)

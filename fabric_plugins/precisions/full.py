@@ -2,15 +2,13 @@
 
 from typing import Final
 
-from fabric_core.contracts import Precision, PrecisionCapabilities, PrecisionPolicy, Preset
+from fabric_core.contracts import Precision, PrecisionPolicy, Preset
 
 __all__ = ["ALIAS", "FullPrecision"]
 
 
 class FullPrecision(Precision):
     """Everything in 32 bits, as PyTorch does by itself: nothing is converted."""
-
-    capabilities = PrecisionCapabilities(priority=10)
 
     @property
     def policy(self) -> PrecisionPolicy:

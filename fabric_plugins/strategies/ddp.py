@@ -42,7 +42,6 @@ class DDPStrategy(DistributedStrategy):
         distributed=True,
         intercepts_forward=True,
         no_backward_sync=True,
-        priority=5,
     )
 
     def __init__(self, options: DDPOptions | None = None, /, **given: Any) -> None:

@@ -15,7 +15,7 @@ __all__ = ["SingleDeviceStrategy"]
 class SingleDeviceStrategy(Strategy):
     """One process on one device: the contract's defaults."""
 
-    capabilities = StrategyCapabilities(max_world_size=1, priority=10)
+    capabilities = StrategyCapabilities(max_world_size=1)
 
     def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
         """There are no other processes."""

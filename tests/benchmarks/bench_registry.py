@@ -18,32 +18,29 @@ import torch
 from _rounds import medians, table
 
 from fabric_core import Strategy, around
-from fabric_core.binding import bind
+from fabric_core.binding import Bindings
 from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import PrecisionPolicy, World
 
 PLUGINS = 50
 ROUNDS = 15
+KIND = {"strategies": "strategy", "precisions": "precision"}
 
 _SOURCES = {
     "strategies": """
 from fabric_core import Strategy
-from fabric_core.collectives import Collectives, SingleProcess
-from fabric_core.contracts import PluginOptions, StrategyCapabilities
+from fabric_core.contracts import PluginOptions
 class Options(PluginOptions):
     speed: int = 1
     name: str = "x"
 class Plugin(Strategy):
     Options = Options
-    capabilities = StrategyCapabilities(priority=-{number})
     def connect(self, world, policy): pass
 """,
     "precisions": """
 from fabric_core import Precision
-from fabric_core.collectives import Collectives, SingleProcess
-from fabric_core.contracts import PluginOptions, PrecisionCapabilities, PrecisionPolicy
+from fabric_core.contracts import PluginOptions, PrecisionPolicy
 class Plugin(Precision):
-    capabilities = PrecisionCapabilities(priority=-{number})
     @property
     def policy(self): return PrecisionPolicy()
 """,
@@ -51,16 +48,18 @@ class Plugin(Precision):
 
 _RESOLVE = """
 import json, sys, time, torch
-from fabric_core import assembly, contracts, request
+from fabric_core import Fabric, assembly, contracts
+from fabric_core.choosing import request
 sys.path.insert(0, sys.argv[1])
 arguments = json.loads(sys.argv[2])
 def once():
     start = time.perf_counter()
-    plan = assembly.plan(request.Request.of(**arguments), {})
+    plan = assembly.make_plan(request.Request.of(**arguments), {})
     return (time.perf_counter() - start) * 1e3, plan
 cold, plan = once()
 warm = sorted(once()[0] for _ in range(200))[100]
-print(json.dumps([cold, warm, len(plan.strategy.rejected) + len(plan.precision.rejected)]))
+modules = [name for name, one in sys.modules.items() if name.startswith(("fabric_plugins.", "bench_plugin"))]
+print(json.dumps([cold, warm, sum(not hasattr(sys.modules[name], "__path__") for name in modules)]))
 """
 
 
@@ -76,13 +75,14 @@ def _install(folder: Path) -> None:
         )
         (info / "entry_points.txt").write_text(
             f"[fabric.{group}]\nbench_{number} = bench_plugin_{number}:Plugin\n[console_scripts]\nx = y:z\n"
+            f"[fabric.auto]\n{KIND[group]}/-{number + 1}/bench_{number} = bench_plugin_{number}:Plugin\n"
         )
 
 
 def _resolve() -> None:
     requests: dict[str, dict[str, Any]] = {
         "everything named": {"accelerator": "cpu", "strategy": "bench_0:speed=2", "devices": 1, "precision": "bench_1"},
-        "everything automatic (imports all 50)": {"accelerator": "cpu", "devices": 1},
+        "strategy and precision automatic": {"accelerator": "cpu", "devices": 1},
     }
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -96,7 +96,7 @@ def _resolve() -> None:
         for title, runs in measured.items():
             cold, warm, seen = (statistics.median(run[part] for run in runs[1:]) for part in range(3))
             rows.append((title, f"{cold:.1f} ms", f"{warm:.2f} ms", f"{seen:.0f}"))
-    head = ("request", "cold", "warm", "rejected candidates")
+    head = ("request", "cold", "warm", "modules of plugins")
     print(table(f"Resolving a plan with {PLUGINS} further plugins installed", head, rows))
 
 
@@ -114,8 +114,10 @@ class _Around:
 
 
 def _call() -> None:
-    owner = _Owner()
-    plain, unwrapped, wrapped = owner, bind(owner, []), bind(owner, [_Around()])
+    plain, unwrapped, wrapped = _Owner(), _Owner(), _Owner()
+    bindings = Bindings(), Bindings([_Around()])
+    for one, owner in zip(bindings, (unwrapped, wrapped), strict=True):
+        one.bind(owner)
     contestants: dict[str, Callable[[], Any]] = {
         "the method of the plugin itself": lambda: plain.data_shard,
         "bound, nothing goes round it": lambda: unwrapped.data_shard,

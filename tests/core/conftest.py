@@ -11,7 +11,6 @@ from fabric_core.choosing.registry import registered
 from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import (
     Accelerator,
-    AcceleratorCapabilities,
     Checkpoint,
     Logger,
     Plugin,
@@ -26,8 +25,6 @@ from fabric_core.contracts import (
 
 class Host(Accelerator):
     """The processor that runs the tests."""
-
-    capabilities = AcceleratorCapabilities(priority=1)
 
     @property
     def device_type(self) -> str:
@@ -60,7 +57,7 @@ class Alone(Strategy):
     """One process; counts what it is asked to do."""
 
     Options = AloneOptions
-    capabilities = StrategyCapabilities(max_world_size=1, priority=1)
+    capabilities = StrategyCapabilities(max_world_size=1)
 
     def __init__(self, options: AloneOptions | None = None, /, **given: Any) -> None:
         super().__init__(options, **given)
@@ -118,7 +115,7 @@ def in_memory() -> Iterator[dict[str, Any]]:
         ("strategy", "alone", Alone),
         ("precision", "plain", Plain),
     )
-    contexts = [registered(kind, name, plugin) for kind, name, plugin in offers]
+    contexts = [registered(kind, name, plugin, auto=1) for kind, name, plugin in offers]
     for context in contexts:
         context.__enter__()
     try:

@@ -1,6 +1,8 @@
 """One owner for each behaviour; everybody else goes round it, and only where asked for."""
 
-from collections.abc import Generator, Mapping, Sequence
+import copyreg
+import pickle
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -8,10 +10,10 @@ import torch
 from torch import nn
 
 from fabric_core import Fabric, around, hookimpl
-from fabric_core.binding import bind, check_extension, owner_of
+from fabric_core.binding import Bindings, check_extension
 from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import PrecisionPolicy, Strategy, World
-from fabric_core.errors import FabricError, QuarantinedError, RequestError
+from fabric_core.errors import FabricError, MisuseError, QuarantinedError, RequestError
 
 
 class Owner(Strategy):
@@ -40,23 +42,151 @@ class Speaker:
         return result
 
 
-def test_an_unwrapped_behaviour_is_the_owners_own_method() -> None:
-    """The binding holds the bound method itself, so that a call costs what a method call costs."""
+def bind(owner: Owner, *extensions: object) -> Bindings:
+    """Bind a plugin for as long as the result lives."""
+    bindings = Bindings(extensions)
+    bindings.bind(owner)
+    return bindings
+
+
+def test_a_bound_plugin_is_the_plugin_and_only_what_is_wrapped_differs() -> None:
+    """An unwrapped behaviour is the method itself; letting go gives back the instance as it was."""
     owner = Owner()
-    bound = bind(owner, [Speaker("one")])
-    assert bound.data_shard == owner.data_shard
-    assert bound.data_shard.__func__ is Strategy.data_shard  # type: ignore[attr-defined]
-    assert bound.backward != owner.backward
-    assert owner_of(bound) is owner
-    assert bound.options is owner.options
+    before = dict(vars(owner))
+    bindings = bind(owner, Speaker("one"))
+    assert owner.data_shard.__func__ is Strategy.data_shard  # type: ignore[attr-defined]
+    assert "data_shard" not in vars(owner)
+    assert "backward" in vars(owner)
+    bindings.undo()
+    assert vars(owner) == before
 
 
 def test_extensions_go_round_the_owner_the_first_outermost() -> None:
     """Code before runs in the order given, code after in the other."""
     SAID.clear()
-    bound = bind(Owner(), [Speaker("one"), Speaker("two")])
-    bound.backward(torch.ones(()), None, arguments={})
+    owner = Owner()
+    bindings = bind(owner, Speaker("one"), Speaker("two"))
+    owner.backward(torch.ones(()), None, arguments={})
     assert SAID == ["one before", "two before", "owner", "two after", "one after"]
+    assert bindings
+
+
+class Twice(Owner):
+    def optimizer_step(self, optimizer: Any, closure: Any) -> Any:
+        self.backward(torch.ones(()), None, {})
+
+
+def test_the_owners_own_calls_pass_through_the_extensions_too() -> None:
+    """A behaviour that another behaviour of the same plugin calls is wrapped as for everybody else."""
+    SAID.clear()
+    owner = Twice()
+    bindings = bind(owner, Speaker("one"))
+    owner.optimizer_step(None, None)
+    assert SAID == ["one before", "owner", "one after"]
+    assert bindings
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda owner: owner.backward(),
+        lambda owner: owner.backward(1, 2, 3, 4),
+        lambda owner: owner.backward(1, loss=1),
+        lambda owner: owner.backward(1, argument={}),
+    ],
+)
+def test_wrong_arguments_are_a_type_error_wrapped_or_not(call: Callable[[Any], None]) -> None:
+    """What a hook call would leave out is not ignored."""
+    owner = Owner()
+    bindings = bind(owner, Speaker("one"))
+    with pytest.raises(TypeError):
+        call(owner)
+    bindings.undo()
+    with pytest.raises(TypeError):
+        call(owner)
+
+
+def test_the_facade_gives_back_what_the_user_gave(in_memory: dict[str, Any]) -> None:
+    """``fabric.strategy`` is the very instance, wrapped or not, and as before once it is torn down."""
+    owner = Owner()
+    with Fabric(**{**in_memory, "strategy": owner, "plugins": [Speaker("one")]}) as fabric:
+        assert fabric.strategy is owner
+        assert "backward" in vars(owner)
+    assert set(vars(owner)) == {"options"}
+
+
+def test_a_construction_that_fails_leaves_the_instance_as_it_was(in_memory: dict[str, Any]) -> None:
+    """What was bound before the failure is undone."""
+    owner = Owner()
+    with pytest.raises(FabricError):
+        Fabric(**{**in_memory, "strategy": owner, "precision": "absent", "plugins": [Speaker("one")]})
+    assert set(vars(owner)) == {"options"}
+
+
+def test_an_accelerator_strategy_or_precision_belongs_to_one_living_fabric(in_memory: dict[str, Any]) -> None:
+    """A second one is an error that says so; one that is torn down, or gone, releases it."""
+    owner = Owner()
+    first = Fabric(**{**in_memory, "strategy": owner})
+    with pytest.raises(MisuseError, match="belongs to another Fabric"):
+        Fabric(**{**in_memory, "strategy": owner})
+    first.teardown()
+    second = Fabric(**{**in_memory, "strategy": owner})
+    with pytest.raises(MisuseError, match="belongs to another Fabric"):
+        first.launch()
+    del second
+    third = Fabric(**{**in_memory, "strategy": owner})
+    cycle = [third]
+    cycle.append(cycle)  # type: ignore[arg-type]
+    del third, cycle
+    Fabric(**{**in_memory, "strategy": owner})
+
+
+class _Logging:
+    @around.logger
+    def log_metrics(self) -> Generator[None, Any, Any]:
+        SAID.append("logged")
+        return (yield)
+
+
+def test_loggers_are_shared_unless_an_extension_wraps_them(in_memory: dict[str, Any]) -> None:
+    """Only what is really wrapped belongs to one ``Fabric``."""
+    logger = in_memory["loggers"]
+    plain = [Fabric(**in_memory), Fabric(**in_memory)]
+    wrapped = Fabric(**{**in_memory, "plugins": [_Logging()]})
+    with pytest.raises(MisuseError, match="this logger belongs to another Fabric"):
+        Fabric(**{**in_memory, "plugins": [_Logging()]})
+    SAID.clear()
+    wrapped.log("loss", 1.0)
+    assert (SAID, logger.rows) == (["logged"], [({"loss": 1.0}, None)])
+    assert plain
+
+
+class Travelling(Owner):
+    def __reduce__(self) -> Any:
+        return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("cls", [Owner, Travelling])
+def test_a_pickled_plugin_leaves_its_bindings_behind(cls: type[Owner]) -> None:
+    """It travels as its options, or as its attributes without those that lead through extensions."""
+    owner = cls()
+    bindings = bind(owner, Speaker("one"))
+    again = pickle.loads(pickle.dumps(owner))  # noqa: S301 - made here
+    assert set(vars(again)) == {"options"}
+    assert bindings
+
+
+def test_a_fabric_that_was_torn_down_binds_again_when_it_launches_again(in_memory: dict[str, Any]) -> None:
+    """Its extensions are not lost in silence."""
+    SAID.clear()
+    owner = Owner()
+    fabric = Fabric(**{**in_memory, "strategy": owner, "plugins": [Speaker("one")]})
+    fabric.launch()
+    fabric.teardown()
+    fabric.launch()
+    owner.backward(torch.ones(()), None, {})
+    assert SAID == ["one before", "owner", "one after"]
+    fabric.teardown()
 
 
 class Changer:
@@ -77,9 +207,10 @@ def test_an_extension_may_change_the_result_and_catch_what_the_owner_raised() ->
     """What the generator returns is the result; what the owner raises comes out of ``yield``."""
     owner = Owner()
     owner.collectives = SingleProcess()
-    bound = bind(owner, [Changer()])
-    assert bound.data_shard() == (1, 2)
-    assert bound.clip_grad_value([], 3.0) == "3.0"  # type: ignore[func-returns-value]
+    bindings = bind(owner, Changer())
+    assert owner.data_shard() == (1, 2)
+    assert owner.clip_grad_value([], 3.0) == "3.0"  # type: ignore[func-returns-value]
+    assert bindings
 
 
 class _Misspelt:

@@ -1,5 +1,7 @@
 """What was asked and what there is become a plan with a reason for each choice, or an error with the way out."""
 
+import json
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar
@@ -8,13 +10,15 @@ import pytest
 import torch
 
 from fabric_core import Accelerator, Fabric, Launcher, Precision, Strategy, Wrapper
-from fabric_core.choosing.registry import Offer, Registry, registered
+from fabric_core.choosing.offers import Offer
+from fabric_core.choosing.registry import Registry, registered
 from fabric_core.choosing.request import Request
 from fabric_core.choosing.resolve import Candidate, resolve
 from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import (
     AcceleratorCapabilities,
     LaunchOrder,
+    Plugin,
     PrecisionCapabilities,
     PrecisionPolicy,
     ProcessInfo,
@@ -29,6 +33,7 @@ from fabric_core.errors import (
     FabricWarning,
     LaunchError,
     PlanError,
+    QuarantinedError,
     RequestError,
     UnavailableError,
 )
@@ -36,8 +41,6 @@ from fabric_core.errors import (
 
 class Host(Accelerator):
     """A processor; computes in every type."""
-
-    capabilities = AcceleratorCapabilities(priority=1)
 
     @property
     def device_type(self) -> str:
@@ -63,7 +66,7 @@ class Host(Accelerator):
 class Board(Host):
     """A device without 16-bit floats, which a forked process can't use once this one has."""
 
-    capabilities = AcceleratorCapabilities(priority=2, start_methods=frozenset({"spawn"}))
+    capabilities = AcceleratorCapabilities(start_methods=frozenset({"spawn"}))
     started: ClassVar[bool] = False
 
     @property
@@ -80,8 +83,6 @@ class Board(Host):
 class Absent(Host):
     """A device that isn't in this machine."""
 
-    capabilities = AcceleratorCapabilities(priority=9)
-
     def is_available(self) -> bool:
         return False
 
@@ -94,19 +95,19 @@ class _Strategy(Strategy):
 class Alone(_Strategy):
     """One process."""
 
-    capabilities = StrategyCapabilities(max_world_size=1, priority=3)
+    capabilities = StrategyCapabilities(max_world_size=1)
 
 
 class Copies(_Strategy):
     """Any number of processes."""
 
-    capabilities = StrategyCapabilities(distributed=True, priority=2)
+    capabilities = StrategyCapabilities(distributed=True)
 
 
 class Forks(_Strategy):
     """Several processes, forked."""
 
-    capabilities = StrategyCapabilities(distributed=True, min_world_size=2, priority=0)
+    capabilities = StrategyCapabilities(distributed=True, min_world_size=2)
 
     @property
     def start_method(self) -> str | None:
@@ -122,15 +123,12 @@ class Shards(_Strategy):
         applies_mixed_precision=True,
         loss_scaling=False,
         min_world_size=2,
-        priority=1,
         device_types=frozenset({"cpu", "board"}),
     )
 
 
 class Full(Precision):
     """Nothing changes."""
-
-    capabilities = PrecisionCapabilities(priority=5)
 
     @property
     def policy(self) -> PrecisionPolicy:
@@ -190,12 +188,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "precision": {"full": Full, "half": Half, "brain": Brain, "tricky": Tricky, "on_board": OnBoard},
         "wrapper": {"whole": Whole, "early": Early},
     }
+    priorities = {"host": 1, "board": 2, "absent": 9, "alone": 3, "copies": 2, "shards": 1, "full": 5}
     nothing = Registry([])
-    monkeypatch.setattr("fabric_core.choosing.candidates.Registry", lambda **_: nothing)
+    monkeypatch.setattr("fabric_core.assembly.Registry", lambda **_: nothing)
     with ExitStack() as stack:
         for kind, plugins in offers.items():
             for name, plugin in plugins.items():
-                stack.enter_context(registered(kind, name, plugin))
+                stack.enter_context(registered(kind, name, plugin, auto=priorities.get(name, 0)))
         yield
 
 
@@ -328,24 +327,22 @@ def test_a_plan_is_the_same_whatever_the_order_of_the_offers() -> None:
     """Ranks see their folders in different orders, and must come to the same plan."""
     request = Request.of(devices=1)
     made = {
-        "accelerator": [Candidate("accelerator", "host", "core", Host())],
-        "strategy": [Candidate("strategy", name, "core", Alone()) for name in "cab"],
-        "precision": [Candidate("precision", name, "core", Full()) for name in "ba"],
+        "accelerator": [Candidate.of("accelerator", "host", "core", Host())],
+        "strategy": [Candidate.of("strategy", name, "core", Alone()) for name in "cab"],
+        "precision": [Candidate.of("precision", name, "core", Full()) for name in "ba"],
     }
     backwards = {kind: candidates[::-1] for kind, candidates in made.items()}
-    assert resolve(request, made).as_dict()["choices"][1]["name"] == "a"
-    assert [choice.name for choice in resolve(request, made).choices] == [
-        choice.name for choice in resolve(request, backwards).choices
-    ]
+    assert resolve(request, made)[0].as_dict()["choices"][1]["name"] == "a"
+    assert resolve(request, made)[0] == resolve(request, backwards)[0]
 
 
 def test_auto_refuses_two_equals_of_one_name() -> None:
     """Which of two distributions' plugins of one name and one priority it would be, nobody could say."""
-    twins = [Candidate("strategy", "alone", owner, Alone()) for owner in ("one 1.0", "two 1.0")]
+    twins = [Candidate.of("strategy", "alone", owner, Alone()) for owner in ("one 1.0", "two 1.0")]
     made = {
-        "accelerator": [Candidate("accelerator", "host", "core", Host())],
+        "accelerator": [Candidate.of("accelerator", "host", "core", Host())],
         "strategy": twins,
-        "precision": [Candidate("precision", "full", "core", Full())],
+        "precision": [Candidate.of("precision", "full", "core", Full())],
     }
     with pytest.raises(ConflictError, match="2 distributions offer the strategy 'alone'"):
         resolve(Request.of(devices=1), made)
@@ -353,8 +350,8 @@ def test_auto_refuses_two_equals_of_one_name() -> None:
 
 def test_auto_never_skips_a_broken_plugin_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     """What can't be loaded is warned of and stands in the plan; as an error where warnings are errors."""
-    broken = Registry([Offer("accelerator", "broken", "acme", "1.0", "gone.away:Thing")])
-    monkeypatch.setattr("fabric_core.choosing.candidates.Registry", lambda **_: broken)
+    broken = Registry([Offer("accelerator", "broken", "acme", "1.0", "gone.away:Thing", auto=50)])
+    monkeypatch.setattr("fabric_core.assembly.Registry", lambda **_: broken)
     with pytest.warns(FabricWarning, match="the accelerator 'broken' of acme 1.0 was left out"):
         plan = Fabric(devices=1).plan
     assert "No module named 'gone'" in dict(plan.accelerator.rejected)["broken"]
@@ -367,10 +364,13 @@ def test_auto_never_skips_a_broken_plugin_in_silence(monkeypatch: pytest.MonkeyP
     [
         ({"strategy": "auto:speed=1"}, RequestError, "takes no options"),
         ({"plugins": ["strategy=alone"]}, RequestError, "Fabric(strategy=...)"),
-        ({"plugins": ["launcher=a", "launcher=b"]}, RequestError, "not twice"),
+        ({"plugins": ["launcher=a", "launcher=b"]}, RequestError, "given twice"),
         ({"plugins": [{"kind": "lancher", "name": "a"}]}, RequestError, "no such kind"),
         ({"devices": [0, 0]}, DeviceError, "twice"),
         ({"devices": 5}, DeviceError, "there are 4"),
+        ({"devices": 100_000_000}, DeviceError, "more than any machine runs"),
+        ({"devices": range(10**12)}, RequestError, "devices can't be parsed"),
+        ({"devices": range(10**30)}, RequestError, "devices can't be parsed"),
         ({"strategy": Full()}, RequestError, "is no Strategy"),
     ],
 )
@@ -384,8 +384,17 @@ def test_a_wrong_request_says_what_to_write(request_: dict[str, Any], error: typ
 def test_plugins_may_name_a_kind_without_an_argument_of_its_own() -> None:
     """A precision in ``plugins``, as text, as a mapping, and as an instance, is the precision."""
     for precision in ("precision=brain", {"kind": "precision", "name": "brain"}, Brain()):
-        plan = Fabric(accelerator="host", devices=1, plugins=[precision]).plan
-        assert isinstance(plan.precision.plugin.policy.compute_dtype, torch.dtype)
+        fabric = Fabric(accelerator="host", devices=1, plugins=[precision])
+        assert fabric.precision.policy.compute_dtype is torch.bfloat16
+
+
+def test_a_plan_is_data() -> None:
+    """It pickles, compares, and holds no plugin; options are plain values, alike on every rank."""
+    made = [Fabric(accelerator="host", devices=2, strategy="shards", precision=Full()).plan for _ in range(2)]
+    assert made[0] == made[1] == pickle.loads(pickle.dumps(made[0]))  # noqa: S301 - made here
+    assert made[0] != Fabric(accelerator="host", devices=3, strategy="shards").plan
+    assert json.loads(json.dumps(made[0].as_dict())) == made[0].as_dict()
+    assert not any(isinstance(value, Plugin) for choice in made[0].choices for value in vars(choice).values())
 
 
 def test_a_plan_prints_itself() -> None:
@@ -401,6 +410,14 @@ def test_a_plan_prints_itself() -> None:
     assert lines[3].endswith("2 processes on 1 node")
 
 
+def test_a_plan_is_a_table_in_a_notebook() -> None:
+    """With the same rows, and nothing that a page would take for markup."""
+    html = Fabric(accelerator="host", devices=1, precision="full").plan._repr_html_()
+    assert "<td>strategy</td><td>alone</td>" in html
+    assert "(this process)" in html
+    assert html.count("<tr>") == 5
+
+
 def test_a_variable_and_a_file_fill_what_code_leaves_at_its_default(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,3 +431,54 @@ def test_a_variable_and_a_file_fill_what_code_leaves_at_its_default(
     assert plan.accelerator.reason == f"named in {path}: accelerator"
     assert plan.precision.reason == "named in the request"
     assert Fabric(accelerator="host", devices=2).plan.strategy.name == "shards"
+
+
+class _Wrong(Host):
+    device_type = 3  # type: ignore[assignment]
+
+
+class _Raising(Host):
+    @property
+    def process_group_backend(self) -> str:
+        raise LookupError("no driver")
+
+
+class _Starts(Alone):
+    start_method = 3  # type: ignore[assignment]
+
+
+class _Policy(Full):
+    policy = "half"  # type: ignore[assignment]
+
+
+class _Capable(Alone):
+    capabilities = {"sharded": True}  # type: ignore[assignment] # noqa: RUF012 - what is wrong with it
+
+
+class _Indices(Host):
+    def parse_devices(self, spec: Any) -> Any:
+        return ["0"]
+
+
+class _Perhaps(Host):
+    def is_available(self) -> Any:
+        return "perhaps"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"accelerator": _Wrong()}, "_Wrong.device_type is 3, and must be of the type str"),
+        ({"accelerator": _Raising()}, "its process_group_backend failed: LookupError('no driver')"),
+        ({"strategy": _Starts()}, "_Starts.start_method is 3, and must be of the type str or NoneType"),
+        ({"precision": _Policy()}, "_Policy.policy is 'half', and must be of the type PrecisionPolicy"),
+        ({"strategy": _Capable()}, "_Capable.capabilities is {'sharded': True}"),
+        ({"accelerator": _Indices()}, "parse_devices gave no indices"),
+        ({"accelerator": _Perhaps()}, "is_available() gave 'perhaps', and no bool"),
+    ],
+)
+def test_an_instance_that_declares_what_is_of_the_wrong_type_fails_by_name(given: dict[str, Any], message: str) -> None:
+    """The error names the instance, the property and the type."""
+    with pytest.raises(QuarantinedError) as caught:
+        Fabric(**{"accelerator": "host", "devices": 1, **given})
+    assert message in str(caught.value)

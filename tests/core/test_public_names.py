@@ -43,7 +43,22 @@ def test_names_of_the_facade() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["errors", "contracts", "choosing.registry", "choosing.request", "choosing.resolve", "binding", "wrapping"],
+    [
+        "errors",
+        "contracts",
+        "kinds",
+        "assembly",
+        "binding",
+        "wrapping",
+        "choosing.candidates",
+        "choosing.offers",
+        "choosing.parsing",
+        "choosing.plan",
+        "choosing.registry",
+        "choosing.request",
+        "choosing.resolve",
+        "choosing.suggest",
+    ],
 )
 def test_all_is_true(module: str) -> None:
     """Every name in a module's ``__all__`` exists."""

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from fabric_core import Fabric, Strategy, register
-from fabric_core.choosing.registry import IN_PROCESS, Offer, Registry, registered
+from fabric_core.choosing.offers import Offer
+from fabric_core.choosing.registry import IN_PROCESS, Registry, registered
 from fabric_core.collectives import Collectives, SingleProcess
-from fabric_core.contracts import PluginOptions, PrecisionPolicy, Preset, StrategyCapabilities, World
+from fabric_core.contracts import PluginOptions, PrecisionPolicy, Preset, World
 from fabric_core.errors import (
     ConflictError,
     FabricWarning,
@@ -34,7 +35,6 @@ class Fast(Strategy):
 
     Options = Speed
     options: Speed
-    capabilities = StrategyCapabilities(priority=-1)
 
     def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
         return SingleProcess()
@@ -232,7 +232,7 @@ def test_a_look_up_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, Path]:
-    """Install two extensions, each of which writes its name when it is made."""
+    """Install two extensions, each of which writes its name when it is made; one is offered to automatic choice."""
     for name in ("acme_one", "acme_two"):
         source = (
             "from fabric_core import hookimpl\n"
@@ -242,7 +242,10 @@ def extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, 
             f"        print('{name} heard')\n"
         )
         (tmp_path / f"{name}_module.py").write_text(source)
-        _install(tmp_path, name.replace("_", "-"), f"[fabric.extensions]\n{name} = {name}_module:Extension\n")
+        points = f"[fabric.extensions]\n{name} = {name}_module:Extension\n"
+        if name == "acme_one":
+            points += f"[fabric.auto]\nextension/10/{name} = {name}_module:Extension\n"
+        _install(tmp_path, name.replace("_", "-"), points)
     monkeypatch.syspath_prepend(tmp_path)
     return dict.fromkeys(("acme_one", "acme_two"), tmp_path)
 
@@ -251,11 +254,12 @@ def extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, 
 @pytest.mark.parametrize(
     ("variables", "heard"),
     [
-        ({}, ["acme_one heard", "acme_two heard"]),
+        ({}, ["acme_one heard"]),
         ({"FABRIC_EXTENSIONS": "acme_two"}, ["acme_two heard"]),
         ({"FABRIC_EXTENSIONS": "acme-one/acme_one"}, ["acme_one heard"]),
         ({"FABRIC_EXTENSIONS": ""}, []),
-        ({"FABRIC_DISABLE_PLUGINS": "acme-one"}, ["acme_two heard"]),
+        ({"FABRIC_EXTENSIONS": "acme_one,acme_two"}, ["acme_one heard", "acme_two heard"]),
+        ({"FABRIC_DISABLE_PLUGINS": "acme-one"}, []),
         ({"FABRIC_EXTENSIONS": "acme_one,acme_two", "FABRIC_DISABLE_PLUGINS": "acme_two"}, ["acme_one heard"]),
     ],
 )
@@ -266,12 +270,25 @@ def test_variables_choose_among_the_installed_extensions(
     variables: dict[str, str],
     heard: list[str],
 ) -> None:
-    """All listen by default; FABRIC_EXTENSIONS allows some, FABRIC_DISABLE_PLUGINS takes some out."""
+    """One acts where its distribution offers it to automatic choice; FABRIC_EXTENSIONS says which act instead."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     fabric = Fabric(**in_memory)
     assert sorted(capsys.readouterr().out.split("\n")[:-1]) == heard
     assert sorted(f"{choice.name} heard" for choice in fabric.plan.extensions) == heard
+
+
+@pytest.mark.usefixtures("extensions")
+@pytest.mark.parametrize("part", ["extension=acme_two", {"kind": "extension", "name": "acme_two"}])
+def test_code_names_an_installed_extension(
+    in_memory: dict[str, Any], capsys: pytest.CaptureFixture[str], part: object
+) -> None:
+    """Named in ``plugins`` it acts, beside those that are automatic; twice is an error."""
+    fabric = Fabric(**{**in_memory, "plugins": [part]})
+    assert [choice.name for choice in fabric.plan.extensions] == ["acme_two", "acme_one"]
+    assert sorted(capsys.readouterr().out.split()) == ["acme_one", "acme_two", "heard", "heard"]
+    with pytest.raises(RequestError, match="one extension twice"):
+        Fabric(**{**in_memory, "plugins": [part, part]})
 
 
 @pytest.mark.usefixtures("extensions")

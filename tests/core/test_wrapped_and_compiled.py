@@ -97,8 +97,8 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.fixture(params=["alone", "routing"])
 def fabric(request: pytest.FixtureRequest, in_memory: dict[str, Any]) -> Callable[..., Fabric]:
     """Give a function that makes a Fabric with a strategy without, or with, a wrapper of its own."""
-    strategy = {} if request.param == "alone" else {"strategy": Routing()}
-    return lambda **given: Fabric(**{**in_memory, **strategy, **given})
+    routed = request.param == "routing"
+    return lambda **given: Fabric(**{**in_memory, **({"strategy": Routing()} if routed else {}), **given})
 
 
 def added(fabric: Fabric) -> int:

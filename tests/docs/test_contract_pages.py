@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from fabric_core import cli
-from fabric_core.choosing.registry import GROUPS
+from fabric_core.kinds import groups
 
 PAGES = Path(__file__).parents[2] / "docs" / "reference" / "contracts"
 
 
-@pytest.mark.parametrize("kind", GROUPS)
+@pytest.mark.parametrize("kind", groups())
 def test_a_page_is_what_its_contract_says(
     kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -26,4 +26,4 @@ def test_a_page_is_what_its_contract_says(
 
 def test_there_is_no_other_page() -> None:
     """A kind that is gone leaves no page behind."""
-    assert {page.stem for page in PAGES.glob("*.md")} == set(GROUPS)
+    assert {page.stem for page in PAGES.glob("*.md")} == set(groups())

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fabric_core import Fabric, cli
-from fabric_core.choosing.request import DEFAULTS, read_file
+from fabric_core.choosing.request import file_arguments, read_file
 from fabric_core.errors import FabricError
 
 
@@ -145,7 +145,7 @@ def test_the_schema_accepts_what_fabric_accepts(fabric: Any, tmp_path: Path, tex
     import tomllib
 
     schema = json.loads(fabric("schema")[1])
-    assert set(schema["properties"]) == set(DEFAULTS) - {"callbacks"}
+    assert set(schema["properties"]) == set(file_arguments())
     assert _fits(schema, tomllib.loads(text), schema) == good
     path = tmp_path / "run.toml"
     path.write_text(text)

@@ -1,5 +1,6 @@
 """What nobody named is not imported: ``sys.modules`` proves it, each time in a process of its own."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -33,3 +34,22 @@ def test_neither_ddp_nor_fsdp_is_imported(code: str) -> None:
     assert [name for name in modules if "ddp" in name or "fsdp" in name or "nn.parallel" in name] == []
     plugins = [name for name in modules if name.startswith("fabric_plugins.strategies.")]
     assert plugins == ([] if "list" in code else ["fabric_plugins.strategies.single_device"])
+
+
+MODULES = """
+import sys, torch
+from fabric_core import Fabric
+Fabric(accelerator="cpu", devices=1)
+found = [name for name in sys.modules if name.startswith("fabric_plugins.")]
+print([name for name in found if not hasattr(sys.modules[name], "__path__")])
+"""
+
+
+def test_a_fabric_on_the_cpu_imports_at_most_three_modules_of_plugins() -> None:
+    """The accelerator that was named, and the first strategy and precision that fit: nothing else, but for packages."""
+    done = subprocess.run([sys.executable, "-c", MODULES], capture_output=True, text=True, check=True, timeout=60)
+    assert sorted(ast.literal_eval(done.stdout)) == [
+        "fabric_plugins.accelerators.cpu",
+        "fabric_plugins.precisions.full",
+        "fabric_plugins.strategies.single_device",
+    ]

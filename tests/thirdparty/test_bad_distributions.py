@@ -10,7 +10,6 @@ STRATEGY = """
 from fabric_core import Strategy
 from fabric_core.contracts import PluginOptions, PrecisionPolicy, StrategyCapabilities, World
 class Bad(Strategy):
-    capabilities = StrategyCapabilities(priority=-1)
     def connect(self, world, policy): pass
 """
 
@@ -52,19 +51,30 @@ GALLERY: dict[str, dict[str, Any]] = {
 }
 """Bad strategies, each under the name of its distribution."""
 
+SILENT = "import-error"
+"""The one that isn't offered to the automatic choice."""
+
 OTHERS: list[dict[str, Any]] = [
     {"name": "twin", "source": STRATEGY, "points": {"fabric.strategies": {"ddp": "twin:Bad"}}},
     {
         "name": "misspelt-hook",
         "source": "from fabric_core import around\n"
         "class Bad:\n    @around.strategy\n    def bakward(self, loss):\n        return (yield)",
-        "points": {"fabric.extensions": {"misspelt-hook": "misspelt_hook:Bad"}},
+        "points": {
+            "fabric.extensions": {"misspelt-hook": "misspelt_hook:Bad"},
+            "fabric.auto": {"extension/0/misspelt-hook": "misspelt_hook:Bad"},
+        },
     },
     {
         "name": "slow-import",
         "source": "import time\ntime.sleep(1.2)\nfrom fabric_core import Logger\n"
         "class Slow(Logger):\n    def log_metrics(self, metrics, step): pass",
         "points": {"fabric.loggers": {"slow-import": "slow_import:Slow"}},
+    },
+    {
+        "name": "stranger",
+        "source": "raise SystemExit('not to be imported')",
+        "points": {"fabric.auto": {"strategy/99/ddp": "stranger:Bad"}},
     },
     {
         "name": "segfault",
@@ -82,7 +92,10 @@ def environment(make_environment: Callable[[str], Any], distribution: Any) -> An
     for name, what in GALLERY.items():
         value = what.get("value", f"{name.replace('-', '_')}:Bad")
         rest = {key: part for key, part in what.items() if key != "value"}
-        wheels.append(distribution(name=name, points={"fabric.strategies": {name: value}}, **rest))
+        points = {"fabric.strategies": {name: value}}
+        if name != SILENT:
+            points["fabric.auto"] = {f"strategy/50/{name}": value}
+        wheels.append(distribution(name=name, points=points, **rest))
     wheels += [distribution(**other) for other in OTHERS]
     environment.install([wheel.write(environment.folder) for wheel in wheels])
     return environment
@@ -120,7 +133,12 @@ def answers(environment: Any) -> dict[str, list[str]]:
         ("system-exit", "QuarantinedError", "importing system_exit:Bad failed: SystemExit(3)", "SystemExit(3)"),
         ("wrong-base", "QuarantinedError", "which is no subclass of Strategy", "None"),
         ("missing-method", "QuarantinedError", "Bad lacks connect", "None"),
-        ("wrong-arguments", "QuarantinedError", "instead: backward(self, loss, module, arguments), without default", "None"),
+        (
+            "wrong-arguments",
+            "QuarantinedError",
+            "instead: backward(self, loss, module, arguments)",
+            "None",
+        ),
         ("default-values", "QuarantinedError", "got:     clip_grad_value(self, parameters, clip_value=1.0)", "None"),
         ("bad-options", "QuarantinedError", "which is no subclass of PluginOptions", "None"),
         ("loose-options", "QuarantinedError", "Bad.Options takes unknown options", "None"),
@@ -172,13 +190,14 @@ print(json.dumps({
 
 
 def test_the_rest_keeps_working_and_says_what_it_left_out(environment: Any) -> None:
-    """``auto`` chooses among the sound ones; each broken one is in the plan with its reason, and is warned of."""
+    """``auto`` chooses among the sound ones; each broken one that is offered is in the plan, and is warned of."""
     done = environment.run("-c", REST)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)
     assert result["strategy"] == "single_device"
     assert not result["segfault"]
-    broken = [name for name in GALLERY if name != "needs-extra"]
+    assert SILENT not in result["rejected"]
+    broken = [name for name in GALLERY if name not in {SILENT, "needs-extra"}]
     for name in broken:
         assert result["rejected"][name]
         texts = [text for kind, text in result["warnings"] if kind == "FabricWarning" and repr(name) in text]
@@ -222,6 +241,9 @@ def test_the_doctor_survives_all_of_them(environment: Any) -> None:
     assert "slow to import" in slow["note"]
     assert rows["fabric-registry", "ddp"]["status"] == rows["twin", "ddp"]["status"] == "conflict"
     assert 'choose with "twin/ddp"' in rows["twin", "ddp"]["note"]
+    stray = rows["stranger", "strategy/99/ddp"]
+    assert (stray["kind"], stray["status"]) == ("auto", "not counted")
+    assert "its own distribution has no strategy 'ddp'" in stray["note"]
     own = [row for (owner, name), row in rows.items() if owner == "fabric-registry" and name != "ddp"]
     assert {row["status"] for row in own} <= {"ok", "unavailable", "not installed"}
 

@@ -17,12 +17,13 @@ from typing import Any, Final
 import torch
 from pydantic import ValidationError
 
-from fabric_core.binding import bind
+from fabric_core.binding import Bindings
 from fabric_core.choosing.registry import Registry
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.rule import Broken, Level, Table
-from fabric_core.contracts import API_WINDOW, CONTRACTS, PluginOptions
+from fabric_core.contracts import API_WINDOW, PluginOptions
 from fabric_core.errors import FabricError, OptionError
+from fabric_core.kinds import KINDS
 
 TABLE: Final = Table("any")
 
@@ -188,7 +189,7 @@ def _version(bench: Bench) -> None:
 )
 def _binds(bench: Bench) -> None:
     try:
-        bind(bench.plugin(), [])
+        Bindings().bind(bench.plugin())
     except FabricError as error:
         raise Broken(str(error)) from error
 
@@ -200,7 +201,7 @@ def _binds(bench: Bench) -> None:
     advice="leave `kind` alone, and set `capabilities` to the contract's own model",
 )
 def _kind(bench: Bench) -> None:
-    plugin, contract = bench.plugin(), CONTRACTS[bench.subject.kind]
+    plugin, contract = bench.plugin(), KINDS[bench.subject.kind].contract
     if plugin.kind != contract.kind:
         raise Broken(f"kind is {plugin.kind!r}")
     expected = type(getattr(contract, "capabilities", None))
@@ -406,15 +407,17 @@ def _alone(bench: Bench) -> None:
 
 @TABLE.rule(
     "REG-020",
-    "Its priority for the automatic choice is a whole number from -100 to 100.",
+    "Where it is offered to the automatic choice, the entry counts, and its priority is from -100 to 100.",
     reason="Priorities are compared between strangers; a huge one takes the choice from everybody else.",
-    advice="take 0, or a number near those of its like; below zero it is never chosen automatically",
+    advice='write "KIND/PRIORITY/NAME" = "module:Class" in fabric.auto, with a priority near those of its like',
     level=Level.SHOULD,
 )
 def _priority(bench: Bench) -> None:
-    priority = bench.declared.get("priority", 0)
-    if not isinstance(priority, int) or not -100 <= priority <= 100:
-        raise Broken(f"it is {priority!r}")
+    subject = bench.subject
+    if subject.strays:
+        raise Broken("; ".join(subject.strays))
+    if subject.auto is not None and not -100 <= subject.auto <= 100:
+        raise Broken(f"it is {subject.auto}")
 
 
 TABLE.untested(

@@ -23,7 +23,7 @@ class OldAccelerator(CPUAccelerator):
 class UnscaledStrategy(SingleDeviceStrategy):
     """A strategy whose engine has no place for loss scaling."""
 
-    capabilities = SingleDeviceStrategy.capabilities.model_copy(update={"loss_scaling": False, "priority": 0})
+    capabilities = SingleDeviceStrategy.capabilities.model_copy(update={"loss_scaling": False})
 
 
 @pytest.fixture(autouse=True)

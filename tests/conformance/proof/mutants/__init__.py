@@ -43,7 +43,12 @@ class Mutants:
         self.found: list[Mutant] = []
 
     def mutant(
-        self, what: str, *fails: str, name: str | None = None, options: Mapping[str, Any] | None = None
+        self,
+        what: str,
+        *fails: str,
+        name: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        auto: int | None = None,
     ) -> Callable[[P], P]:
         """Write a mutant into the list; decorates its class.
 
@@ -52,13 +57,14 @@ class Mutants:
             fails: The rules that it fails.
             name: The name that it is offered under; its class's by default.
             options: The options that it is made with.
+            auto: Its priority in automatic choice.
         """
 
         def write(cls: P) -> P:
             if cls.__doc__ is None:
                 cls.__doc__ = what
             value = f"{cls.__module__}:{cls.__qualname__}"
-            subject = Subject(cls.kind, name or cls.__name__, value, options=dict(options or {}))
+            subject = Subject(cls.kind, name or cls.__name__, value, options=dict(options or {}), auto=auto)
             self.found.append(Mutant(subject, what, frozenset(fails)))
             return cls
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import ConfigDict
 
 from fabric_core.conformance.references import Host, Remembering
-from fabric_core.contracts import AcceleratorCapabilities, Logger, PluginOptions
+from fabric_core.contracts import Logger, PluginOptions
 from proof.mutants import Mutants
 
 MUTANTS = Mutants()
@@ -46,7 +46,6 @@ class Unspeakable(Remembering):
     "REG-016",
     "REG-017",
     "REG-018",
-    "REG-020",
 )
 class Unfinished(Remembering):
     log_metrics = Logger.log_metrics
@@ -70,7 +69,6 @@ class Unfinished(Remembering):
     "REG-016",
     "REG-017",
     "REG-018",
-    "REG-020",
 )
 class Outdated(Remembering):
     api_version: ClassVar[int] = 0
@@ -93,7 +91,6 @@ class Outdated(Remembering):
     "REG-016",
     "REG-017",
     "REG-018",
-    "REG-020",
 )
 class Defaulted(Remembering):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -115,7 +112,6 @@ class Defaulted(Remembering):
     "REG-016",
     "REG-017",
     "REG-018",
-    "REG-020",
     "WRA-401",
     "WRA-402",
     "WRA-403",
@@ -155,7 +151,6 @@ class LooseOptions(PluginOptions):
     "REG-016",
     "REG-017",
     "REG-018",
-    "REG-020",
 )
 class Loose(Remembering):
     Options = LooseOptions
@@ -233,9 +228,9 @@ class Anonymous(Remembering):
         return "<an object>"
 
 
-@mutant("takes the automatic choice from everybody", "REG-020")
+@mutant("takes the automatic choice from everybody", "REG-020", auto=1_000_000)
 class Greedy(Host):
-    capabilities = AcceleratorCapabilities(priority=1_000_000)
+    pass
 
 
 @mutant(
@@ -269,7 +264,6 @@ class Greedy(Host):
     "REG-016",
     "REG-017",
     "REG-018",
-    "REG-020",
 )
 class Formless(Host):
-    capabilities = {"priority": 0}  # type: ignore[assignment] # noqa: RUF012 - the mutation
+    capabilities = {"start_methods": ("spawn",)}  # type: ignore[assignment] # noqa: RUF012 - the mutation
