@@ -6,11 +6,13 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-VENV := .venv
+# `make PYTHON=... TARGET` has an environment of its own, named after that Python's version.
+VENV := .venv$(if $(PYTHON),-$(shell "$(PYTHON)" -c 'import platform; print(platform.python_version())' 2>/dev/null))
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Not quiet: the first installation takes minutes, and pip shows what it is at.
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 EPOCHS := 10
 
 .PHONY: help
@@ -38,6 +40,11 @@ lint: $(INSTALLED) ## Check style, formatting, types and import rules
 docs: $(INSTALLED) ## Run every code block of the documentation and check its links
 	$(BIN)/python -m pytest tests/docs
 
+.PHONY: support
+support: $(INSTALLED) ## Run what differs most between Pythons and PyTorchs: checkpoints, strategies, the tutorial
+	$(BIN)/python -m pytest tests/plugins/checkpoints tests/plugins/strategies \
+		tests/docs/test_scripts_as_typed.py
+
 .PHONY: mutants
 mutants: $(INSTALLED) ## Prove the conformance kit: every mutant by every rule
 	PYTHONPATH=tests/conformance $(BIN)/python -m proof.matrix
@@ -55,8 +62,8 @@ bench: $(BENCH_INSTALLED) ## Compare speed with plain PyTorch and with the peers
 	for script in "$${scripts[@]}"; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 .PHONY: clean
-clean: ## Remove the virtual environment, the caches and what the demo wrote
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache \
+clean: ## Remove the virtual environments, the caches and what the demo wrote
+	rm -rf .venv .venv-* build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache \
 		.pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -85,7 +92,8 @@ $(BIN)/python:
 # The stamps say: installed since pyproject.toml and constraints.txt last changed. The pinned
 # setuptools builds the project, so that a build downloads nothing of its own.
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing the pinned dependencies into $(VENV)."
+	@echo "Installing the pinned dependencies into $(VENV), once: 1.6 GB with PyTorch's CPU build, 5.4 GB with its" \
+		"CUDA build (README.md says how to choose). It takes minutes; pip says what it is at."
 	@$(PIP_INSTALL) setuptools wheel
 	@$(PIP_INSTALL) --no-build-isolation -e '.[dev,test,examples]'
 	@touch $@

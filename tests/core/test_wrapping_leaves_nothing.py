@@ -21,7 +21,8 @@ from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import PrecisionPolicy, StrategyCapabilities, World
 from fabric_core.errors import MisuseError
 
-COUNT = 1000
+COUNT = 500
+ROUNDS = 3
 
 
 class Outer(nn.Module):
@@ -162,14 +163,18 @@ def test_a_thousand_calls_leave_no_hook_and_no_growth(fabric: Fabric) -> None:
     for _ in range(100):
         once(fabric, *parts)
     before = hooks(parts[0].module)
-    gc.collect()
-    objects, blocks = len(gc.get_objects()), sys.getallocatedblocks()
-    for _ in range(COUNT):
-        once(fabric, *parts)
-    gc.collect()
+    grown = []
+    for _ in range(ROUNDS):
+        gc.collect()
+        objects, blocks = len(gc.get_objects()), sys.getallocatedblocks()
+        for _ in range(COUNT):
+            once(fabric, *parts)
+        gc.collect()
+        grown.append((len(gc.get_objects()) - objects, sys.getallocatedblocks() - blocks))
     assert hooks(parts[0].module) == before
-    assert len(gc.get_objects()) - objects < COUNT / 10
-    assert sys.getallocatedblocks() - blocks < COUNT / 2
+    # Autograd's engine fills pools of its own, with Python 3.13 for hundreds of calls. What leaks grows in every round.
+    assert min(objects for objects, _ in grown) < COUNT / 10, grown
+    assert min(blocks for _, blocks in grown) < COUNT / 2, grown
 
 
 def test_nothing_keeps_a_model_alive(fabric: Fabric) -> None:
