@@ -142,14 +142,15 @@ class _Finder:
         contract = CONTRACTS[kind]
         source = "the request" if ref.source in {"", kind, f"{kind}s", "plugins"} else ref.source
         if ref.instance is not None:
-            if not isinstance(ref.instance, contract):
+            instance = ref.instance if isinstance(ref.instance, contract) else contract.adapt(ref.instance)
+            if instance is None:
                 raise RequestError(
                     f"{kind} was given what is no {contract.__name__}",
                     where=ref.source,
                     got=repr(ref.instance),
                     instead=f"a name, a mapping, or an instance of {contract.__name__}",
                 )
-            plugin = bind(ref.instance, self._extensions, self._trace)
+            plugin = bind(instance, self._extensions, self._trace)
             return [Candidate(kind, ref.name, "(given)", plugin, named=source)]
         if ref.is_auto:
             self._registry.require(kind)
