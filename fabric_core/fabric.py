@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, Self
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import torch
 from torch import nn
@@ -24,7 +24,6 @@ from fabric_core.contracts import (
     Checkpoint,
     Launcher,
     LaunchOrder,
-    Logger,
     Precision,
     ProcessInfo,
     Strategy,
@@ -33,7 +32,7 @@ from fabric_core.contracts import (
     map_tensors,
 )
 from fabric_core.errors import CheckpointError, LaunchError, MisuseError, RequestError, SetupError
-from fabric_core.running import seeding
+from fabric_core.running import reporting, seeding
 from fabric_core.running.checkpointing import (
     PRECISION,
     check_fits,
@@ -155,6 +154,7 @@ class Fabric:
         self._checkpoints = self._chosen.ranked("checkpoint")
         self._loggers: list[Logger] = self._chosen.all("logger")
         self._launcher: Launcher | None = None
+        self._closing: finalize[..., Any] | None = None
         self._guard = backward_guard(self._strategy, self._precision)
         # Weak: what was set up dies with its last user, and an old parameter once its optimizer has the new one.
         self._set_up: WeakSet[Any] = WeakSet()
@@ -191,12 +191,12 @@ class Fabric:
         return self._precision
 
     @property
-    def loggers(self) -> list[Logger]:
-        """The loggers."""
-        return self._loggers
+    def loggers(self) -> list[Any]:
+        """The loggers, as they were given."""
+        return [getattr(owner_of(logger), "original", owner_of(logger)) for logger in self._loggers]
 
     @property
-    def logger(self) -> Logger:
+    def logger(self) -> Any:
         """The first logger.
 
         Raises:
@@ -204,7 +204,7 @@ class Fabric:
         """
         if not self._loggers:
             raise MisuseError("there is no logger", where="fabric.logger", instead="Fabric(loggers=...)")
-        return self._loggers[0]
+        return self.loggers[0]
 
     # Who this process is
 
@@ -330,6 +330,11 @@ class Fabric:
             self._precision.connect(self._collectives)
             undo.pop_all()
         self._world = world
+        for logger in self._loggers:
+            logger.connect(self._collectives)
+        if self._loggers and world.is_global_zero:
+            # At the end of the script, or of this object's life, where nothing else does it.
+            self._closing = finalize(self, reporting.finalize, self._loggers)
         self._hooks.launched(world=world)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -823,28 +828,31 @@ class Fabric:
     # Saying what happens
 
     def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
-        """Call a method of every callback that has it.
+        """Call a method of every callback that has it, with the arguments, and the keywords that it takes.
 
         Raises:
             TypeError: A callback's attribute of that name can't be called.
         """
-        for callback in self._request.callbacks:
-            method = getattr(callback, hook_name, None)
-            if method is None:
-                continue
-            if not callable(method):
-                raise TypeError(f"{type(callback).__name__}.{hook_name} can't be called")
-            method(*args, **kwargs)
+        reporting.call(self._request.callbacks, hook_name, args, kwargs)
 
     def log(self, name: str, value: Any, step: int | None = None) -> None:
         """Give a number to the loggers."""
         self.log_dict({name: value}, step)
 
     def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Give numbers to the loggers, on rank 0."""
+        """Give numbers to the loggers, on rank 0.
+
+        Args:
+            metrics: Under their names numbers, or tensors and arrays of one element; what else there is goes to the
+                loggers as it is.
+            step: The step that they belong to; not given, each logger counts.
+
+        Raises:
+            RequestError: A tensor or array has several elements, or none.
+        """
         if not self._loggers or not self.is_global_zero:
             return
-        numbers = {name: float(value) for name, value in metrics.items()}
+        numbers = reporting.numbers(metrics)
         for logger in self._loggers:
             logger.log_metrics(numbers, step)
 
@@ -858,20 +866,22 @@ class Fabric:
     def teardown(self) -> None:
         """Give back all that was taken: process group, devices, loggers. May be called again."""
         world, launcher = self._world, self._launcher
-        self._world = self._launcher = None
         with ExitStack() as stack:
             stack.callback(self._bindings.undo)
             if launcher is not None:
                 stack.callback(launcher.teardown)
-            if world is None:
-                return
-            stack.callback(self._accelerator.teardown)
-            stack.enter_context(world.closing)
-            stack.callback(self._strategy.teardown)
-            self.strategy.collectives = None
-            for logger in self._loggers:
-                stack.callback(logger.finalize, "success")
-        self._hooks.torn_down()
+            if world is not None:
+                stack.callback(self._accelerator.teardown)
+                stack.enter_context(world.closing)
+                stack.callback(self._strategy.teardown)
+            try:
+                if self._closing is not None:
+                    self._closing()  # first, because a logger may ask who this process is
+            finally:
+                self._world = self._launcher = None
+                self.strategy.collectives = None
+        if world is not None:
+            self._hooks.torn_down()
 
     def __enter__(self) -> Self:
         """Tear down at the end of a ``with`` block."""

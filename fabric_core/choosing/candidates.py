@@ -137,15 +137,16 @@ class _Finder:
 
     def _given(self, ref: PluginRef, kind: str, source: str) -> Candidate:
         contract = KINDS[kind].contract
-        if not isinstance(ref.instance, contract):
+        instance = ref.instance if isinstance(ref.instance, contract) else contract.adapt(ref.instance)
+        if instance is None:
             raise RequestError(
                 f"{kind} was given what is no {contract.__name__}",
                 where=ref.source,
                 got=type(ref.instance).__name__,
                 instead=f"a name, a mapping, or an instance of {contract.__name__}",
             )
-        self._bind(ref.instance)
-        return Candidate.of(kind, ref.name, "(given)", ref.instance, named=source)
+        self._bind(instance)
+        return Candidate.of(kind, ref.name, "(given)", instance, named=source)
 
     def _automatic(self, kind: str, options: Mapping[str, Any]) -> list[Candidate]:
         if options:

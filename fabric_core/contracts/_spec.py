@@ -74,6 +74,11 @@ class Plugin:
         self.options = type(self).parse_options(given) if options is None else options
 
     @classmethod
+    def adapt(cls, instance: Any) -> Self | None:  # noqa: ARG003 - for a contract that takes more
+        """Make a plugin of an object that is none, where its contract takes such objects; ``None`` where it doesn't."""
+        return None
+
+    @classmethod
     def parse_options(cls, given: Mapping[str, Any]) -> PluginOptions:
         """Validate options.
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+from fabric_core.collectives import Collectives
 from fabric_core.contracts._spec import Plugin
 from fabric_core.markers import behaviour
 
@@ -11,17 +12,29 @@ __all__ = ["Logger"]
 
 
 class Logger(Plugin, ABC):
-    """Takes metrics. The core calls it on rank 0 alone."""
+    """Takes metrics. The core calls it on rank 0 alone, but for ``connect``.
+
+    Any other object with a method ``log_metrics(metrics, step)`` may be given to ``Fabric(loggers=...)`` as well; its
+    ``log_hyperparams`` and ``finalize``, or ``save``, are called where it has them.
+    """
 
     kind = "logger"
 
     @behaviour
+    def connect(self, collectives: Collectives) -> None:
+        """Receive the collectives; called once on every rank, after the strategy has connected.
+
+        Args:
+            collectives: For what the ranks must agree on, such as a folder; before any metric is logged.
+        """
+
+    @behaviour
     @abstractmethod
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None) -> None:
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None) -> None:
         """Take metrics.
 
         Args:
-            metrics: Numbers under their names.
+            metrics: Numbers under their names. What the user gave that is no number, tensor or array comes as it is.
             step: The step that they belong to; ``None`` lets the logger count.
         """
 
@@ -32,3 +45,46 @@ class Logger(Plugin, ABC):
     @behaviour
     def finalize(self, status: str) -> None:
         """Write out what is held and close; the status is ``"success"`` or ``"failed"``. May be called again."""
+
+    @classmethod
+    def adapt(cls, instance: Any) -> "Logger | None":
+        """Take any object with a method ``log_metrics``."""
+        return AdaptedLogger(instance) if callable(getattr(instance, "log_metrics", None)) else None
+
+
+class AdaptedLogger(Logger):
+    """Stands for an object that takes metrics without being a ``Logger``.
+
+    Args:
+        original: The object.
+    """
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self.original = original
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None) -> None:
+        """Pass them on."""
+        self.original.log_metrics(metrics, step)
+
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+        """Pass them on, where they are wanted."""
+        take = getattr(self.original, "log_hyperparams", None)
+        if callable(take):
+            take(params)
+
+    def finalize(self, status: str) -> None:
+        """Let it save and close, where it can."""
+        save, close = getattr(self.original, "save", None), getattr(self.original, "finalize", None)
+        if callable(close):
+            close(status)
+        elif callable(save):
+            save()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel as the object does."""
+        return type(self), (self.original,)
+
+    def __repr__(self) -> str:
+        """Show the object."""
+        return repr(self.original)

@@ -172,7 +172,8 @@ def _concrete(bench: Bench) -> None:
     advice=f"set api_version to one of {', '.join(map(str, API_WINDOW))}, and adapt the plugin to that version",
 )
 def _version(bench: Bench) -> None:
-    module, _, name = bench.subject.value.partition(":")
+    # What follows in brackets are extras of the distribution.
+    module, _, name = bench.subject.value.partition("[")[0].strip().partition(":")
     found = import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
