@@ -24,6 +24,7 @@ from fabric_core.contracts import (
     Checkpoint,
     Launcher,
     LaunchOrder,
+    Logger,
     Precision,
     ProcessInfo,
     Strategy,
@@ -193,7 +194,7 @@ class Fabric:
     @property
     def loggers(self) -> list[Any]:
         """The loggers, as they were given."""
-        return [getattr(owner_of(logger), "original", owner_of(logger)) for logger in self._loggers]
+        return [getattr(logger, "original", logger) for logger in self._loggers]
 
     @property
     def logger(self) -> Any:

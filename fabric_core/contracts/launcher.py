@@ -71,7 +71,7 @@ class Launcher(Plugin, ABC):
         """
 
     @behaviour
-    def setup_process(self, ranks: ProcessInfo) -> None:
+    def setup_process(self, info: ProcessInfo) -> None:
         """Called in a process that ``detect`` recognised, once it takes part."""
 
     @behaviour

@@ -9,12 +9,13 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, Store
 
 from fabric_core.choosing.plan import Plan
 from fabric_core.collectives import Collectives
 from fabric_core.contracts import Accelerator, Launcher, ProcessInfo, Strategy, World
 from fabric_core.errors import LaunchError
+from fabric_core.running.meeting import meet
 
 __all__ = ["agree", "check_connected", "detect", "environment", "make_world"]
 
@@ -28,51 +29,45 @@ def detect(launchers: Iterable[tuple[str, Launcher]]) -> tuple[str, Launcher, Pr
     """Ask the launchers, the highest priority first, whether their system started this process."""
     variables = environment()
     for name, launcher in launchers:
-        ranks = launcher.detect(variables)
-        if ranks is not None:
-            return name, launcher, ranks
+        info = launcher.detect(variables)
+        if info is not None:
+            return name, launcher, info
     return None
 
 
-def make_world(ranks: ProcessInfo, plan: Plan, accelerator: Accelerator, timeout: timedelta) -> World:
+def make_world(info: ProcessInfo, plan: Plan, accelerator: Accelerator, timeout: timedelta) -> World:
     """Find this process's device, and check that as many processes were started as the plan has.
 
     Raises:
         LaunchError: Another number of processes was started.
     """
-    if ranks.world_size != plan.world_size or ranks.local_world_size != len(plan.device_indices):
+    devices = len(plan.device_indices)
+    if info.world_size != plan.world_size or info.local_world_size != devices:
+        started = f"devices={info.local_world_size}, num_nodes={info.world_size // info.local_world_size}"
+        how = info.how_to_start.format(nodes=plan.num_nodes, devices=devices)
         raise LaunchError(
-            f"{ranks.owner or 'the launcher'} started {ranks.world_size} processes"
-            f" ({ranks.local_world_size} on this node), and the plan has {plan.world_size}"
-            f" ({len(plan.device_indices)} on each of {plan.num_nodes} nodes)",
+            f"{info.owner or 'the launcher'} started {info.world_size} processes"
+            f" ({info.local_world_size} on this node), and the plan has {plan.world_size}"
+            f" ({devices} on each of {plan.num_nodes} nodes)",
             where="Fabric(devices=, num_nodes=)",
-            instead=f"devices={ranks.local_world_size}, num_nodes={ranks.world_size // ranks.local_world_size}",
+            instead=f"{started}; or {how}" if how else started,
         )
-    device = accelerator.devices(plan.device_indices)[ranks.local_rank]
+    device = accelerator.devices(plan.device_indices)[info.local_rank]
     return World(
-        **{name: getattr(ranks, name) for name in ProcessInfo.__dataclass_fields__},
+        **{name: getattr(info, name) for name in ProcessInfo.__dataclass_fields__},
         device=device,
         backend=accelerator.process_group_backend,
-        open_store=_store_opener(ranks, timeout) if ranks.main_port else None,
+        open_store=_store_opener(info, timeout) if info.main_port else None,
         timeout=timeout,
     )
 
 
-def _store_opener(ranks: ProcessInfo, timeout: timedelta) -> Any:
+def _store_opener(info: ProcessInfo, timeout: timedelta) -> Any:
     @cache
     def open_store() -> Store:
-        server = ranks.global_rank == 0 and not ranks.agent_store
-        store = TCPStore(
-            ranks.main_address,
-            ranks.main_port,
-            ranks.world_size,
-            is_master=server,
-            timeout=timeout,
-            wait_for_workers=False,
-        )
-        mine = PrefixStore(f"fabric/{ranks.attempt}", store)
+        mine = PrefixStore(f"fabric/{info.attempt}", meet(info, timeout))
         # The n-th time that this rank joins meets the n-th time of the others, and finds no key of an earlier time.
-        return PrefixStore(f"join/{mine.add(f'joined/{ranks.global_rank}', 1)}", mine)
+        return PrefixStore(f"join/{mine.add(f'joined/{info.global_rank}', 1)}", mine)
 
     return open_store
 

@@ -103,19 +103,19 @@ class ElasticLauncher(Launcher):
             return self._start_command(order)
         return self._start_function(order, order.function)
 
-    def setup_process(self, ranks: ProcessInfo) -> None:
+    def setup_process(self, info: ProcessInfo) -> None:
         """In a rank that this launcher started: share the cores, die with the agent, let the first failure speak."""
-        if ranks.owner != "elastic":
+        if info.owner != "elastic":
             return
         _die_with_parent()
         threads = torch.get_num_threads()
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // info.local_world_size))
             self._undo.append(lambda: torch.set_num_threads(threads))
         previous = sys.excepthook
 
         def report(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
-            _speak(ranks, value, lambda: previous(kind, value, trace))
+            _speak(info, value, lambda: previous(kind, value, trace))
 
         sys.excepthook = report
 
