@@ -169,6 +169,19 @@ class Strategy(Plugin, ABC):
         return nullcontext()
 
     @behaviour
+    def gradients_averaged(self, module: nn.Module, complete: bool) -> bool:
+        """Say whether a synchronized backward pass, which is over, averaged all outstanding gradients of a module.
+
+        Asked only under a strategy that is distributed, ``synchronous`` and not ``sharded``, outside
+        ``no_backward_sync``.
+
+        Args:
+            module: What ``setup_module`` returned.
+            complete: The pass reached every parameter that was trainable at setup.
+        """
+        return True
+
+    @behaviour
     def clip_grad_norm(
         self,
         parameters: Sequence[torch.Tensor],
