@@ -176,7 +176,8 @@ class Fabric:
         sharded = self._set_up if strategy.capabilities.sharded else None
         scaled = self._guard if self._precision.policy.loss_scaling else None
         needed = self._sync is not None or scaled is not None or sharded is not None
-        self._steps = StepGuard(self._sync, scaled, sharded) if needed else None
+        cleared = None if sharded is None else strategy.gradients_cleared
+        self._steps = StepGuard(self._sync, scaled, sharded, cleared) if needed else None
 
     def _watch_steps(self) -> None:
         if self._steps is not None and not self._steps.opened:
@@ -436,6 +437,8 @@ class Fabric:
             inner, ready = self._strategy.setup_jointly(outer, optimizers)
         else:
             inner = self._strategy.setup_module(outer)
+        if self._sync is not None:
+            self._sync.made(inner)
         called = inner
         for wrapper in self._stage("after_strategy"):
             called = wrapper.wrap_module(called)

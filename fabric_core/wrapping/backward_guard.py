@@ -17,7 +17,7 @@ from fabric_core.contracts import Precision, Strategy, map_tensors
 from fabric_core.errors import MisuseError
 from fabric_core.wrapping.notes import Notes, held_by, trainable
 
-__all__ = ["BackwardGuard", "BackwardPass", "OutputGuard", "ParameterGuard", "backward_guard", "running_pass"]
+__all__ = ["BackwardGuard", "BackwardPass", "backward_guard", "running_pass"]
 
 
 class BackwardPass:
@@ -206,7 +206,7 @@ class _Watched(Notes):
 
 
 class OutputGuard(BackwardGuard):
-    """Watches what models give, for strategies whose parameters are no leaves of a backward pass.
+    """Watches what models give, for strategies whose parameters may be no leaves of a backward pass.
 
     [Note: the sentinel] Every output of a watched model depends on a scalar leaf of the model's own, by an identity
     whose gradient for it is none. So the leaf's accumulation runs in every backward pass that accumulates into leaves,
@@ -236,6 +236,10 @@ class OutputGuard(BackwardGuard):
             return tied
 
         return watched
+
+
+class BothGuard(OutputGuard, ParameterGuard):
+    """Watches what models give, and those parameters that are leaves of a backward pass."""
 
 
 class _Tie(Function):
@@ -270,7 +274,7 @@ def backward_guard(strategy: Strategy, precision: Precision, owner: object) -> B
     declared = strategy.capabilities
     if precision.policy.loss_scaling:
         why = "the precision scales the loss, so the gradients would be too small"
-        guard = OutputGuard if declared.sharded or declared.joint_setup else ParameterGuard
+        guard = BothGuard if declared.sharded or declared.joint_setup else ParameterGuard
         return guard(owner, why)
     if declared.requires_strategy_backward:
         return OutputGuard(owner, "the strategy runs backward passes itself")

@@ -39,6 +39,20 @@ class GradientSync:
         self.noted: WeakSet[ModelSync] = WeakSet()
         """The models of which something may be noted."""
         self._models: WeakSet[ModelSync] = WeakSet()
+        self._made: WeakSet[nn.Module] = WeakSet()
+
+    def made(self, inner: nn.Module) -> None:
+        """Know a module that the strategy itself has made, or was given; a copy of it, it may not know."""
+        self._made.add(inner)
+
+    def averaged(self, inner: nn.Module | None, *, complete: bool) -> bool:
+        """Ask the strategy whether it averaged a module's gradients."""
+        if inner is None:
+            return False
+        asked = getattr(self.strategy.gradients_averaged, "__func__", None)
+        if asked is Strategy.gradients_averaged and inner not in self._made:
+            return False
+        return self.strategy.gradients_averaged(inner, complete)
 
     def watch(self, module: nn.Module, inner: nn.Module) -> "ModelSync":
         """Watch a model.
@@ -189,7 +203,7 @@ class ModelSync(Notes):
             )
             return
         complete = len(self._reached) >= len(self._expected)
-        if inner is None or not sync.strategy.gradients_averaged(inner, complete):
+        if not sync.averaged(inner, complete=complete):
             missing = sorted(self._expected - self._reached)
             self._why = f"the strategy waits for gradients of {self.shown(missing)}" if missing else "it did not average"
             return

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakMethod
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -27,14 +28,20 @@ class StepGuard:
         sync: Knows which gradients were not averaged.
         backward: Knows which gradients are scaled.
         sharded: What was set up, where the strategy must prepare each step on its shards.
+        cleared: Told of the parameters whose gradients were cleared, where the strategy shards.
     """
 
     def __init__(
-        self, sync: GradientSync | None, backward: BackwardGuard | None, sharded: Iterable[Any] | None
+        self,
+        sync: GradientSync | None,
+        backward: BackwardGuard | None,
+        sharded: Iterable[Any] | None,
+        cleared: Callable[[list[torch.Tensor]], None] | None,
     ) -> None:
         self._sync = sync
         self._backward = backward
         self._sharded = sharded
+        self._cleared = cleared
         self._stepping = threading.local()
         self._handle: Any = None
 
@@ -86,6 +93,10 @@ class StepGuard:
             self._sync.forget(optimizer, module)
         if self._backward is not None:
             self._backward.forget(optimizer, module)
+        if self._cleared is not None:
+            groups = [] if optimizer is None else optimizer.param_groups
+            own = [] if module is None else list(module.parameters())
+            self._cleared([*own, *(one for group in groups for one in group["params"])])
 
     def _closure(self, closure: Closure, optimizer: Optimizer) -> Closure:
         """Check after each evaluation; what is in it is the user's, and no part of the step."""
@@ -113,13 +124,16 @@ class StepGuard:
         if getattr(self._stepping, "now", False):
             return None
         self._check_raw(optimizer)
-        if self._sync is None:
-            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            self._sync.check(optimizer)
             return None
-        closure = self._closure(closure, optimizer)
+        evaluate = closure
+
+        def closure() -> Any:
+            loss = evaluate()
+            self._check_raw(optimizer)
+            return loss
+
         return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closure})
 
     def _check_raw(self, optimizer: Optimizer) -> None:
@@ -129,16 +143,18 @@ class StepGuard:
         if self._sharded is not None:
             known = [one for key in self._sharded if isinstance(key, nn.Module) for one in key.named_parameters()]
             held = held_by(optimizer)
-            there = [name for name, one in known if one.grad is not None and id(one) in held]
+            there = [name for name, one in known if id(one) in held]
             if there:
                 raise _direct(optimizer, "the strategy prepares the shards for each step", ", ".join(there[:4]))
+        if self._sync is not None:
+            self._sync.check(optimizer)
 
 
 def _direct(optimizer: Optimizer, why: str, names: str) -> MisuseError:
     kind = type(optimizer).__name__
     return MisuseError(
         f"the optimizer was called directly, and {why}",
-        where=f"{kind}.step, with gradients of {names}",
+        where=f"{kind}.step, which holds {names}",
         got=f"the step of {kind} itself",
         instead="optimizer.step() of the optimizer that fabric.setup(model, optimizer) returned",
     )

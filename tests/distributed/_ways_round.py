@@ -809,8 +809,6 @@ def clipping(run: Run) -> None:
 @right
 def penalty_before_forward(run: Run) -> None:
     net, _, model, optimizer = usual(run)
-    if run.fabric is not None and run.fabric.strategy.capabilities.sharded:
-        return
     run.backward(sum(one.square().sum() for one in net.parameters()) * 1e-2)
     run.backward(loss_of(model(run.x)))
     optimizer.step()
@@ -819,16 +817,12 @@ def penalty_before_forward(run: Run) -> None:
 @right
 def penalty_in_the_loss(run: Run) -> None:
     net, _, model, optimizer = usual(run)
-    if run.fabric is not None and run.fabric.strategy.capabilities.sharded:
-        return
     run.backward(loss_of(model(run.x)) + sum(one.square().sum() for one in net.parameters()) * 1e-2)
     optimizer.step()
 
 
 @right
 def gradient_penalty(run: Run) -> None:
-    if run.fabric is not None and run.fabric.strategy.capabilities.sharded:
-        return
     _, _, model, optimizer = usual(run)
     for _ in range(2):
         x = run.x.clone().requires_grad_()
@@ -841,8 +835,6 @@ def gradient_penalty(run: Run) -> None:
 
 @right
 def gradient_penalty_alone(run: Run) -> None:
-    if run.fabric is not None and run.fabric.strategy.capabilities.sharded:
-        return
     net = run.net()
     for one in (net.body.bias, net.head.bias):
         one.requires_grad_(requires_grad=False)
