@@ -46,10 +46,12 @@ from fabric_core.running.checkpointing import (
 from fabric_core.running.launching import agree, check_connected, detect, environment, make_world
 from fabric_core.wrapping import (
     Around,
+    BackwardPass,
     FabricDataLoader,
     FabricModule,
     FabricOptimizer,
     Route,
+    StepGuard,
     backward_guard,
     check_counts,
     check_model,
@@ -58,6 +60,7 @@ from fabric_core.wrapping import (
     check_trains,
     compile_again,
     first_device,
+    gradient_sync,
     is_wrapped,
     shard,
     strategy_module,
@@ -156,18 +159,35 @@ class Fabric:
         self._loggers: list[Logger] = self._chosen.all("logger")
         self._launcher: Launcher | None = None
         self._closing: finalize[..., Any] | None = None
-        self._guard = backward_guard(self._strategy, self._precision)
         # Weak: what was set up dies with its last user, and an old parameter once its optimizer has the new one.
         self._set_up: WeakSet[Any] = WeakSet()
         self._models: WeakSet[FabricModule] = WeakSet()
         self._replaced = WeakTensorKeyDictionary()
         self._optimizers: WeakSet[Optimizer] = WeakSet()
+        self._watch_training()
         self._built = set(vars(self)) - own
         try:
             self._hooks.configured(plan=self._plan)
         except BaseException:
             self._bindings.undo()
             raise
+
+    def _watch_training(self) -> None:
+        """Choose what watches over gradients and steps; where nothing has to, nothing does."""
+        strategy, owner = self._strategy, object()
+        self._owner = owner
+        self._guard = backward_guard(strategy, self._precision, owner)
+        self._sync = gradient_sync(strategy, self._plan.world_size, owner)
+        sharded = self._set_up if strategy.capabilities.sharded else None
+        scaled = self._guard if self._precision.policy.loss_scaling else None
+        needed = self._sync is not None or scaled is not None or sharded is not None
+        cleared = None if sharded is None else strategy.gradients_cleared
+        self._steps = StepGuard(self._sync, scaled, sharded, cleared) if needed else None
+
+    def _watch_steps(self) -> None:
+        if self._steps is not None and not self._steps.opened:
+            # It ends with the Fabric, also where nobody tears that down.
+            finalize(self, self._steps.open()).atexit = False
 
     # What was chosen
 
@@ -429,6 +449,8 @@ class Fabric:
             inner, ready = self._strategy.setup_jointly(outer, optimizers)
         else:
             inner = self._strategy.setup_module(outer)
+        if self._sync is not None:
+            self._sync.made(inner)
         called = inner
         for wrapper in self._stage("after_strategy"):
             called = wrapper.wrap_module(called)
@@ -449,11 +471,14 @@ class Fabric:
                 carried=declared.applies_mixed_precision and self._precision.policy.autocast,
                 wrappers=tuple(self._wrappers),
                 guard=self._guard,
+                sync=self._sync,
+                steps=self._steps,
             ),
             device=world.device if move_to_device else first_device(module) or world.device,
         )
         self._set_up.add(module)
         self._models.add(wrapped)
+        self._watch_steps()
         self._hooks.module_set_up(module=wrapped)
         if not declared.joint_setup:
             ready = [self._strategy.setup_optimizer(optimizer, self._replaced) for optimizer in optimizers]
@@ -487,7 +512,10 @@ class Fabric:
         for wrapper in self._wrappers:
             ready = wrapper.wrap_optimizer(ready)
         self._set_up.add(optimizer)
-        return wrap_optimizer(ready, self._strategy, self._precision)
+        if self._guard is not None:
+            self._guard.watch_optimizer(ready)
+        self._watch_steps()
+        return wrap_optimizer(ready, self._strategy, self._precision, self._steps)
 
     def setup_dataloaders(
         self, *dataloaders: Any, use_distributed_sampler: bool = True, move_to_device: bool = True
@@ -575,10 +603,10 @@ class Fabric:
             kwargs.update(zip(_BACKWARD[: len(args)], args, strict=True))
         loss = self._precision.scale_loss(tensor)
         module = self._called(model)
-        if self._guard is None:
+        if self._guard is None and self._sync is None:
             self._strategy.backward(loss, module, kwargs)
         else:
-            with self._guard.opened():
+            with BackwardPass(self._owner):
                 self._strategy.backward(loss, module, kwargs)
 
     def _called(self, model: FabricModule | None) -> nn.Module | None:
@@ -651,7 +679,11 @@ class Fabric:
                 "the model was not set up", where="fabric.no_backward_sync", got=type(module).__name__,
                 instead="what fabric.setup returned",
             )  # fmt: skip
-        return self._strategy.no_backward_sync(strategy_module(module), enabled)
+        inner = strategy_module(module)
+        context = self._strategy.no_backward_sync(inner, enabled)
+        if self._sync is None or not enabled or not self.strategy.capabilities.no_backward_sync:
+            return context
+        return self._sync.watch(module.module, inner).skipped(context)
 
     # Between ranks
 
@@ -875,6 +907,9 @@ class Fabric:
                 stack.callback(self._accelerator.teardown)
                 stack.enter_context(world.closing)
                 stack.callback(self._strategy.teardown)
+                for watching in (self._steps, self._guard, self._sync):
+                    if watching is not None:
+                        stack.callback(watching.close)
             try:
                 if self._closing is not None:
                     self._closing()  # first, because a logger may ask who this process is

@@ -117,6 +117,7 @@ class Averaging(Strategy):
     _world: World | None = None
     _modules: tuple[nn.Module, ...] = ()
     _skipping: frozenset[int] = frozenset()
+    _averaged: frozenset[int] = frozenset()
 
     @property
     def world(self) -> World:
@@ -144,9 +145,15 @@ class Averaging(Strategy):
     def backward(self, loss: torch.Tensor, module: nn.Module | None, arguments: Mapping[str, Any]) -> None:
         """Run the backward pass, then average."""
         loss.backward(**arguments)
+        self._averaged = frozenset()
         for one in self._modules:
             if self.averages(one):
+                self._averaged |= {id(one)}
                 self.average([parameter for parameter in one.parameters() if parameter.requires_grad])
+
+    def gradients_averaged(self, module: nn.Module, complete: bool) -> bool:
+        """Say whether the last backward pass did."""
+        return id(module) in self._averaged
 
     def averages(self, module: nn.Module) -> bool:
         """Say whether this backward pass averages a module's gradients."""

@@ -44,6 +44,8 @@ class StrategyCapabilities(_Capabilities):
     """It moves the parameters to the device itself, as it shards them; they may come on the meta device."""
     requires_strategy_backward: bool = False
     """Gradients are right only through its ``backward``: a raw one on an output of a model is an error."""
+    synchronous: bool = True
+    """It averages gradients before every step, so that a step on others is an error; local SGD and the like do not."""
     loss_scaling: bool = True
     """It works with a precision that scales the loss."""
     no_backward_sync: bool = False

@@ -169,6 +169,30 @@ class Strategy(Plugin, ABC):
         return nullcontext()
 
     @behaviour
+    def gradients_averaged(self, module: nn.Module, complete: bool) -> bool:
+        """Say whether a synchronized backward pass, which is over, averaged all outstanding gradients of a module.
+
+        Asked only under a strategy that is distributed, ``synchronous`` and not ``sharded``, outside
+        ``no_backward_sync``.
+
+        Args:
+            module: What ``setup_module`` returned.
+            complete: The pass reached every parameter that was trainable at setup.
+
+        Returns:
+            Whether it did. Not overridden, it stands for a strategy that averages all gradients of each module that
+            ``setup_module`` was given, and of no copy.
+        """
+        return True
+
+    @behaviour
+    def gradients_cleared(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Clear what is kept of the gradients of these parameters, whose ``grad`` the user has just cleared.
+
+        Asked only under a strategy that is ``sharded``.
+        """
+
+    @behaviour
     def clip_grad_norm(
         self,
         parameters: Sequence[torch.Tensor],

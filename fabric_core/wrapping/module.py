@@ -18,6 +18,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from fabric_core.contracts import Precision, Wrapper, converter
 from fabric_core.errors import MisuseError
 from fabric_core.wrapping.backward_guard import BackwardGuard
+from fabric_core.wrapping.gradient_sync import GradientSync
+from fabric_core.wrapping.step_guard import StepGuard
 
 __all__ = ["Around", "FabricModule", "Route", "first_device", "strategy_module"]
 
@@ -52,15 +54,19 @@ class Around:
         precision: The bound precision.
         carried: The strategy carries the precision's types itself, so inputs stay and nothing autocasts.
         wrappers: The bound wrappers, each of which may give a context.
-        guard: Tells that the loss went past ``fabric.backward``, where that is needed.
+        guard: Refuses a raw ``loss.backward()``, where that is needed.
+        sync: Knows which gradients were not averaged, where that is needed.
+        steps: Is told when gradients are cleared, where that is needed.
     """
 
     precision: Precision
     carried: bool = False
     wrappers: tuple[Wrapper, ...] = ()
     guard: BackwardGuard | None = None
+    sync: GradientSync | None = None
+    steps: StepGuard | None = None
 
-    def bind(self, module: nn.Module, device: torch.device) -> Callable[[Run], Run]:
+    def bind(self, module: nn.Module, inner: nn.Module, device: torch.device) -> Callable[[Run], Run]:
         """Choose, once, what a run needs; what it doesn't need costs nothing.
 
         Returns:
@@ -77,6 +83,9 @@ class Around:
         convert_output, kept_out = _conversion(self.precision, "convert_output", policy.output_dtype)
         if self.carried:
             convert_input = None
+        if self.guard is not None:
+            self.guard.watch_module(module)
+        synchronized = None if self.sync is None else self.sync.watch(module, inner)
 
         def around(run: Run) -> Run:
             for make in reversed(needed[1:]):
@@ -87,6 +96,8 @@ class Around:
                 run = _converted(outermost, run, *conversions)
             elif needed:
                 run = _within(outermost, run)
+            if synchronized is not None:
+                run = synchronized.around(run)
             return run if self.guard is None else self.guard.around(run, module, device)
 
         return around
@@ -205,7 +216,7 @@ class FabricModule(nn.Module):
     def _fabric_move(self, device: torch.device) -> None:
         """Take another device, for which contexts are chosen anew."""
         called = self._fabric_called
-        bound = self._fabric_around.bind(self._fabric_original, device)
+        bound = self._fabric_around.bind(self._fabric_original, self._fabric_inner, device)
         run = bound(_routed(called, "forward") if self._fabric_routed else called)
         self.__dict__.update(_fabric_device=device, _fabric_bound=bound, _fabric_run=run)
         self._fabric_methods.clear()
@@ -259,6 +270,13 @@ class FabricModule(nn.Module):
             raise TypeError(f"{kind}.{name} can't be marked: it goes on running after the strategy's forward has ended")
         self._fabric_marked.add(name)
         self._fabric_methods.pop(name, None)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the original's gradients, and what is known of them."""
+        self._fabric_original.zero_grad(set_to_none)
+        steps = self._fabric_around.steps
+        if steps is not None:
+            steps.forget(None, self._fabric_original)
 
     def _fabric_method(self, name: str, method: Any) -> Run:
         """Give what stands for a bound method of the original: routed, guarded, or the method itself."""
@@ -318,7 +336,7 @@ class FabricModule(nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle all but the link to the ``Fabric``, which stays in its process."""
         modules, given = self._fabric_parts()
-        return _rebuild, (modules, {**given, "around": replace(given["around"], guard=None)})
+        return _rebuild, (modules, {**given, "around": replace(given["around"], guard=None, sync=None, steps=None)})
 
     def _fabric_parts(self) -> tuple[tuple[nn.Module, nn.Module, nn.Module], dict[str, Any]]:
         given = {

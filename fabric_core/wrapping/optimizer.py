@@ -9,12 +9,13 @@ import torch
 from torch.optim import Optimizer
 
 from fabric_core.contracts import Precision, Strategy
+from fabric_core.wrapping.step_guard import StepGuard
 
 __all__ = ["FabricOptimizer", "wrap_optimizer"]
 
 
 class FabricOptimizer:
-    """An optimizer that was set up. Everything but ``step`` is the original's.
+    """An optimizer that was set up. Everything but ``step`` and ``zero_grad`` is the original's.
 
     It is made by ``wrap_optimizer``, as an instance of the original's class too.
     """
@@ -22,6 +23,7 @@ class FabricOptimizer:
     _fabric_inner: Optimizer
     _fabric_strategy: Strategy
     _fabric_precision: Precision
+    _fabric_guard: StepGuard | None
     _fabric_step: Callable[[Callable[[], Any] | None], Any]
 
     @property
@@ -32,6 +34,12 @@ class FabricOptimizer:
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step through precision and strategy; returns what the original's does, or ``None`` if skipped."""
         return self._fabric_step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and what is known of them."""
+        self._fabric_inner.zero_grad(set_to_none)
+        if self._fabric_guard is not None:
+            self._fabric_guard.forget(self._fabric_inner)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._fabric_inner, name)
@@ -55,12 +63,13 @@ class FabricOptimizer:
 
     def __copy__(self) -> "FabricOptimizer":
         """Go round a shallow copy of the original."""
-        return wrap_optimizer(copy.copy(self._fabric_inner), self._fabric_strategy, self._fabric_precision)
+        inner = copy.copy(self._fabric_inner)
+        return wrap_optimizer(inner, self._fabric_strategy, self._fabric_precision, self._fabric_guard)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FabricOptimizer":
         """Go round a deep copy of the original, with the same strategy and precision."""
         inner = copy.deepcopy(self._fabric_inner, memo)
-        clone = wrap_optimizer(inner, self._fabric_strategy, self._fabric_precision)
+        clone = wrap_optimizer(inner, self._fabric_strategy, self._fabric_precision, self._fabric_guard)
         memo[id(self)] = clone
         return clone
 
@@ -69,10 +78,18 @@ class FabricOptimizer:
         return wrap_optimizer, (self._fabric_inner, self._fabric_strategy, self._fabric_precision)
 
 
-def wrap_optimizer(optimizer: Optimizer, strategy: Strategy, precision: Precision) -> FabricOptimizer:
+def wrap_optimizer(
+    optimizer: Optimizer, strategy: Strategy, precision: Precision, guard: StepGuard | None = None
+) -> FabricOptimizer:
     """Wrap an optimizer that the strategy has made ready.
 
     State that it has already goes to where its parameters are now.
+
+    Args:
+        optimizer: The optimizer.
+        strategy: The bound strategy.
+        precision: The bound precision.
+        guard: Checks its steps, where that is needed.
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
@@ -89,11 +106,13 @@ def wrap_optimizer(optimizer: Optimizer, strategy: Strategy, precision: Precisio
     }
     cls = type(f"Fabric{kind.__name__}", (FabricOptimizer, kind), methods)
     wrapped = cast("FabricOptimizer", object.__new__(cls))
+    step = _step(optimizer, strategy, precision)
     wrapped.__dict__.update(
         _fabric_inner=optimizer,
         _fabric_strategy=strategy,
         _fabric_precision=precision,
-        _fabric_step=_step(optimizer, strategy, precision),
+        _fabric_guard=guard,
+        _fabric_step=step if guard is None else guard.around(step, optimizer),
     )
     return wrapped
 

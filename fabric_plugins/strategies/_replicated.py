@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fabric_core.errors import MisuseError
+from fabric_plugins._torch import reduction_finished
 
 __all__ = ["Frozen", "Known", "Replicated"]
 
@@ -39,6 +40,12 @@ class Replicated(DistributedDataParallel):
         """Let go of the process group; from now on there is nobody to average with."""
         del self.reducer, self.logger
         self.left = True
+
+    def averaged(self, complete: bool) -> bool:
+        """Say whether the last reduction that was prepared came to its end."""
+        if complete or self.static_graph:
+            return True
+        return self.find_unused_parameters and reduction_finished(self.reducer)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the module, and prepare for averaging in ``backward``.

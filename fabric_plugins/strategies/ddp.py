@@ -105,8 +105,13 @@ class DDPStrategy(DistributedStrategy):
         self._wrapped = None
         super().teardown()
 
+    def gradients_averaged(self, module: nn.Module, complete: bool) -> bool:
+        """Say whether DDP's reduction came to its end; it waits for every parameter that it takes for used."""
+        averaged: bool = getattr(module, "averaged", _always)(complete)
+        return averaged
+
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
-        """Leave gradients apart inside the context."""
+        """Skip gradient synchronization inside the context."""
         return _unsynchronised(module, enabled=enabled)
 
 
@@ -127,6 +132,10 @@ def _check_backend(hook: str, device_type: str) -> None:
             f"gradients on {device_type} travel by {backend}, and PyTorch supports it with "
             f"{' and '.join(_BFLOAT16_BACKENDS)} alone"
         )
+
+
+def _always(_complete: bool) -> bool:
+    return True
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from fabric_core.contracts import replace_parameters
 from fabric_core.errors import MisuseError, SetupError
+from fabric_plugins._torch import clear_unsynchronized, unsynchronized
 from fabric_plugins.strategies._distributed import DistributedStrategy
 from fabric_plugins.strategies._sharding.tensors import (
     divided,
@@ -40,8 +41,6 @@ class ShardedStrategy(DistributedStrategy):
         self._units: WeakSet[Any] = WeakSet()
         self._no_sync: WeakSet[nn.Module] = WeakSet()
         """The modules that are inside ``no_backward_sync``."""
-        self._unsynced: WeakSet[nn.Module] = WeakSet()
-        """The modules that may have gradients which are not synchronized."""
 
     def teardown(self) -> None:
         """Let go of the groups that the parameters' mesh is made of, then leave."""
@@ -105,16 +104,11 @@ class ShardedStrategy(DistributedStrategy):
             found.update({old: after[name] for name, old in before.items() if after[name] is not old})
         return found
 
-    def backward(self, loss: torch.Tensor, module: nn.Module | None, arguments: Mapping[str, Any]) -> None:
-        """Run the backward pass, and note which gradients it does not synchronize."""
-        super().backward(loss, module, arguments)
-        self._unsynced |= self._no_sync
-
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
         """Step on shards ([Note: whole units]).
 
         Raises:
-            MisuseError: The gradients of a model are still apart.
+            MisuseError: Gradients were not reduced over the ranks.
             SetupError: The optimizer can't step on shards.
         """
         if closure is None:
@@ -144,16 +138,20 @@ class ShardedStrategy(DistributedStrategy):
         """Divide what is whole, and make sure that no gradients are held back."""
         for unit in self._units:
             unit.reshard()
-        for module in list(self._unsynced):
-            own = set(module.parameters())
-            if any(one.grad is not None for one in own):
-                self._unsynced.discard(module)
-            elif any(one in own for group in optimizer.param_groups for one in group["params"]):
-                raise MisuseError(
-                    "the gradients are not synchronized",
-                    where=f"{type(optimizer).__name__}.step",
-                    instead="run the last fabric.backward before each step outside fabric.no_backward_sync",
-                )
+        left = {id(one) for unit in self._units for one in unsynchronized(unit)}
+        if left and any(id(one) in left for group in optimizer.param_groups for one in group["params"]):
+            raise MisuseError(
+                "the gradients are not synchronized",
+                where=f"{type(optimizer).__name__}.step",
+                instead="run the last forward and fabric.backward before each step outside fabric.no_backward_sync,"
+                " through the model that fabric.setup returned; clear gradients by its zero_grad or the optimizer's",
+            )
+
+    def gradients_cleared(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Clear what FSDP2 has kept of gradients that were not synchronized."""
+        held = {id(one) for one in parameters}
+        for unit in self._units:
+            clear_unsynchronized(unit, held)
 
     @contextmanager
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:

@@ -30,7 +30,7 @@ def quadratic() -> tuple[nn.Linear, Tensor, Tensor]:
     return nn.Linear(3, 1), x, x @ torch.tensor([[1.0], [-2.0], [0.5]])
 
 
-def overflow_once(strategy: str, devices: int, bad_rank: int, apart: bool) -> tuple[float, list[Tensor], list[Tensor]]:
+def overflow_once(strategy: str, devices: int, bad_rank: int) -> tuple[float, list[Tensor], list[Tensor]]:
     """Let the gradients of one rank overflow; give the scale, and the parameters before and after the step."""
     chosen: Any = strategy
     if strategy == "model_parallel":
@@ -39,7 +39,7 @@ def overflow_once(strategy: str, devices: int, bad_rank: int, apart: bool) -> tu
         accelerator="cpu", strategy=chosen, devices=devices, precision=Float16MixedPrecision(init_scale=8.0)
     ) as fabric:
         fabric.launch()
-        return _overflow(fabric, bad_rank, apart=apart)
+        return _overflow(fabric, bad_rank)
 
 
 def by_columns(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -47,7 +47,7 @@ def by_columns(model: nn.Module, mesh: DeviceMesh) -> None:
     parallelize_module(model, mesh["tensor_parallel"], {"0": ColwiseParallel(output_layouts=Replicate())})
 
 
-def _overflow(fabric: Fabric, bad_rank: int, *, apart: bool) -> tuple[float, list[Tensor], list[Tensor]]:
+def _overflow(fabric: Fabric, bad_rank: int) -> tuple[float, list[Tensor], list[Tensor]]:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(4, 4))
     wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.5))
@@ -56,8 +56,7 @@ def _overflow(fabric: Fabric, bad_rank: int, *, apart: bool) -> tuple[float, lis
     if fabric.global_rank == bad_rank:  # not in the loss: tensor-parallel ranks have one loss together
         weight = next(model.parameters())
         weight.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[no-untyped-call] # torch's
-    with fabric.no_backward_sync(wrapped, enabled=apart):
-        fabric.backward(loss)
+    fabric.backward(loss)
     optimizer.step()
     return fabric.precision.state_dict()["scale"], before, [whole(one) for one in model.parameters()]
 
@@ -67,15 +66,13 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-@pytest.mark.parametrize(
-    ("strategy", "apart"), [("ddp", False), ("ddp", True), ("fsdp", False), ("model_parallel", False)]
-)
-def test_an_overflow_on_one_rank_skips_the_step_on_all(strategy: str, apart: bool, two_ranks: RankPool) -> None:
-    """Both ranks keep their parameters and halve the scale, also where each has gradients of its own."""
-    for scale, before, after in two_ranks.run(overflow_once, strategy, 2, 1, apart):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "model_parallel"])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(strategy: str, two_ranks: RankPool) -> None:
+    """Both ranks keep their parameters and halve the scale."""
+    for scale, before, after in two_ranks.run(overflow_once, strategy, 2, 1):
         assert scale == 4.0
         assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
-    for scale, before, after in two_ranks.run(overflow_once, strategy, 2, -1, apart):
+    for scale, before, after in two_ranks.run(overflow_once, strategy, 2, -1):
         assert scale == 8.0
         assert not any(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
