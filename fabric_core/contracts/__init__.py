@@ -17,8 +17,8 @@ from fabric_core.contracts._spec import (
     PluginOptions,
     Preset,
 )
-from fabric_core.contracts.agreement import Agreement
 from fabric_core.contracts.accelerator import Accelerator, DeviceSpec, parse_device_indices
+from fabric_core.contracts.agreement import Agreement
 from fabric_core.contracts.capabilities import (
     AcceleratorCapabilities,
     CheckpointCapabilities,

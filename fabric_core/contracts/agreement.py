@@ -4,8 +4,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
-
+from fabric_core.collectives import Collectives
 from fabric_core.errors import CheckpointError
 
 __all__ = ["Agreement"]
@@ -20,23 +19,21 @@ class Agreement:
     ``CheckpointError`` on all ranks: the rank that failed raises its own, the others one that names that rank.
 
     Args:
-        collectives: The ``Collectives`` that the ranks exchange their outcomes with; ``None`` is one process alone.
-        device: Where the bytes that travel lie; a backend without CPU tensors needs the rank's device.
+        collectives: What the ranks exchange their outcomes with.
     """
 
-    def __init__(self, collectives: Any | None, device: torch.device | None = None) -> None:
+    def __init__(self, collectives: Collectives) -> None:
         self._collectives = collectives
-        self._device = device or torch.device("cpu")
 
     @property
     def rank(self) -> int:
         """This process among the others, from 0."""
-        return 0 if self._collectives is None else int(self._collectives.rank)
+        return self._collectives.rank
 
     @property
     def world_size(self) -> int:
         """The number of processes."""
-        return 1 if self._collectives is None else int(self._collectives.world_size)
+        return self._collectives.world_size
 
     def gather(self, act: Callable[[], _T], *, where: object) -> list[_T]:
         """Act on every rank, and give what it returned on each, in the order of the ranks.
@@ -49,11 +46,11 @@ class Agreement:
             CheckpointError: It failed on a rank.
         """
         result, failure = _attempt(act, where)
-        if self._collectives is None or self.world_size == 1:
+        if self.world_size == 1:
             if failure is not None:
                 raise failure
             return [result]
-        outcomes = self._exchange(self._collectives, (result, None if failure is None else _portable(failure)))
+        outcomes = self._exchange((result, None if failure is None else _portable(failure)))
         if failure is not None:
             raise failure
         for rank, (_, error) in enumerate(outcomes):
@@ -70,7 +67,7 @@ class Agreement:
     def on_zero(self, act: Callable[[], _T], *, where: object) -> _T:
         """Act on rank 0 alone, and give its result, which is picklable, on every rank."""
         result, failure = _attempt(act, where) if self.rank == 0 else (None, None)
-        if self._collectives is not None and self.world_size > 1:
+        if self.world_size > 1:
             sent = self._collectives.broadcast((result, None if failure is None else _portable(failure)), 0)
             if self.rank != 0:
                 result, failure = sent
@@ -79,11 +76,9 @@ class Agreement:
             raise failure
         return result  # type: ignore[return-value] # there is one where nothing failed
 
-    def _exchange(self, collectives: Any, value: Any) -> list[Any]:
-        data = bytearray(pickle.dumps(value))
-        own = torch.frombuffer(data, dtype=torch.uint8).to(self._device)
-        parts = collectives.all_gather(own, None, False)
-        return [pickle.loads(part.cpu().numpy().tobytes()) for part in parts]  # noqa: S301 - from our own ranks
+    def _exchange(self, value: Any) -> list[Any]:
+        # One after another: objects travel over any backend, also one that has no collectives for tensors of the CPU.
+        return [self._collectives.broadcast(value, rank) for rank in range(self.world_size)]
 
 
 def _attempt(act: Callable[[], _T], where: object) -> tuple[Any, CheckpointError | None]:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Final
 
 import torch
 
+from fabric_core.collectives import Collectives
 from fabric_core.contracts._spec import Plugin
 from fabric_core.contracts.capabilities import CheckpointCapabilities
 from fabric_core.errors import CheckpointError
@@ -48,13 +49,13 @@ class Checkpoint(Plugin, ABC):
         """
 
     @behaviour
-    def write_sharded(self, path: Any, tree: Mapping[str, Any], collectives: Any) -> None:
+    def write_sharded(self, path: Any, tree: Mapping[str, Any], collectives: Collectives) -> None:
         """Write a state tree by all ranks at once, each its own parts; needed where ``sharded`` is declared.
 
         Args:
             path: Where to; the same on every rank.
             tree: The same keys on every rank; a ``DTensor`` is written in parts, anything else as rank 0 has it.
-            collectives: The ``Collectives`` of all ranks, which nothing else uses meanwhile; ``None`` is one process alone.
+            collectives: Those of all ranks, which nothing else uses meanwhile.
 
         Raises:
             CheckpointError: As for ``write``, and on every rank where one failed.
@@ -88,7 +89,8 @@ class Checkpoint(Plugin, ABC):
         Args:
             path: Where it lies.
             into: The tree to fill where ``sharded`` is declared: its tensors say which parts this rank needs, and are
-                filled in place. What it lacks is read whole; ``None`` reads everything, whole.
+                filled in place; one on the meta device is not needed, and stays so. What it lacks is read whole;
+                ``None`` reads everything, whole.
 
         Raises:
             CheckpointError: There is nothing, or it is damaged, or it needs code to be read.

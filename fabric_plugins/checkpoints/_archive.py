@@ -12,17 +12,19 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, Self
 
 import torch
 
 from fabric_core.errors import CheckpointError
 from fabric_plugins.checkpoints._files import open_regular
 
-__all__ = ["ABOUT_RECORD", "append", "check", "manifest_of"]
+__all__ = ["ABOUT_RECORD", "HEADER", "append", "check", "manifest_of"]
 
 ABOUT_RECORD: Final = "fabric.json"
 """The record with our manifest, which ``torch.load`` passes over."""
+HEADER: Final = 30
+"""The bytes of a record's own header in a zip archive, before its name."""
 _LIMIT: Final = 1 << 28
 """The largest pickle or manifest in an archive, in bytes; tensors lie outside of it."""
 _BLOCK: Final = 1 << 22
@@ -114,12 +116,12 @@ def _check_sum(archive: zipfile.ZipFile, record: zipfile.ZipInfo, path: Path) ->
         pass
     with path.open("rb") as file:
         file.seek(record.header_offset)
-        header = file.read(zipfile.sizeFileHeader)
+        header = file.read(HEADER)
         file.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), io.SEEK_CUR)
         value, left = 0, record.file_size
         buffer = memoryview(bytearray(min(_BLOCK, max(left, 1))))
         while left:
-            count = file.readinto(buffer[: min(left, len(buffer))])  # type: ignore[attr-defined] # a buffered file has it
+            count = file.readinto(buffer[: min(left, len(buffer))])
             if not count:
                 break
             value, left = zlib.crc32(buffer[:count], value), left - count
@@ -141,9 +143,9 @@ def _storages(data: bytes) -> Iterator[tuple[str, int]]:
 class _Anything(dict[Any, Any]):
     """Takes the place of every object, and does nothing with what it is given."""
 
-    __slots__ = ("name",)
+    name: str = ""
 
-    def __new__(cls, *_arguments: Any, **_named: Any) -> "_Anything":
+    def __new__(cls, *_arguments: Any, **_named: Any) -> Self:
         return super().__new__(cls)
 
     def __init__(self, *_arguments: Any, **_named: Any) -> None:

@@ -20,7 +20,6 @@ import shutil
 import stat
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -241,7 +240,7 @@ def _is_checkpoint_file(path: Path) -> bool:
 
 def is_torch_file(start: bytes) -> bool:
     """Know a file of ``torch.save`` by its first 64 bytes."""
-    return start[:4] == zipfile.stringFileHeader and b"/data.pkl" in start
+    return start[:4] == b"PK\x03\x04" and b"/data.pkl" in start
 
 
 def _foreign(path: Path) -> list[str]:

@@ -59,7 +59,8 @@ def decode(data: bytes, where: object, kind: str) -> dict[str, Any]:
         )
     if field(body, "format", str, where) != kind:
         raise CheckpointError("the checkpoint is of another format", where=str(where), got=body["format"], instead=kind)
-    return body
+    result: dict[str, Any] = body
+    return result
 
 
 def field(body: Any, name: str, kind: type | tuple[type, ...], where: object) -> Any:

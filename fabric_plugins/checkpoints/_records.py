@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import IO, Any, Final, NamedTuple
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, SavePlan
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -21,8 +21,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import SavePlan
 
 from fabric_core.errors import CheckpointError
+from fabric_plugins.checkpoints._archive import HEADER
 from fabric_plugins.checkpoints._manifest import checked_name, checksum, field
 from fabric_plugins.checkpoints._places import Folder
 from fabric_plugins.checkpoints._tree import KeyPath
@@ -87,7 +89,7 @@ class Writer:
                     local = local.clone()  # a view would take its whole storage along
                 counted = _Counted(file)
                 place = file.tell()
-                torch.save(local, counted)
+                torch.save(local, counted)  # type: ignore[arg-type] # it asks for write alone
                 chunk = item.tensor_data.chunk
                 records.setdefault(item.index.fqn, []).append(
                     Record(tuple(chunk.offsets), tuple(chunk.sizes), name, place, counted.length, counted.checksum)
@@ -103,7 +105,7 @@ class Writer:
         result = {}
         for key, described in self._metadata.state_dict_metadata.items():
             if not isinstance(described, TensorStorageMetadata):
-                raise AssertionError("only tensors are planned")
+                raise AssertionError("only tensors are planned")  # noqa: TRY004 - a broken invariant
             result[key] = {
                 "dtype": str(described.properties.dtype).removeprefix("torch."),
                 "shape": list(described.size),
@@ -289,7 +291,7 @@ def _start_of_storage(data: memoryview, size: int) -> int | None:
         return None
     at = storages[0].header_offset
     lengths = [int.from_bytes(data[at + here : at + here + 2], "little") for here in (26, 28)]
-    start = at + zipfile.sizeFileHeader + sum(lengths)
+    start = at + HEADER + sum(lengths)
     return start if start + size <= len(data) else None
 
 

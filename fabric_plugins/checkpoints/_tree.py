@@ -24,7 +24,9 @@ def split(tree: Mapping[str, Any], where: object) -> tuple[dict[str, Any], dict[
     """
     tensors = {}
     for path, tensor in walk_tensors(tree):
-        local = tensor.to_local() if _is_dtensor(tensor) else tensor
+        local: Any = tensor
+        if _is_dtensor(tensor):
+            local = local.to_local()
         if type(local) not in {torch.Tensor, nn.Parameter, nn.Buffer} or local.layout is not torch.strided:
             raise CheckpointError(
                 f"the entry {named(path)} can't be saved in this format",
@@ -95,14 +97,19 @@ def named(path: KeyPath) -> str:
 
 
 def _like_mapping(old: Mapping[Any, Any], new: dict[Any, Any]) -> Any:
+    if all(new[name] is value for name, value in old.items()):
+        return old
     if type(old) is dict or not isinstance(old, dict):
         return new
     copied = old.copy()
-    copied.update(new)
+    for name, value in new.items():
+        copied[name] = value
     return copied
 
 
 def _like_sequence(old: Any, new: list[Any]) -> Any:
+    if all(one is other for one, other in zip(old, new, strict=True)):
+        return old
     if type(old) in {list, tuple, torch.Size}:
         return type(old)(new)
     made = getattr(type(old), "_make", None)

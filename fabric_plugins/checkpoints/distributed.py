@@ -8,13 +8,13 @@ from typing import Any, Final
 
 import torch
 
-from fabric_core.contracts import ABOUT, Agreement, Checkpoint, CheckpointCapabilities
+from fabric_core.contracts import ABOUT, Agreement, Checkpoint, CheckpointCapabilities, Collectives, SingleProcess
 from fabric_core.errors import CheckpointError
 from fabric_plugins.checkpoints._files import MANIFEST, reported
-from fabric_plugins.checkpoints._manifest import VERSION, checksum, checked_name, decode, encode, field
+from fabric_plugins.checkpoints._manifest import VERSION, checked_name, checksum, decode, encode, field
 from fabric_plugins.checkpoints._places import Folder, Writing, folder_at, has_manifest, remove, writing
 from fabric_plugins.checkpoints._plain import check_readable
-from fabric_plugins.checkpoints._tree import KeyPath, fill, find, keys_of, outline_of, split
+from fabric_plugins.checkpoints._tree import KeyPath, fill, find, keys_of, split
 
 __all__ = ["DistributedCheckpoint"]
 
@@ -39,9 +39,9 @@ class DistributedCheckpoint(Checkpoint):
 
     def write(self, path: Any, tree: Mapping[str, Any]) -> None:
         """Write alone."""
-        self.write_sharded(path, tree, None)
+        self.write_sharded(path, tree, SingleProcess())
 
-    def write_sharded(self, path: Any, tree: Mapping[str, Any], collectives: Any) -> None:
+    def write_sharded(self, path: Any, tree: Mapping[str, Any], collectives: Collectives) -> None:
         """Write into a folder aside; once all ranks have, rank 0 puts it in place."""
         agree = Agreement(collectives)
         with reported("the checkpoint can't be written", path, "a path that every rank can write to, with room"):
@@ -78,7 +78,8 @@ class DistributedCheckpoint(Checkpoint):
             opened = _Opened(path)
             targets = opened.targets(into)
             opened.index.read(targets, opened.folder)
-            filled: dict[str, Any] = fill(opened.outline, {at: targets[key] for at, key in opened.keys.items()})
+            read = {at: targets[key] for at, key in opened.keys.items() if key in targets}
+            filled: dict[str, Any] = fill(opened.outline, read)
             return filled
 
     def read_trusted(self, path: Any) -> dict[str, Any]:
@@ -144,6 +145,8 @@ class _Opened:
         for at, key in self.keys.items():
             own, shown = find(into or {}, at), find(self.outline, at)
             fits = isinstance(own, torch.Tensor) and own.shape == shown.shape
+            if fits and own.is_meta:
+                continue
             result[key] = own.detach() if fits else torch.empty_like(shown, device="cpu")
         return result
 
@@ -195,7 +198,7 @@ def _check_same(agree: Agreement, keys: Mapping[KeyPath, str], tree: Mapping[str
         "the ranks hold different tensors, so that no one of them can be saved for all",
         where=str(path),
         got=", ".join(names[:5]),
-        instead="the same names and shapes on every rank; what a rank has alone under a name of its own, from all ranks",
+        instead="the same names and shapes on every rank",
     )
 
 
@@ -225,4 +228,3 @@ def _finish(place: Writing, index: dict[str, Any], keys: Mapping[KeyPath, str], 
         "tensors": index,
     }
     place.commit(encode(body))
-

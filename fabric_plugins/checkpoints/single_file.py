@@ -136,5 +136,3 @@ def _read(path: Any, *, weights_only: bool, checked: bool) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise CheckpointError("the file holds no state tree", where=str(path), got=type(tree).__name__)
     return tree
-
-

@@ -120,7 +120,12 @@ def answers(environment: Any) -> dict[str, list[str]]:
         ("system-exit", "QuarantinedError", "importing system_exit:Bad failed: SystemExit(3)", "SystemExit(3)"),
         ("wrong-base", "QuarantinedError", "which is no subclass of Strategy", "None"),
         ("missing-method", "QuarantinedError", "Bad lacks connect", "None"),
-        ("wrong-arguments", "QuarantinedError", "instead: backward(self, loss, module, arguments), without default", "None"),
+        (
+            "wrong-arguments",
+            "QuarantinedError",
+            "instead: backward(self, loss, module, arguments), without default",
+            "None",
+        ),
         ("default-values", "QuarantinedError", "got:     clip_grad_value(self, parameters, clip_value=1.0)", "None"),
         ("bad-options", "QuarantinedError", "which is no subclass of PluginOptions", "None"),
         ("loose-options", "QuarantinedError", "Bad.Options takes unknown options", "None"),
