@@ -5,8 +5,16 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-__all__ = ["after_backward", "backends_of", "backward_state", "process_groups", "set_backward_state"]
+__all__ = [
+    "after_backward",
+    "backends_of",
+    "backward_state",
+    "loading_hooks",
+    "process_groups",
+    "set_backward_state",
+]
 
 _STATE: Final = "fabric_core.backward"
 
@@ -43,3 +51,14 @@ def backward_state() -> Any:
 def set_backward_state(state: Any) -> None:
     """Set a value for this thread, and for the engine's threads while they compute its backward passes."""
     torch._C._stash_obj_in_tls(_STATE, state)  # noqa: SLF001
+
+
+def loading_hooks(module: nn.Module) -> list[Any]:
+    """List what a module loads its state with: methods and hooks; a public list of hooks would replace it."""
+    kind = type(module)
+    hooks = module._load_state_dict_pre_hooks.values()  # noqa: SLF001
+    return [
+        kind.load_state_dict,
+        kind._load_from_state_dict,  # noqa: SLF001
+        *(getattr(hook, "hook", hook) for hook in hooks),
+    ]

@@ -19,6 +19,8 @@ The tree (the builtin that each class also is stands in brackets, so that ``exce
     ├── SetupError (RuntimeError)           ``setup`` was given what it can't set up
     ├── MisuseError (RuntimeError)          a call at the wrong time, or past the strategy
     └── CheckpointError (RuntimeError)      a checkpoint can't be written, read or applied
+        ├── CheckpointKeyError (KeyError)   it lacks an entry that was asked for
+        └── NoCheckpointError (FileNotFoundError)   there is none at the path
 
 What is wrong but stops nothing that was asked for is a ``FabricWarning`` (UserWarning).
 """
@@ -27,6 +29,7 @@ from typing import Any
 
 __all__ = [
     "CheckpointError",
+    "CheckpointKeyError",
     "ConflictError",
     "DeviceError",
     "FabricError",
@@ -34,6 +37,7 @@ __all__ = [
     "IncompatibleApiError",
     "LaunchError",
     "MisuseError",
+    "NoCheckpointError",
     "NotInstalledError",
     "OptionError",
     "PlanError",
@@ -164,6 +168,14 @@ class MisuseError(FabricError, RuntimeError):
 
 class CheckpointError(FabricError, RuntimeError):
     """A checkpoint can't be written, read or applied."""
+
+
+class CheckpointKeyError(CheckpointError, KeyError):
+    """A checkpoint lacks an entry that was asked for."""
+
+
+class NoCheckpointError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint at the path."""
 
 
 class FabricWarning(UserWarning):

@@ -1,10 +1,11 @@
 """The façade: everything a training script calls, in the order of a script's life."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 from weakref import WeakSet, finalize
 
 import torch
@@ -21,7 +22,6 @@ from fabric_core.choosing.resolve import start_clash
 from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import (
     Accelerator,
-    Checkpoint,
     Launcher,
     LaunchOrder,
     Logger,
@@ -32,17 +32,10 @@ from fabric_core.contracts import (
     Wrapper,
     map_tensors,
 )
-from fabric_core.errors import CheckpointError, LaunchError, MisuseError, RequestError, SetupError
+from fabric_core.errors import LaunchError, MisuseError, RequestError, SetupError
 from fabric_core.running import reporting, seeding
-from fabric_core.running.checkpointing import (
-    PRECISION,
-    check_fits,
-    check_named,
-    collect,
-    restore,
-    restore_precision,
-    template,
-)
+from fabric_core.running.asynchronous import SaveHandle
+from fabric_core.running.checkpointing import Checkpointing
 from fabric_core.running.launching import agree, check_connected, detect, environment, make_world
 from fabric_core.wrapping import (
     Around,
@@ -155,7 +148,14 @@ class Fabric:
         self._precision: Precision = self._chosen.one("precision")
         self._wrappers: list[Wrapper] = self._chosen.all("wrapper")
         self._launchers = self._chosen.ranked("launcher")
-        self._checkpoints = self._chosen.ranked("checkpoint")
+        self._checkpointing = Checkpointing(
+            strategy=self._strategy,
+            precision=self._precision,
+            wrappers=[(choice.name, one) for choice, one in zip(self._plan.wrappers, self._wrappers, strict=True)],
+            formats=self._chosen.ranked("checkpoint"),
+            plan=self._plan.as_dict(),
+            own=_own,
+        )
         self._loggers: list[Logger] = self._chosen.all("logger")
         self._launcher: Launcher | None = None
         self._closing: finalize[..., Any] | None = None
@@ -769,94 +769,71 @@ class Fabric:
 
     def save(
         self,
-        path: str | Path,
+        path: str | os.PathLike[str],
         state: Mapping[str, Any],
         filter: Mapping[str, Callable[[str, Any], bool]] | None = None,  # noqa: A002 - Lightning Fabric's
-    ) -> None:
+        asynchronous: bool | Literal["queued"] = False,
+        *,
+        format: str | None = None,  # noqa: A002 - what it is called everywhere
+        keep: int | None = None,
+        score: float | None = None,
+    ) -> SaveHandle | None:
         """Save a state; every rank must call it.
 
         Args:
-            path: Where to.
-            state: Models, optimizers, objects with ``state_dict`` and plain values, under their names.
+            path: Where to: a path, or a URL such as ``"s3://bucket/name"``.
+            state: Models, optimizers, objects with ``state_dict`` and plain values, under their names, nested in dicts,
+                lists and tuples as deep as one likes.
             filter: For a name of the state, which of its entries to save.
+            asynchronous: Return once the state is copied to host memory, and write in the background; an earlier save
+                that is still written is waited for, unless this is ``"queued"``.
+            format: The checkpoint format; else the path's ending chooses it, or what the strategy's state is.
+            keep: How many checkpoints stay of those beside this one whose names differ in numbers alone.
+            score: With ``keep``, those with the lowest scores stay, not the newest.
+
+        Returns:
+            Where ``asynchronous``, a handle; its ``result()`` waits.
 
         Raises:
-            CheckpointError: It can't be written, or holds what could not be read again.
+            CheckpointError: It can't be written, or holds what could not be read again; on every rank. What lay there
+                before is still there.
         """
-        path = Path(path)
-        check_named(state, "fabric.save")
-        self.world  # noqa: B018 - connects a single process
-        checkpoint = self._checkpoint(sharded=self.strategy.saves_sharded)
-        full = not checkpoint.capabilities.sharded
-        tree = collect(_unwrapped(state), self._strategy, self._precision, full=full, keep=filter or {})
-        failure: Exception | None = None
-        if self.is_global_zero or not full:
-            try:
-                checkpoint.write(path, tree)
-            except CheckpointError as error:
-                failure = error
-        failure = self.broadcast(failure)
-        if failure is not None:
-            raise failure
-        self._hooks.checkpoint_saved(path=path)
+        return self._checkpointing.save(
+            path, state, self._connected(), lambda where: self._hooks.checkpoint_saved(path=where),
+            filter=filter, asynchronous=asynchronous, format=format, keep=keep, score=score,
+        )  # fmt: skip
 
-    def load(self, path: str | Path, state: dict[str, Any] | None = None, strict: bool = True) -> dict[str, Any]:
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        state: dict[str, Any] | None = None,
+        strict: bool = True,
+        *,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
         """Load a checkpoint into a state, in place; every rank must call it.
 
         Args:
-            path: Where from.
+            path: Where from; ``folder/latest`` is the newest checkpoint of a folder, if nothing has that name.
             state: What to fill; ``None`` gives back everything that the checkpoint has.
             strict: Everything that the state asks for must be there.
+            weights_only: ``None`` and ``True`` read data alone; ``False`` also makes pickled objects, which runs what
+                the file says: only for a file that you trust.
 
         Returns:
             What the checkpoint has beyond the state.
 
         Raises:
-            CheckpointError: There is no checkpoint, it can't be read, or it lacks something. Where names, shapes or an
-                optimizer's groups don't fit, nothing has changed.
+            CheckpointError: There is no checkpoint, or it can't be read or doesn't fit; on every rank, and nothing has
+                changed.
         """
-        path = Path(path)
-        checkpoint = self._recognised(path)
-        full = not checkpoint.capabilities.sharded
-        if state is None:
-            return checkpoint.read(path, None)
-        check_named(state, "fabric.load")
-        self.world  # noqa: B018 - connects a single process
-        objects = _unwrapped(state)
-        # What doesn't fit must be found before anything changes: the parts of a sharded checkpoint are read in place.
-        tree = checkpoint.read(path, None) if full else checkpoint.outline(path)
-        check_fits(objects, tree, self._strategy, strict=strict, path=path)
-        restore_precision(tree, self._precision, path=path)
-        if not full:
-            tree = checkpoint.read(path, template(objects, tree, self._strategy))
-        state.update(restore(objects, tree, self._strategy, full=full, strict=strict))
-        return {name: entry for name, entry in tree.items() if name not in {*state, PRECISION}}
+        return self._checkpointing.load(path, state, self._connected(), strict=strict, weights_only=weights_only)[1]
 
-    def load_raw(self, path: str | Path, obj: Any, strict: bool = True) -> None:
-        """Load a file that holds one bare state dict into one model or optimizer."""
-        path = Path(path)
-        state, tree = {"obj": unwrap(obj)}, {"obj": self._recognised(path).read(path, None)}
-        check_fits(state, tree, self._strategy, strict=strict, path=path)
-        restore(state, tree, self._strategy, full=True, strict=strict)
-
-    def _checkpoint(self, *, sharded: bool) -> Checkpoint:
-        checkpoint: Checkpoint
-        for _, checkpoint in self._checkpoints:
-            # The only one there is was given by the user.
-            if checkpoint.capabilities.sharded == sharded or len(self._checkpoints) == 1:
-                return checkpoint
-        raise CheckpointError("no checkpoint format is installed that fits", where="fabric.save")
-
-    def _recognised(self, path: Path) -> Checkpoint:
-        checkpoint: Checkpoint
-        for _, checkpoint in self._checkpoints:
-            if checkpoint.recognises(path):
-                return checkpoint
-        raise CheckpointError(
-            "there is no checkpoint" if not path.exists() else "no installed format recognises the checkpoint",
-            where=str(path),
-            got=None if not path.exists() else f"formats: {', '.join(self._checkpoints.names)}",
-        )
+    def load_raw(
+        self, path: str | os.PathLike[str], obj: Any, strict: bool = True, *, weights_only: bool | None = None
+    ) -> None:
+        """Load a file that holds one bare state dict into one model or optimizer; ``weights_only`` as for ``load``."""
+        self._checkpointing.load_raw(path, obj, self._connected(), strict=strict, weights_only=weights_only)
 
     # Saying what happens
 
@@ -914,8 +891,11 @@ class Fabric:
                 if self._closing is not None:
                     self._closing()  # first, because a logger may ask who this process is
             finally:
-                self._world = self._launcher = None
-                self.strategy.collectives = None
+                try:
+                    self._checkpointing.close()
+                finally:
+                    self._world = self._launcher = None
+                    self.strategy.collectives = None
         if world is not None:
             self._hooks.torn_down()
 
@@ -936,9 +916,9 @@ def _launched(fabric: Fabric, function: Callable[..., Any], args: tuple[Any, ...
         fabric.teardown()
 
 
-def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the user's own models and optimizers, which is what a strategy knows; loaders keep their own state."""
-    return {name: value if isinstance(value, FabricDataLoader) else unwrap(value) for name, value in state.items()}
+def _own(value: Any) -> Any:
+    """Give the user's own model or optimizer, which is what a strategy knows; loaders keep their own state."""
+    return value if isinstance(value, FabricDataLoader) else unwrap(value)
 
 
 def _tensors(data: Any, device: torch.device) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["clear_unsynchronized", "reduction_finished", "unsynchronized"]
+__all__ = ["clear_unsynchronized", "reduction_finished", "storage_info", "unsynchronized"]
 
 
 def reduction_finished(reducer: Any) -> bool:
@@ -54,3 +54,14 @@ def clear_unsynchronized(unit: Any, held: set[int]) -> None:
             one.unsharded_accumulated_grad = None
             if whole is not None:
                 whole.grad = None
+
+
+def storage_info() -> Any:
+    """Give the class by which the metadata of ``torch.distributed.checkpoint`` says where a record is.
+
+    Only PyTorch's own reader needs it; our checkpoints are read without. It would be replaced by a public class, or
+    PyTorch's tools would no longer read our folders.
+    """
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    return _StorageInfo

@@ -18,6 +18,7 @@ from fabric_core.contracts._spec import (
     Preset,
 )
 from fabric_core.contracts.accelerator import Accelerator, DeviceSpec, parse_device_indices
+from fabric_core.contracts.agreement import Agreement
 from fabric_core.contracts.capabilities import (
     AcceleratorCapabilities,
     CheckpointCapabilities,
@@ -26,7 +27,7 @@ from fabric_core.contracts.capabilities import (
     StrategyCapabilities,
     WrapperCapabilities,
 )
-from fabric_core.contracts.checkpoint import Checkpoint
+from fabric_core.contracts.checkpoint import ABOUT, Checkpoint, walk_tensors
 from fabric_core.contracts.launcher import Launcher, LaunchOrder
 from fabric_core.contracts.lifecycle import LifeCycle
 from fabric_core.contracts.logger import Logger
@@ -42,10 +43,12 @@ from fabric_core.contracts.wrapper import Wrapper
 from fabric_core.markers import behaviour, event, hookimpl
 
 __all__ = [
+    "ABOUT",
     "API_VERSION",
     "API_WINDOW",
     "Accelerator",
     "AcceleratorCapabilities",
+    "Agreement",
     "Checkpoint",
     "CheckpointCapabilities",
     "Collectives",
@@ -80,4 +83,5 @@ __all__ = [
     "parse_device_indices",
     "repeated_blocks",
     "replace_parameters",
+    "walk_tensors",
 ]

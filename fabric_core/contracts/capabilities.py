@@ -90,3 +90,9 @@ class CheckpointCapabilities(_Capabilities):
 
     sharded: bool = False
     """Every rank writes and reads its own part; otherwise rank 0 writes the full state."""
+    suffixes: tuple[str, ...] = ()
+    """The endings of paths, such as ``".safetensors"``, that choose this format for ``fabric.save``."""
+    plain_values: bool = True
+    """It holds numbers, text and states of optimizers too; otherwise the tensors of models alone."""
+    remote: bool = False
+    """Paths may be URLs of file systems that ``fsspec`` knows, such as ``"s3://bucket/name"``."""

@@ -1,6 +1,7 @@
 """The contract of a wrapper: transforms what is set up, beside the strategy."""
 
 from abc import ABC
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -52,3 +53,15 @@ class Wrapper(Plugin, ABC):
     def wrap_dataloader(self, dataloader: Any) -> Any:
         """Transform a data loader before the core wraps it."""
         return dataloader
+
+    @behaviour
+    def state_dict(self) -> dict[str, Any]:
+        """Give what the wrapper itself must save to continue, as plain values and tensors.
+
+        It travels with every checkpoint that ``fabric.save`` writes; called on every rank, and rank 0's is kept.
+        """
+        return {}
+
+    @behaviour
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` gave; called on every rank."""

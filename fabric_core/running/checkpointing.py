@@ -1,255 +1,398 @@
-"""What is saved and loaded: from a user's state to a tree of tensors and plain values, and back."""
+"""Saving and loading, whole: every rank succeeds, or every rank fails and nothing has changed."""
 
+import os
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
-from fabric_core.contracts import Precision, Strategy
-from fabric_core.errors import CheckpointError
+from fabric_core.collectives import Collectives
+from fabric_core.contracts import ABOUT, Agreement, Checkpoint, Precision, Strategy, Wrapper
+from fabric_core.errors import CheckpointError, NoCheckpointError
+from fabric_core.running.asynchronous import Background, SaveHandle
+from fabric_core.running.collecting import collect
+from fabric_core.running.fits import check_fits
+from fabric_core.running.restoring import in_place, restore, restore_modules, template
+from fabric_core.running.retention import check_keep, latest, prune
+from fabric_core.running.state import Part, named, parts_of
 
-__all__ = ["PRECISION", "check_fits", "check_named", "collect", "restore", "restore_precision", "template"]
+__all__ = ["Checkpointing"]
 
 PRECISION: Final = "fabric.precision"
-"""The entry of the tree that holds the precision's state, where it has one, such as the loss scale."""
+"""The entry of a tree with the precision's own state, where it has one, such as the loss scale."""
+STRATEGY: Final = "fabric.strategy"
+"""Likewise the strategy's."""
+WRAPPERS: Final = "fabric.wrappers"
+"""Likewise the wrappers', by their names."""
+_OWN: Final = frozenset({ABOUT, PRECISION, STRATEGY, WRAPPERS})
 
-_SHOWN: Final = 8
-"""How many names a message shows."""
-
-
-def check_named(state: Mapping[str, Any], where: str) -> None:
-    """Refuse models, optimizers and the like that lie deeper in the state, where they would be taken for plain values.
-
-    Raises:
-        CheckpointError: There is one, or the state uses the reserved name.
-    """
-    if PRECISION in state:
-        raise CheckpointError(f"the name {PRECISION!r} is reserved", where=where, instead="another name")
-    for name, value in state.items():
-        for part in tree_leaves(value):
-            if part is not value and callable(getattr(part, "state_dict", None)):
-                raise CheckpointError(
-                    "what has a state of its own needs a name of its own in the state",
-                    where=f"{where}, entry {name!r}",
-                    got=f"a {type(part).__name__} in a {type(value).__name__}",
-                    instead='an entry for each, such as {"first": first, "second": second}',
-                )
+Filter = Mapping[str, Callable[[str, Any], bool]]
 
 
-def collect(
-    state: Mapping[str, Any],
-    strategy: Strategy,
-    precision: Precision,
-    *,
-    full: bool,
-    keep: Mapping[str, Callable[[str, Any], bool]],
-) -> dict[str, Any]:
-    """Turn a user's state into a tree; every rank must call it.
+class Checkpointing:
+    """Saves and loads for one ``Fabric``.
 
     Args:
-        state: The user's own models, optimizers, objects with ``state_dict``, and plain values, under their names.
         strategy: The bound strategy.
-        precision: The bound precision, whose own state becomes the entry ``PRECISION``.
-        full: Whole tensors; else each rank's own parts.
-        keep: For a name of the state, which of its entries to keep.
+        precision: The bound precision.
+        wrappers: The bound wrappers with their names.
+        formats: The bound formats with their names, in the order in which they are asked.
+        plan: The plan as plain values.
+        own: Takes off what ``setup`` put round an object.
     """
-    tree: dict[str, Any] = {}
-    for name, value in state.items():
-        if isinstance(value, nn.Module):
-            entry: Any = strategy.module_state(value, full)
-        elif isinstance(value, Optimizer):
-            entry = strategy.optimizer_state(value, full)
-        elif callable(getattr(value, "state_dict", None)):
-            entry = value.state_dict()
-        else:
-            entry = value
-        if name in keep:
-            entry = {key: part for key, part in entry.items() if keep[name](key, part)}
-        tree[name] = entry
-    own = precision.state_dict()
-    if own:
-        tree[PRECISION] = own
-    return tree
 
+    def __init__(
+        self,
+        *,
+        strategy: Strategy,
+        precision: Precision,
+        wrappers: Sequence[tuple[str, Wrapper]],
+        formats: Iterable[tuple[str, Checkpoint]],
+        plan: Mapping[str, Any],
+        own: Callable[[Any], Any],
+    ) -> None:
+        self._strategy = strategy
+        self._precision = precision
+        self._wrappers = _numbered(wrappers)
+        self._offered = formats
+        self._plan = plan
+        self._own = own
+        self._background = Background()
+        self._behind: Collectives | None = None
+        """What the background's thread uses: its messages must not meet those of the main thread."""
 
-def template(state: Mapping[str, Any], outline: Mapping[str, Any], strategy: Strategy) -> dict[str, Any]:
-    """Give the tensors that a checkpoint's parts are read into; every rank must call it.
+    @cached_property
+    def _formats(self) -> list[tuple[str, Checkpoint]]:
+        """The formats, loaded at the first save or load."""
+        return list(self._offered)
 
-    Args:
-        state: The user's own models, optimizers, objects with ``state_dict``, and plain values, under their names.
-        outline: What the checkpoint holds.
-        strategy: The bound strategy.
+    # Saving
 
-    Returns:
-        For each model its own tensors; for each optimizer what it has, and what it will have once the checkpoint is
-        loaded: a fresh optimizer has no state yet. Each is a rank's own part, like the parameter that it belongs to.
-    """
-    tree: dict[str, Any] = {}
-    for name, value in state.items():
-        if isinstance(value, nn.Module):
-            tree[name] = strategy.module_state(value, False)
-        elif isinstance(value, Optimizer):
-            own = strategy.optimizer_state(value, False)
-            parameters = [parameter for group in value.param_groups for parameter in group["params"]]
-            saved = outline.get(name, {}).get("state", {})
-            tree[name] = {
-                "state": {
-                    index: {**_room(entry, parameters[index]), **own["state"].get(index, {})}
-                    for index, entry in saved.items()
-                    if index in range(len(parameters))
-                }
-            }
-    return tree
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        state: Mapping[str, Any],
+        collectives: Collectives,
+        saved: Callable[[Any], None],
+        *,
+        filter: Filter | None = None,  # noqa: A002 - as fabric.save has it
+        asynchronous: bool | str = False,
+        format: str | None = None,  # noqa: A002 - likewise
+        keep: int | None = None,
+        score: float | None = None,
+    ) -> SaveHandle | None:
+        """Save, as ``fabric.save`` says; ``saved`` is called on every rank once the checkpoint is there."""
+        agree = Agreement(collectives)
+        queued = asynchronous == "queued"
+        where = agree.each(lambda: _as_path(path), where=path)
+        self._background.settle(agree, wait=not queued)
+        parts = agree.each(lambda: self._asked(state, filter or {}, asynchronous, "fabric.save"), where=path)
+        agree.each(lambda: check_keep(keep, score, where), where=path)
+        checkpoint = agree.each(lambda: self._chosen(where, format), where=path)
+        full = not checkpoint.capabilities.sharded
+        tree = collect(state, parts, self._strategy, agree, full=full, where=path)
+        tree = agree.each(lambda: _filtered(tree, filter or {}), where=path)
+        self._add_own(tree, checkpoint, agree, where, score)
 
+        def write(agree: Agreement, tree: dict[str, Any], used: Collectives) -> None:
+            if full:
+                agree.on_zero(lambda: checkpoint.write(where, tree), where=path)
+            else:
+                agree.each(lambda: checkpoint.write_sharded(where, tree, used), where=path)
+            if keep is not None:
+                agree.on_zero(lambda: prune(Path(where), keep, score, [one for _, one in self._formats]), where=path)
+            saved(where)
 
-def _room(entry: Mapping[str, Any], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Make room for an optimizer's tensors of one parameter: where shapes agree, divided as the parameter is."""
-    return {
-        name: torch.empty_like(parameter.detach(), dtype=one.dtype)
-        for name, one in entry.items()
-        if isinstance(one, torch.Tensor) and one.shape == parameter.shape
-    }
-
-
-def check_fits(
-    state: Mapping[str, Any],
-    tree: Mapping[str, Any],
-    strategy: Strategy,
-    *,
-    strict: bool,
-    path: object,
-) -> None:
-    """Make sure that a tree, or the outline of one, can be loaded; every rank must call it.
-
-    Args:
-        state: As for ``template``.
-        tree: What the checkpoint holds.
-        strategy: The bound strategy.
-        strict: Everything that the state asks for must be there, and models must have the very names of their states.
-        path: The checkpoint's, for messages.
-
-    Raises:
-        CheckpointError: It can't.
-    """
-    missing = sorted(set(state) - set(tree))
-    if missing and strict:
-        raise CheckpointError(
-            f"the checkpoint has no {_few(missing)}",
-            where=str(path),
-            got=f"it has {', '.join(map(repr, sorted(tree)))}",
-            instead="ask for what it has, or strict=False",
+        if not asynchronous:
+            write(agree, tree, collectives)
+            return None
+        if self._behind is None:
+            self._behind = collectives.fork()
+        behind = self._behind
+        staged = agree.each(
+            lambda: self._background.stage(tree, reuse=not queued) if agree.rank == 0 or not full else {}, where=path
         )
-    for name, value in state.items():
-        if name not in tree or not isinstance(value, nn.Module | Optimizer):
-            continue
-        if not isinstance(tree[name], Mapping):
-            misfits = [f"it is no state of a model or optimizer, but a {type(tree[name]).__name__}"]
-        elif isinstance(value, nn.Module):
-            own = strategy.module_state(value, False)
-            misfits = []
-            if not _loads_its_own_way(value):
-                misfits += _other_names(own, tree[name]) if strict else ()
-                misfits += _other_shapes(own, tree[name], parts=strategy.capabilities.sharded)
-        else:
-            misfits = [*_other_groups(strategy.optimizer_state(value, False), tree[name])]
-        if misfits:
+        return self._background.submit(lambda: write(Agreement(behind), staged, behind), where)
+
+    def _asked(self, state: Any, filters: Filter, asynchronous: bool | str, where: str) -> list[Part]:
+        """Find the objects in a state, and refuse what can't be meant."""
+        if not isinstance(state, Mapping):
             raise CheckpointError(
-                f"the entry {name!r} doesn't fit the {type(value).__name__} that it is loaded into",
-                where=str(path),
-                got="; ".join(misfits),
-                instead="a model and optimizers made as those that were saved; strict=False passes over names",
+                "the state is a dict of names", where=where, got=type(state).__name__, instead='{"model": model}'
             )
+        reserved = sorted(_OWN & set(state))
+        if reserved:
+            raise CheckpointError(f"the name {reserved[0]!r} is reserved", where=where, instead="another name")
+        if asynchronous not in {False, True, "queued"}:
+            raise CheckpointError(
+                "there is no such way to save", where=f"{where}(asynchronous=)", got=repr(asynchronous),
+                instead='False, True (one at a time) or "queued"',
+            )  # fmt: skip
+        unknown = sorted(str(name) for name in filters if name not in state)
+        if unknown:
+            raise CheckpointError(
+                f"the filter is for {', '.join(map(repr, unknown))}, which the state doesn't have",
+                where=f"{where}(filter=)",
+                got=", ".join(map(repr, state)),
+            )
+        for name, function in filters.items():
+            if not callable(function):
+                raise CheckpointError(
+                    f"the filter for {name!r} can't be called", where=f"{where}(filter=)", got=repr(function),
+                    instead="a function of an entry's name and value that says whether to save it",
+                )  # fmt: skip
+        return list(parts_of(state, self._own))
+
+    def _chosen(self, path: Any, name: str | None) -> Checkpoint:
+        """Choose the format to write: by name, by the path's ending, or by what the strategy's state is."""
+        chosen = self._by_name(name) if name is not None else None
+        if chosen is None:
+            fitting = [one for _, one in self._formats if str(path).endswith(one.capabilities.suffixes or ("\0",))]
+            sharded = self._strategy.saves_sharded
+            plain = [one for _, one in self._formats if one.capabilities.plain_values]
+            fitting += [one for one in plain if one.capabilities.sharded == sharded] or plain
+            # The only one there is was given by the user.
+            chosen = next(iter(fitting), self._formats[0][1] if self._formats else None)
+        if chosen is None:
+            raise CheckpointError("no checkpoint format is installed that fits", where="fabric.save")
+        if isinstance(path, str) and not chosen.capabilities.remote:
+            raise CheckpointError("this format writes local files alone", where=path, got=type(chosen).__name__)
+        return chosen
+
+    def _by_name(self, name: str) -> Checkpoint:
+        found = next((one for known, one in self._formats if known == name), None)
+        if found is None:
+            raise CheckpointError(
+                "there is no such checkpoint format",
+                where="fabric.save(format=)",
+                got=repr(name),
+                instead=", ".join(repr(known) for known, _ in self._formats),
+            )
+        return found
+
+    def _add_own(
+        self, tree: dict[str, Any], checkpoint: Checkpoint, agree: Agreement, where: Any, score: float | None
+    ) -> None:
+        """Add what travels with every checkpoint unasked."""
+        states = agree.each(self._own_states, where=where)
+        if checkpoint.capabilities.plain_values:
+            tree.update({name: one for name, one in states.items() if one})
+        # One moment for all ranks, so that they write the same.
+        now = agree.on_zero(time.time_ns, where=where)
+        about = {
+            "plan": self._plan,
+            "world_size": agree.world_size,
+            "saved_at_ns": now,
+            "versions": {
+                "fabric-registry": _version("fabric-registry"),
+                "torch": str(torch.__version__),
+                "python": ".".join(map(str, sys.version_info[:3])),
+            },
+        }
+        tree[ABOUT] = about if score is None else {**about, "score": score}
+
+    def _own_states(self) -> dict[str, Any]:
+        wrappers = {name: one.state_dict() for name, one in self._wrappers.items()}
+        return {
+            PRECISION: self._precision.state_dict(),
+            STRATEGY: self._strategy.state_dict(),
+            WRAPPERS: {name: state for name, state in wrappers.items() if state},
+        }
+
+    # Loading
+
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        state: dict[str, Any] | None,
+        collectives: Collectives,
+        *,
+        strict: bool,
+        weights_only: bool | None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Load, as ``fabric.load`` says; gives where from, and what the checkpoint has beyond the state."""
+        agree = Agreement(collectives)
+        self._background.settle(agree, wait=True)
+        formats = [one for _, one in self._formats]
+        where = agree.on_zero(lambda: latest(_as_path(path), formats), where=path)
+        checkpoint = agree.each(lambda: self._recognised(where), where=path)
+        read_all = state is None or weights_only is False or not checkpoint.capabilities.sharded
+        read = checkpoint.read_trusted if weights_only is False else lambda at: checkpoint.read(at, None)
+        tree = agree.each(lambda: read(where) if read_all else checkpoint.outline(where), where=path)
+        if state is None:
+            return where, {name: entry for name, entry in tree.items() if name != ABOUT}
+        parts = agree.each(lambda: self._asked(state, {}, False, "fabric.load"), where=path)
+        agree.each(lambda: check_fits(state, parts, tree, self._strategy, strict=strict, path=where), where=path)
+        tree = self._apply(agree, parts, tree, None if read_all else checkpoint, strict=strict, path=where)
+        in_place(state, {name: tree[name] for name in state if name in tree}, parts)
+        return where, {name: entry for name, entry in tree.items() if name not in {*state, *_OWN}}
+
+    def load_raw(
+        self,
+        path: str | os.PathLike[str],
+        obj: Any,
+        collectives: Collectives,
+        *,
+        strict: bool,
+        weights_only: bool | None,
+    ) -> None:
+        """Load a bare state, as ``fabric.load_raw`` says."""
+        agree = Agreement(collectives)
+        self._background.settle(agree, wait=True)
+        where = agree.each(lambda: _as_path(path), where=path)
+        checkpoint = agree.each(lambda: self._recognised(where), where=path)
+        read = checkpoint.read_trusted if weights_only is False else lambda at: checkpoint.read(at, None)
+        bare = agree.each(lambda: read(where), where=path)
+        state, tree = {"obj": obj}, {"obj": {name: one for name, one in bare.items() if name != ABOUT}}
+        parts = agree.each(lambda: self._asked(state, {}, False, "fabric.load_raw"), where=path)
+        agree.each(lambda: _check_object(parts, obj), where=path)
+        agree.each(lambda: check_fits(state, parts, tree, self._strategy, strict=strict, path=where), where=path)
+        self._apply(agree, parts, tree, None, strict=strict, path=where)
+
+    def _apply(
+        self, agree: Agreement, parts: list[Part], tree: dict[str, Any], sharded: Checkpoint | None,
+        *, strict: bool, path: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Fill all objects, and give what was read; where one can't be, on any rank, those before are brought back.
+
+        Args:
+            agree: Lets a failure on one rank be every rank's.
+            parts: The objects.
+            tree: What the checkpoint holds; its outline, where it is sharded.
+            sharded: The format, where each rank reads its own parts.
+            strict: As for ``fabric.load``.
+            path: Where the checkpoint lies.
+        """
+        into: dict[bool, dict[str, Any]] = {}
+        models = tree
+        if sharded is not None:
+
+            def prepare() -> None:
+                for modules in (True, False):
+                    into[modules] = template(parts, models, self._strategy, modules=modules)
+                    sharded.check(path, into[modules])
+
+            # Models are filled in place: every rank must know before that every rank's part is whole.
+            agree.each(prepare, where=path)
+            tree = agree.each(lambda: sharded.read(path, into[False]), where=path)
+        with ExitStack() as undo:
+
+            def fill() -> None:
+                self._restore_own(tree, undo, path)
+                restore(parts, tree, self._strategy, undo, full=sharded is None)
+
+            def fill_models() -> None:
+                read = models if sharded is None else sharded.read(path, into[True])
+                restore_modules(parts, read, self._strategy, undo, full=sharded is None, strict=strict)
+
+            agree.each(fill, where=path)
+            agree.each(fill_models, where=path)
+            undo.pop_all()
+        return tree
+
+    def _restore_own(self, tree: Mapping[str, Any], undo: ExitStack, path: Any) -> None:
+        owners: list[tuple[str, str, Any, Any]] = [
+            (PRECISION, "the precision", self._precision, tree.get(PRECISION)),
+            (STRATEGY, "the strategy", self._strategy, tree.get(STRATEGY)),
+        ]
+        saved = tree.get(WRAPPERS)
+        if isinstance(saved, Mapping):
+            owners += [(WRAPPERS, f"the wrapper {name}", one, saved.get(name)) for name, one in self._wrappers.items()]
+        for entry, what, owner, state in owners:
+            before = owner.state_dict()
+            if state is None or not before:
+                continue  # a checkpoint without one, or a plugin without one, is none the worse
+            undo.callback(owner.load_state_dict, before)
+            try:
+                owner.load_state_dict(state)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise CheckpointError(
+                    f"the state of {what} is not of {what} that is used now",
+                    where=f"{path}, entry {entry!r}",
+                    got=f"{state!r:.200}",
+                    instead=f"{what} that the checkpoint was saved with",
+                ) from error
+
+    def _recognised(self, path: Any) -> Checkpoint:
+        for _, checkpoint in self._formats:
+            if (checkpoint.capabilities.remote or not isinstance(path, str)) and checkpoint.recognises(path):
+                return checkpoint
+        if not isinstance(path, str) and os.path.lexists(path):
+            raise CheckpointError(
+                "no installed format recognises the checkpoint",
+                where=str(path),
+                got=f"formats: {', '.join(name for name, _ in self._formats)}",
+            )
+        raise NoCheckpointError("there is no checkpoint", where=str(path))
+
+    # The end
+
+    def close(self) -> None:
+        """Wait for what is written in the background.
+
+        Raises:
+            CheckpointError: It failed, and nobody was told yet.
+        """
+        failures = self._background.close()
+        self._behind = None
+        if failures:
+            raise failures[0]
 
 
-def _loads_its_own_way(module: nn.Module) -> bool:
-    """Say whether a model may take other names and shapes than its state has now, such as those of an older version.
+def _as_path(path: str | os.PathLike[str]) -> Any:
+    """Give a local path, or the text of a URL."""
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else ""
+    if "\0" in text or not text.strip():
+        raise CheckpointError("the path names no file or folder", where="path", got=repr(path))
+    return text if "://" in text else Path(text)
 
-    That is by a hook or a method that isn't PyTorch's; nothing public tells of them.
-    """
-    ways = [
-        way
-        for one in module.modules()
-        for way in (
-            type(one).load_state_dict,
-            type(one)._load_from_state_dict,  # noqa: SLF001
-            *(getattr(hook, "hook", hook) for hook in one._load_state_dict_pre_hooks.values()),  # noqa: SLF001
+
+def _check_object(parts: list[Part], obj: Any) -> None:
+    if [part.path for part in parts] != [("obj",)]:
+        raise CheckpointError(
+            "a bare state is loaded into one object",
+            where="fabric.load_raw",
+            got=type(obj).__name__,
+            instead="a model or an optimizer; fabric.load for several",
         )
-    ]
-    return not all(str(getattr(way, "__module__", "")).startswith("torch.") for way in ways)
 
 
-def _other_names(own: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterable[str]:
-    for what, names in (("missing", own.keys() - saved.keys()), ("unexpected", saved.keys() - own.keys())):
-        if names:
-            yield f"{what}: {_few(sorted(names))}"
-
-
-def _other_shapes(own: Mapping[str, Any], saved: Mapping[str, Any], *, parts: bool) -> Iterable[str]:
-    """Compare shapes; where parameters lie in parts, a plain tensor may be one, whose whole shape nobody knows."""
-    for name, value in own.items():
-        there = saved.get(name)
-        if not isinstance(value, torch.Tensor) or not isinstance(there, torch.Tensor) or nn.parameter.is_lazy(value):
-            continue
-        if value.shape != there.shape and not (parts and type(value) is torch.Tensor):
-            yield f"{name} is {tuple(there.shape)} there and {tuple(value.shape)} here"
-
-
-def _other_groups(own: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterable[str]:
-    sizes = [[len(group["params"]) for group in one.get("param_groups", ())] for one in (saved, own)]
-    if sizes[0] != sizes[1]:
-        yield f"parameters in each group: {sizes[0]} there and {sizes[1]} here"
-
-
-def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:_SHOWN]))
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
-
-
-def restore(
-    state: Mapping[str, Any],
-    tree: Mapping[str, Any],
-    strategy: Strategy,
-    *,
-    full: bool,
-    strict: bool,
-) -> dict[str, Any]:
-    """Fill the objects of a user's state from a tree, which ``check_fits`` has seen.
-
-    Returns:
-        The plain values that the state asks for, as the tree has them.
-    """
-    plain: dict[str, Any] = {}
-    for name, value in state.items():
-        if name not in tree:
-            continue
-        if isinstance(value, nn.Module):
-            strategy.load_module_state(value, tree[name], full, strict)
-        elif isinstance(value, Optimizer):
-            strategy.load_optimizer_state(value, tree[name], full)
-        elif callable(getattr(value, "load_state_dict", None)):
-            value.load_state_dict(tree[name])
-        else:
-            plain[name] = tree[name]
-    return plain
-
-
-def restore_precision(tree: Mapping[str, Any], precision: Precision, *, path: object) -> None:
-    """Give a precision its state back; a checkpoint without one, or a precision without one, is none the worse.
+def _filtered(tree: dict[str, Any], filters: Filter) -> dict[str, Any]:
+    """Leave out what the filters don't want.
 
     Raises:
-        CheckpointError: The state is another precision's.
+        CheckpointError: A filter is for a value that has no named entries.
     """
-    if PRECISION not in tree or not precision.state_dict():
-        return
+    result = dict(tree)
+    for name, keep in filters.items():
+        if not isinstance(result[name], Mapping):
+            raise CheckpointError(
+                f"the entry {named((name,))} has no named entries to filter",
+                where="fabric.save(filter=)",
+                got=type(result[name]).__name__,
+                instead="leave it out of the filter, or out of the state",
+            )
+        result[name] = {key: value for key, value in result[name].items() if keep(key, value)}
+    return result
+
+
+def _numbered(wrappers: Sequence[tuple[str, Wrapper]]) -> dict[str, Wrapper]:
+    """Name wrappers; of several of one name, the later ones by their number too."""
+    result: dict[str, Wrapper] = {}
+    for name, wrapper in wrappers:
+        count = sum(known.partition("#")[0] == name for known in result)
+        result[f"{name}#{count + 1}" if count else name] = wrapper
+    return result
+
+
+def _version(distribution: str) -> str:
     try:
-        precision.load_state_dict(tree[PRECISION])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            "the state of the precision is not of the precision that is used now",
-            where=f"{path}, entry {PRECISION!r}",
-            got=repr(tree[PRECISION]),
-            instead="the precision that the checkpoint was saved with",
-        ) from error
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"

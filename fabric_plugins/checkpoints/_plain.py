@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +9,12 @@ from torch import nn
 
 from fabric_core.contracts import map_tensors
 from fabric_core.errors import CheckpointError
+from fabric_plugins.checkpoints._tree import named
 
 __all__ = ["check_readable"]
 
 
-def check_readable(tree: Mapping[str, Any], path: Path) -> None:
+def check_readable(tree: Mapping[str, Any], path: object) -> None:
     """Write and read everything but the tensors, in memory.
 
     Raises:
@@ -22,14 +22,21 @@ def check_readable(tree: Mapping[str, Any], path: Path) -> None:
     """
     if _comes_back(tree):
         return
-    way, value = _culprit(tree)
+    key_path, value = _culprit(tree)
     raise CheckpointError(
-        f"the entry {way} can't be saved: reading it again would need code",
+        f"the entry {named(key_path)} can't be saved: reading it again would need code",
         where=str(path),
-        got=f"{type(value).__module__}.{type(value).__qualname__}: {value!r:.80}",
+        got=f"{type(value).__module__}.{type(value).__qualname__}: {_shown(value)}",
         instead="tensors, numbers, text, and plain dicts, lists, tuples and sets of them: value.item() or"
         " torch.from_numpy(value) of what is NumPy's, str(path), date.isoformat(), dict(value), list(value)",
     )
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.80}"
+    except Exception:  # noqa: BLE001 - an object's own code; the message is about something else
+        return "(it has no readable form)"
 
 
 def _comes_back(value: Any) -> bool:
@@ -43,12 +50,12 @@ def _comes_back(value: Any) -> bool:
     return True
 
 
-def _culprit(tree: Any, way: str = "") -> tuple[str, Any]:
+def _culprit(tree: Any, above: tuple[Any, ...] = ()) -> tuple[tuple[Any, ...], Any]:
     """Find the innermost value that doesn't come back, and where it is."""
     for step, value in _parts(tree):
         if not _comes_back(value):
-            return _culprit(value, f"{way}[{step!r}]" if way else repr(step))
-    return way, tree
+            return _culprit(value, (*above, step))
+    return above, tree
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, Any]]:

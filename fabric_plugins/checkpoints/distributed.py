@@ -1,211 +1,230 @@
-"""A directory to which all ranks write their parts at once, by ``torch.distributed.checkpoint``."""
+"""A folder to which all ranks write their parts at once, as ``torch.distributed.checkpoint`` plans it."""
 
-import os
+import io
+import json
 import pickle
-import shutil
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import torch
-import torch.distributed as dist
 
-from fabric_core.contracts import Checkpoint, CheckpointCapabilities
+from fabric_core.contracts import ABOUT, Agreement, Checkpoint, CheckpointCapabilities, Collectives, SingleProcess
 from fabric_core.errors import CheckpointError
+from fabric_plugins.checkpoints._files import MANIFEST, reported
+from fabric_plugins.checkpoints._manifest import VERSION, checked_name, checksum, decode, encode, field
+from fabric_plugins.checkpoints._places import Folder, Writing, folder_at, has_manifest, remove, writing
 from fabric_plugins.checkpoints._plain import check_readable
+from fabric_plugins.checkpoints._tree import KeyPath, fill, find, keys_of, split
 
 __all__ = ["DistributedCheckpoint"]
 
-_TREE: Final = "fabric.pt"
+_OUTLINE: Final = "fabric.pt"
 _METADATA: Final = ".metadata"
-_Way = tuple[Any, ...]
+_KIND: Final = "distributed"
 
 
 class DistributedCheckpoint(Checkpoint):
-    """A directory with every rank's parts; any number of ranks, under any strategy, reads it again.
+    """A folder with every rank's parts; any number of ranks, under any strategy, reads it again.
 
-    The tensors are ``torch.distributed.checkpoint``'s, whose own tools read them too. The tree that they are in, and
-    all plain values, lie beside them in a file of their own: what that format keeps as pickled objects would run code.
+    ``fabric.json`` is the manifest: sizes, checksums, and the index of the tensors' records. ``fabric.pt`` is the tree,
+    its tensors on the meta device, and all plain values. Both are data. ``.metadata`` is what the tools of
+    ``torch.distributed.checkpoint`` need; it is a pickle, and never read here.
     """
 
-    capabilities = CheckpointCapabilities(sharded=True)
+    capabilities = CheckpointCapabilities(sharded=True, remote=True)
 
-    def recognises(self, path: Path) -> bool:
-        """A directory with both parts."""
-        return (path / _TREE).is_file() and (path / _METADATA).is_file()
+    def recognises(self, path: Any) -> bool:
+        """A folder with a manifest and an outline."""
+        return has_manifest(path) and _kind(path) == _KIND
 
-    def write(self, path: Path, tree: Mapping[str, Any]) -> None:
-        """Write into a directory aside; once all ranks have, rank 0 renames it."""
-        aside, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
-        tensors, plain = _parted(tree)
-        keys = _keys(tensors)
+    def write(self, path: Any, tree: Mapping[str, Any]) -> None:
+        """Write alone."""
+        self.write_sharded(path, tree, SingleProcess())
 
-        # What rank 0 has is written, so what it has is asked; its refusal is every rank's.
-        _on_rank_zero(lambda: check_readable(_joined(plain), path))
+    def write_sharded(self, path: Any, tree: Mapping[str, Any], collectives: Collectives) -> None:
+        """Write into a folder aside; once all ranks have, rank 0 puts it in place."""
+        agree = Agreement(collectives)
+        with reported("the checkpoint can't be written", path, "a path that every rank can write to, with room"):
+            place: Writing | None = None
+            try:
+                writer, keys, outline = agree.each(lambda: _prepared(path, tree, agree.rank), where=path)
+                _check_same(agree, keys, tree, path)
+                # What rank 0 has is written, so what it has is asked; its refusal is every rank's.
+                agree.on_zero(lambda: check_readable(outline, path), where=path)
+                plans = agree.gather(writer.local_plan, where=path)
+                place = agree.on_zero(lambda: writing(path), where=path)
+                name = f"{place.prefix}__{agree.rank}_0.distcp"
+                parts = agree.gather(lambda: writer.write(plans, agree.rank, place.folder, name), where=path)
+                agree.on_zero(lambda: _finish(place, writer.index(parts), keys, outline), where=path)
+            except BaseException:
+                if place is not None and agree.rank == 0:
+                    place.abort()
+                raise
 
-        def prepare() -> None:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-
-        def finish() -> None:
-            torch.save({"plain": plain, "tensors": keys}, aside / _TREE)
-            _flush(aside / _TREE)
-            shutil.rmtree(old, ignore_errors=True)
-            if path.is_dir() and not path.is_symlink():
-                path.rename(old)
-            aside.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
-
-        try:
-            _on_rank_zero(prepare)
-            with _quiet():
-                _dcp().save({keys[way]: tensor for way, tensor in tensors.items()}, checkpoint_id=aside)
-            _on_rank_zero(finish)
-        except (Exception, _dcp().CheckpointException) as error:
-            if _rank() == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-                if old.exists() and not path.exists():
-                    old.rename(path)
-            raise CheckpointError(
-                f"the checkpoint can't be written: {_first_line(error)}",
-                where=str(path),
-                instead="a path that every rank can write to, with room",
-            ) from error
-
-    def outline(self, path: Path) -> dict[str, Any]:
+    def outline(self, path: Any) -> dict[str, Any]:
         """Give the tree with its tensors on the meta device."""
-        kept, metadata = self._described(path)
-        outlined = {}
-        for way, key in kept["tensors"].items():
-            one = metadata.state_dict_metadata.get(key)
-            if not isinstance(one, _dcp().TensorStorageMetadata):
-                raise CheckpointError("the checkpoint lacks a tensor", where=str(path), got=key)
-            outlined[way] = torch.empty(one.size, dtype=one.properties.dtype, device="meta")
-        return _joined(kept["plain"], outlined)
+        with reported("the checkpoint can't be read", path):
+            return _Opened(path).outline
 
-    def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
+    def check(self, path: Any, into: Mapping[str, Any] | None) -> None:
+        """Read every byte that is needed and compare checksums."""
+        with reported("the checkpoint can't be read", path):
+            opened = _Opened(path)
+            opened.index.check(opened.targets(into), opened.folder)
+
+    def read(self, path: Any, into: Mapping[str, Any] | None) -> dict[str, Any]:
         """Read in parallel, in place where ``into`` has a tensor of that shape, and whole tensors elsewhere."""
-        kept, _ = self._described(path)
-        tensors = {}
-        for way, outlined in _parted(self.outline(path))[0].items():
-            own = _found(into or {}, way)
-            fits = isinstance(own, torch.Tensor) and own.shape == outlined.shape
-            tensors[way] = own.detach() if fits else torch.empty_like(outlined, device="cpu")
-        try:
-            with _quiet():
-                _dcp().load(
-                    {kept["tensors"][way]: tensor for way, tensor in tensors.items()},
-                    storage_reader=_dcp().Reader(path),
+        with reported("the checkpoint can't be read", path):
+            opened = _Opened(path)
+            targets = opened.targets(into)
+            opened.index.read(targets, opened.folder)
+            read = {at: targets[key] for at, key in opened.keys.items() if key in targets}
+            filled: dict[str, Any] = fill(opened.outline, read)
+            return filled
+
+    def read_trusted(self, path: Any) -> dict[str, Any]:
+        """As ``read``: nothing in this format needs code."""
+        return self.read(path, None)
+
+    def tensors(self, path: Any) -> Iterator[tuple[KeyPath, torch.Tensor]]:
+        """Read one tensor at a time."""
+        with reported("the checkpoint can't be read", path):
+            opened = _Opened(path)
+        for at, key in opened.keys.items():
+            with reported("the checkpoint can't be read", path):
+                whole = torch.empty_like(find(opened.outline, at), device="cpu")
+                opened.index.read({key: whole}, opened.folder)
+            yield at, whole
+
+    def describe(self, path: Any) -> dict[str, Any]:
+        """Give the manifest."""
+        with reported("the checkpoint can't be read", path):
+            return _Opened(path).body
+
+    def remove(self, path: Any) -> None:
+        """Delete the folder."""
+        remove(path, self.recognises(path))
+
+
+class _Opened:
+    """The manifest and the outline of a checkpoint, read and compared."""
+
+    def __init__(self, path: Any) -> None:
+        from fabric_plugins.checkpoints._records import read_index
+
+        self.folder: Folder = folder_at(path)
+        with self.folder.open(MANIFEST) as file:
+            self.body = decode(file.read(), self.folder.where(MANIFEST), _KIND)
+        where = self.folder.where(MANIFEST)
+        self.index = read_index(self.body, where)
+        files = field(self.body, "files", dict, where)
+        for name, about in files.items():
+            size, there = field(about, "bytes", int, where), self.folder.size(checked_name(name, where))
+            if there != size:
+                raise CheckpointError(
+                    "the checkpoint is damaged: a file has another size",
+                    where=self.folder.where(name),
+                    got=f"{there} bytes, of {size}",
                 )
-        except (Exception, _dcp().CheckpointException) as error:
-            raise CheckpointError("the checkpoint can't be read", where=str(path), got=_first_line(error)) from error
-        return _joined(kept["plain"], tensors)
+        name = checked_name(field(self.body, "outline", str, where), where)
+        with self.folder.open(name) as file:
+            data = file.read()
+        if name not in files or checksum(data) != files[name].get("checksum"):
+            raise CheckpointError("the checkpoint is damaged: bytes have changed", where=self.folder.where(name))
+        self.outline = _load_outline(data, self.folder.where(name))
+        _, tensors = split(self.outline, path)
+        self.keys = keys_of(tensors)
+        for at, key in self.keys.items():
+            known = self.index.entries.get(key)
+            if known is None or known[:2] != (tensors[at].dtype, tensors[at].shape):
+                raise CheckpointError("the index and the outline of the checkpoint differ", where=where, got=key)
 
-    def _described(self, path: Path) -> tuple[dict[str, Any], Any]:
-        try:
-            return torch.load(path / _TREE, weights_only=True), _dcp().Reader(path).read_metadata()
-        except FileNotFoundError as error:
-            raise CheckpointError("there is no checkpoint, or only a part of one", where=str(path)) from error
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                "the checkpoint is damaged, or holds objects that need code to be read",
-                where=str(path),
-                got=_first_line(error),
-            ) from error
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
-            raise CheckpointError("the checkpoint can't be read", where=str(path), got=_first_line(error)) from error
-
-
-def _dcp() -> ModuleType:
-    """Import what writes and reads when something is written or read: it brings FSDP with it."""
-    from fabric_plugins.checkpoints import _dcp as module
-
-    return module
-
-
-def _parted(tree: Mapping[Any, Any], above: _Way = ()) -> tuple[dict[_Way, torch.Tensor], dict[_Way, Any]]:
-    """Part the tensors in nested dicts from everything else, each under its way through the tree."""
-    tensors: dict[_Way, torch.Tensor] = {}
-    plain: dict[_Way, Any] = {}
-    for name, value in tree.items():
-        way = (*above, name)
-        if isinstance(value, torch.Tensor):
-            tensors[way] = value.detach()
-        elif isinstance(value, Mapping) and value:
-            deeper_tensors, deeper_plain = _parted(value, way)
-            tensors.update(deeper_tensors)
-            plain.update(deeper_plain)
-        else:
-            plain[way] = value
-    return tensors, plain
+    def targets(self, into: Mapping[str, Any] | None) -> dict[str, torch.Tensor]:
+        """Give the tensors to fill under their keys: the own ones where shapes agree, and whole ones elsewhere."""
+        result = {}
+        for at, key in self.keys.items():
+            own, shown = find(into or {}, at), find(self.outline, at)
+            fits = isinstance(own, torch.Tensor) and own.shape == shown.shape
+            if fits and own.is_meta:
+                continue
+            result[key] = own.detach() if fits else torch.empty_like(shown, device="cpu")
+        return result
 
 
-def _joined(*parts: Mapping[_Way, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for part in parts:
-        for way, value in part.items():
-            place = tree
-            for name in way[:-1]:
-                place = place.setdefault(name, {})
-            place[way[-1]] = value
-    return tree
+def _load_outline(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        outline = torch.load(io.BytesIO(data), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            "the checkpoint is damaged, or holds objects that need code to be read",
+            where=where,
+            got=str(error).splitlines()[0],
+        ) from error
+    if not isinstance(outline, dict):
+        raise CheckpointError("the checkpoint is damaged", where=where, got=type(outline).__name__)
+    return outline
 
 
-def _found(tree: Any, way: _Way) -> Any:
-    for name in way:
-        tree = tree.get(name) if isinstance(tree, Mapping) else None
-    return tree
+def _kind(path: Any) -> str:
+    """Give the format that a manifest says it is of; never raises."""
+    try:
+        with folder_at(path).open(MANIFEST) as file:
+            return str(json.loads(file.read())["manifest"]["format"])
+    except Exception:  # noqa: BLE001 - a damaged manifest is still one of this format, for whoever reads it to refuse
+        return _KIND
 
 
-def _keys(ways: Iterable[_Way]) -> dict[_Way, str]:
-    """Name tensors by their ways, joined by dots; where two would read alike, the later one gets a mark."""
-    keys: dict[_Way, str] = {}
-    taken: set[str] = set()
-    for way in ways:
-        key = ".".join(map(str, way))
-        while key in taken:
-            key += "'"
-        taken.add(key)
-        keys[way] = key
-    return keys
+def _prepared(path: Any, tree: Mapping[str, Any], rank: int) -> tuple[Any, dict[KeyPath, str], dict[str, Any]]:
+    from fabric_plugins.checkpoints._records import Writer
+
+    outline, tensors = split(tree, path)
+    keys = keys_of(tensors)
+    return Writer({keys[at]: tensor for at, tensor in tensors.items()}, coordinator=rank == 0), keys, outline
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+def _check_same(agree: Agreement, keys: Mapping[KeyPath, str], tree: Mapping[str, Any], path: Any) -> None:
+    """Refuse ranks that hold different tensors: what only one of them has would be lost, or never come.
+
+    Raises:
+        CheckpointError: They do; on every rank.
+    """
+    own = {key: tuple(find(tree, at).shape) for at, key in keys.items()}
+    digests = agree.gather(lambda: checksum(repr(sorted(own.items())).encode()), where=path)
+    if len(set(digests)) == 1:
+        return
+    every = agree.gather(lambda: own, where=path)
+    names = sorted({key for one in every for key in one if any(other.get(key) != one[key] for other in every)})
+    raise CheckpointError(
+        "the ranks hold different tensors, so that no one of them can be saved for all",
+        where=str(path),
+        got=", ".join(names[:5]),
+        instead="the same names and shapes on every rank",
+    )
 
 
-def _on_rank_zero(act: Callable[[], None]) -> None:
-    """Act on rank 0, and fail on every rank where it fails; the others wait."""
-    failure: list[Exception | None] = [None]
-    if _rank() == 0:
-        try:
-            act()
-        except Exception as error:  # noqa: BLE001 - travels to the others, and is raised there and here
-            failure = [error]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(failure, 0)
-    if failure[0] is not None:
-        raise failure[0]
+def _finish(place: Writing, index: dict[str, Any], keys: Mapping[KeyPath, str], outline: dict[str, Any]) -> None:
+    """Write what rank 0 alone writes, and put all in place."""
+    from fabric_plugins._torch import storage_info
+    from fabric_plugins.checkpoints._records import read_index
 
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out the warning that one process reads or writes alone, which is on purpose."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        yield
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, _dcp().CheckpointException):
-        rank, (failure, _) = next(iter(error.failures.items()))
-        return f"on rank {rank}: {_first_line(failure)}"
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    plain = {name: value for name, value in outline.items() if name != ABOUT}
+    with place.folder.create(f"{place.prefix}{_OUTLINE}") as file:
+        torch.save(plain, file)
+    # PyTorch's converter builds nested dicts from these, and takes a number for an index into a list.
+    key_paths = {key: at if all(isinstance(one, str) for one in at) else (key,) for at, key in keys.items()}
+    metadata = read_index({"tensors": index}, "the new index").metadata(key_paths, storage_info())
+    with place.folder.create(_METADATA) as file:
+        pickle.dump(metadata, file)
+    names = [f"{place.prefix}{_OUTLINE}", *sorted({one[2] for entry in index.values() for one in entry["records"]})]
+    files: dict[str, Any] = {name: {"bytes": place.folder.size(name)} for name in names}
+    with place.folder.open(names[0]) as file:
+        files[names[0]]["checksum"] = checksum(file.read())
+    body = {
+        "format": _KIND,
+        "version": VERSION,
+        ABOUT: outline.get(ABOUT, {}),
+        "outline": names[0],
+        "files": files,
+        "tensors": index,
+    }
+    place.commit(encode(body))

@@ -2,64 +2,137 @@
 
 import os
 import pickle
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Final
 
 import torch
 
-from fabric_core.contracts import Checkpoint
+from fabric_core.contracts import ABOUT, Checkpoint, CheckpointCapabilities
 from fabric_core.errors import CheckpointError
+from fabric_plugins.checkpoints import _archive
+from fabric_plugins.checkpoints._files import begin, found, is_regular, is_torch_file, reported
+from fabric_plugins.checkpoints._manifest import VERSION, decode, encode
+from fabric_plugins.checkpoints._places import downloaded, file_system, is_url, remove, upload
 from fabric_plugins.checkpoints._plain import check_readable
 
 __all__ = ["SingleFileCheckpoint"]
 
+_KIND: Final = "single_file"
+_START: Final = 64
+
 
 class SingleFileCheckpoint(Checkpoint):
-    """One file, written aside and renamed; ``torch.load(path, weights_only=True)`` reads it."""
+    """One file, written aside and renamed; ``torch.load(path, weights_only=True)`` reads it.
 
-    def recognises(self, path: Path) -> bool:
-        """A regular file that begins as a zip archive does."""
+    It is the archive of ``torch.save``, whose checksums are compared at each load, and a record with the manifest.
+    """
+
+    capabilities = CheckpointCapabilities(remote=True)
+
+    def recognises(self, path: Any) -> bool:
+        """A regular file that begins as those of ``torch.save`` do."""
         try:
-            with path.open("rb") as file:
-                return file.read(4) == b"PK\x03\x04"
-        except OSError:
+            return is_torch_file(_start_of(path))
+        except Exception:  # noqa: BLE001 - whatever a file system raises, there is none to be seen
             return False
 
-    def write(self, path: Path, tree: Mapping[str, Any]) -> None:
+    def write(self, path: Any, tree: Mapping[str, Any]) -> None:
         """Write aside, flush to disk, rename."""
-        check_readable(tree, path)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as file:
-                torch.save(dict(tree), file)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
-        except Exception as error:
-            raise CheckpointError(
-                f"the checkpoint can't be written: {error}",
-                where=str(path),
-                instead="a path that can be written to",
-            ) from error
-        finally:
-            aside.unlink(missing_ok=True)
+        about = tree.get(ABOUT, {})
+        kept = {name: value for name, value in tree.items() if name != ABOUT}
+        with reported("the checkpoint can't be written", path, "a path that can be written to, with room"):
+            check_readable(kept, path)
+            if is_url(path):
+                _refuse_foreign(path)
+                with tempfile.TemporaryFile() as file:
+                    _write(file, kept, about)
+                    upload(file, path)
+                return
+            aside = begin(Path(path))
+            try:
+                with aside.part.open("x+b") as file:
+                    _write(file, kept, about)
+                    file.flush()
+                    os.fsync(file.fileno())
+                aside.commit()
+            except BaseException:
+                aside.abort()
+                raise
 
-    def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Read without running code; the tensors are mapped into memory, so that a rank loads what it uses."""
+    def read(self, path: Any, into: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Compare checksums, and map the tensors into memory, so that a rank loads what it uses; no code is run."""
+        return _read(path, weights_only=True, checked=True)
+
+    def outline(self, path: Any) -> dict[str, Any]:
+        """Give the tree as it is mapped into memory; checksums are compared by ``read``."""
+        return _read(path, weights_only=True, checked=False)
+
+    def check(self, path: Any, into: Mapping[str, Any] | None) -> None:
+        """Compare checksums and sizes."""
+        with reported("the checkpoint can't be read", path), downloaded(path) as local:
+            _archive.check(local)
+
+    def read_trusted(self, path: Any) -> dict[str, Any]:
+        """Read with ``torch.load(weights_only=False)``, which runs what the file says."""
+        return _read(path, weights_only=False, checked=False)
+
+    def describe(self, path: Any) -> dict[str, Any]:
+        """Give the manifest; a file that others wrote has none."""
+        with reported("the checkpoint can't be read", path), downloaded(path) as local:
+            data = _archive.manifest_of(local)
+            return {} if data is None else decode(data, path, _KIND)
+
+    def remove(self, path: Any) -> None:
+        """Delete the file."""
+        remove(path, self.recognises(path))
+
+
+def _start_of(path: Any) -> bytes:
+    if is_url(path):
+        system, root = file_system(path)
+        with system.open(root, "rb") as file:
+            start: bytes = file.read(_START)
+        return start
+    local = found(Path(path))
+    if not is_regular(local):
+        return b""
+    with local.open("rb") as file:
+        return file.read(_START)
+
+
+def _refuse_foreign(url: str) -> None:
+    system, root = file_system(url)
+    if system.exists(root) and not (system.isfile(root) and is_torch_file(_start_of(url))):
+        raise CheckpointError(
+            "what lies at the path is no checkpoint, and is not replaced",
+            where=url,
+            instead="another path, or delete it first",
+        )
+
+
+def _write(file: IO[bytes], tree: dict[str, Any], about: Any) -> None:
+    torch.save(tree, file)
+    body = {"format": _KIND, "version": VERSION, ABOUT: about, "entries": sorted(map(str, tree))}
+    _archive.append(file, encode(body))
+
+
+def _read(path: Any, *, weights_only: bool, checked: bool) -> dict[str, Any]:
+    with reported("the checkpoint can't be read", path), downloaded(path) as local:
         try:
-            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except FileNotFoundError as error:
-            raise CheckpointError("there is no checkpoint", where=str(path)) from error
+            if checked:
+                _archive.check(local)
+            elif not is_regular(local):
+                raise FileNotFoundError(f"{local} is no regular file")
+            tree = torch.load(local, map_location="cpu", weights_only=weights_only, mmap=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 "the checkpoint is damaged, or holds objects that need code to be read",
                 where=str(path),
-                got=str(error),
+                got=str(error).splitlines()[0],
+                instead="weights_only=False, if you trust whoever wrote the file",
             ) from error
-        except (OSError, RuntimeError, EOFError) as error:
-            raise CheckpointError("the checkpoint can't be read", where=str(path), got=str(error)) from error
-        if not isinstance(tree, dict):
-            raise CheckpointError("the file holds no state tree", where=str(path), got=type(tree).__name__)
-        return tree
+    if not isinstance(tree, dict):
+        raise CheckpointError("the file holds no state tree", where=str(path), got=type(tree).__name__)
+    return tree

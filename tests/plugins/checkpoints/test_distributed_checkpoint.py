@@ -1,17 +1,23 @@
 """The distributed checkpoint is there whole or not at all, runs no code, and says what does not fit."""
 
+import errno
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from fabric_core import Fabric
 from fabric_core.conformance.pool import RankPool, RankRaised
 from fabric_core.errors import CheckpointError
 from fabric_plugins.checkpoints import DistributedCheckpoint
+from tests.plugins.checkpoints.forging import forge
 
 
 def _tree(value: float) -> dict[str, Any]:
@@ -76,28 +82,50 @@ class _Evil:
         return (Path.touch, (self.path,))
 
 
-@pytest.mark.parametrize("file", [".metadata", "fabric.pt"])
-def test_reading_runs_no_code(file: str, tmp_path: Path) -> None:
-    """A checkpoint whose pickles would run code is refused, and the code has not run."""
+def test_pytorchs_own_metadata_is_never_read(tmp_path: Path) -> None:
+    """A pickle that would run code in the place of ``.metadata`` is passed over, and has not run."""
     path = tmp_path / "checkpoint"
     DistributedCheckpoint().write(path, _tree(1.0))
-    if file == ".metadata":
-        (path / file).write_bytes(pickle.dumps(_Evil(tmp_path / "ran")))
-    else:
-        torch.save({"plain": {}, "tensors": _Evil(tmp_path / "ran")}, path / file)
+    (path / ".metadata").write_bytes(pickle.dumps(_Evil(tmp_path / "ran")))
+    _equal(DistributedCheckpoint().read(path, None), _tree(1.0))
+    (path / ".metadata").unlink()
+    _equal(DistributedCheckpoint().read(path, None), _tree(1.0))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_outline_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    """The outline is read as data, also where its checksum was forged to fit."""
+    path = tmp_path / "checkpoint"
+    DistributedCheckpoint().write(path, {"a": 1})
+    torch.save({"a": _Evil(tmp_path / "ran")}, path / "fabric.pt")
+    forge(path)
     with pytest.raises(CheckpointError, match="need code"):
         DistributedCheckpoint().read(path, None)
     assert not (tmp_path / "ran").exists()
 
 
+def test_pytorchs_tools_read_it(tmp_path: Path) -> None:
+    """``torch.distributed.checkpoint`` loads the tensors by the keys of their names joined by dots."""
+    path = tmp_path / "checkpoint"
+    DistributedCheckpoint().write(path, {"model": {"a.b": torch.full((2, 3), 4.0), "step": torch.tensor(7)}})
+    into = {"model.a.b": torch.zeros(2, 3), "model.step": torch.tensor(0)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it reads alone
+        load(into, checkpoint_id=path)
+        dcp_to_torch_save(path, tmp_path / "plain.pt")
+    assert into["model.a.b"].eq(4).all()
+    assert into["model.step"] == 7
+    assert torch.load(tmp_path / "plain.pt")["model"]["a.b"].eq(4).all()
+
+
 def test_a_part_of_a_checkpoint_is_none(tmp_path: Path) -> None:
-    """A directory that lacks a file is not recognised, and reading it says that it is damaged or absent."""
+    """A folder that lacks a file is refused by the file's name; without a manifest it is no checkpoint."""
     path = tmp_path / "checkpoint"
     DistributedCheckpoint().write(path, _tree(1.0))
     next(path.glob("*.distcp")).unlink()
-    with pytest.raises(CheckpointError, match="can't be read"):
+    with pytest.raises(CheckpointError, match=r"only a part of one[\s\S]*__0_0.distcp"):
         DistributedCheckpoint().read(path, None)
-    (path / ".metadata").unlink()
+    (path / "fabric.json").unlink()
     assert not DistributedCheckpoint().recognises(path)
     with pytest.raises(CheckpointError, match="no checkpoint"):
         DistributedCheckpoint().read(path, None)
@@ -109,9 +137,12 @@ def _save(path: Path, blocked: bool) -> None:
         model = fabric.setup(nn.Linear(4, 4))
         fabric.save(path, {"model": model, "value": 1})
         if blocked:
-            # A file in the place of a folder: making the folder beside it fails, whoever one is.
-            path.with_name(f".{path.name}.part").write_text("in the way")
-            fabric.save(path, {"model": model, "value": 2})
+            with patch("fabric_plugins.checkpoints._files._exchange", _full_disk):
+                fabric.save(path, {"model": model, "value": 2})
+
+
+def _full_disk(*_: Path) -> bool:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def _value(path: Path) -> Any:
@@ -127,7 +158,8 @@ def test_failing_to_write_leaves_what_was_there(two_ranks: RankPool, tmp_path: P
     path = tmp_path / "checkpoint"
     with pytest.raises(RankRaised) as caught:
         two_ranks.run(_save, path, True)
-    assert all(error is not None and "can't be written" in error for error in caught.value.errors)
+    assert all(error is not None and "No space left" in error for error in caught.value.errors)
+    assert [one.name for one in tmp_path.iterdir()] == ["checkpoint"]
     assert two_ranks.run(_value, path) == [1, 1]
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from fabric_core import Fabric, around
 from fabric_core.conformance.pool import RankPool, RankRaised
+from fabric_core.errors import CheckpointError
 
 
 def _model(seed: int, width: int = 4, more: bool = False) -> nn.Module:
@@ -68,7 +69,7 @@ def _fails(strategy: str, devices: int, path: Path, case: str) -> tuple[bool, st
         before = _everything(fabric, model, optimizer)
         with pytest.raises(RuntimeError) as caught:
             fabric.load(path, asked)
-        assert type(caught.value).__name__ == "CheckpointError"
+        assert isinstance(caught.value, CheckpointError)
         return before == _everything(fabric, model, optimizer), str(caught.value)
 
 

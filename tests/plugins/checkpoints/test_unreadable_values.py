@@ -77,31 +77,3 @@ def test_no_rank_is_left_waiting(two_ranks: RankPool, tmp_path: Path) -> None:
         two_ranks.run(_on_one_rank, tmp_path / "refused", 0)
     assert all(error is not None and "the entry 'own' can't be saved" in error for error in caught.value.errors)
     two_ranks.run(_on_one_rank, tmp_path / "written", 1)
-
-
-@pytest.mark.parametrize(
-    "nest",
-    [
-        lambda one: [one],
-        lambda one: {"a": {"b": (one,)}},
-        lambda one: collections.OrderedDict(a=one),
-    ],
-    ids=["list", "dict", "ordered"],
-)
-@pytest.mark.parametrize("what", ["model", "optimizer", "scheduler", "bare"])
-def test_what_has_a_state_needs_a_name_of_its_own(what: str, nest: Any, tmp_path: Path) -> None:
-    """A model, optimizer or scheduler in a list or dict is refused, by ``save`` and by ``load``, and stays as it is."""
-    path = tmp_path / "checkpoint"
-    with Fabric(accelerator="cpu", devices=1) as fabric:
-        bare = nn.Linear(1, 1)
-        model, optimizer = fabric.setup(bare, torch.optim.SGD(bare.parameters(), lr=1.0))
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-        one = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "bare": bare}[what]
-        with pytest.raises(CheckpointError, match=r"name of its own[\s\S]*fabric\.save, entry 'many'"):
-            fabric.save(path, {"many": nest(one)})
-        assert not path.exists()
-        fabric.save(path, {"many": 1})
-        state = {"many": nest(one)}
-        with pytest.raises(CheckpointError, match=r"name of its own[\s\S]*fabric\.load, entry 'many'"):
-            fabric.load(path, state)
-        assert type(state["many"]) is type(nest(one))
