@@ -16,6 +16,11 @@ class Checkpoint(Plugin, ABC):
     """Writes and reads a state tree: nested dicts of tensors and plain values.
 
     A checkpoint is there whole or not at all. Reading one runs no code.
+
+    Kept are every tensor's values bit for bit (infinities and the bits of a NaN too), its type and its shape, and plain
+    values, numbers for keys and tuples. Not kept need be strides, devices, ``requires_grad`` and
+    views. Tensors that shared memory come back equal, shared or apart;
+    those that did not share it never do, however equal they are.
     """
 
     kind = "checkpoint"
