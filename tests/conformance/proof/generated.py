@@ -1,7 +1,7 @@
 """The kit against plugins that are wrong by chance: every change of ``proof.operators`` to right plugins' sources.
 
-``python -m proof.generated`` judges a sample (``--sample``, drawn by ``--seed``) or all of them, and adds what it saw to
-the record, from which the documentation's page is made. A change that no rule notices is a survivor: it is killed by a
+``python -m proof.generated`` judges a sample (``--sample``, drawn by ``--seed``) or all of them; ``--record`` adds what
+it saw to the record, from which the documentation's page is made. A change that no rule notices is a survivor: it is killed by a
 new rule, or listed in ``proof.equivalent`` with the reason why nobody could notice it.
 """
 
@@ -173,7 +173,7 @@ def _rerouted(source: str, modules: Sequence[str], package: str) -> str:
 
     class Router(ast.NodeTransformer):
         def visit_ImportFrom(self, node: ast.ImportFrom) -> Any:
-            if node.module in modules:
+            if node.module is not None and node.module in modules:
                 return ast.ImportFrom(f"{package}.{_leaf(node.module)}", node.names, 0)
             copied = [one for one in node.names if _EXPORTED.get(one.name) in modules and one.name != node.module]
             kept = [one for one in node.names if one not in copied]
@@ -192,6 +192,13 @@ def population() -> tuple[Generated, ...]:
             for change in changes(_source(module), module, target.within):
                 found.setdefault(change.key, Generated(target, module, change))
     return tuple(found.values())
+
+
+def _unchanged(target: Target) -> Generated:
+    module = target.changed[0]
+    tree = ast.parse(_source(module))
+    place = next(node for node in ast.walk(tree) if isinstance(node, ast.expr))
+    return Generated(target, module, Change(f"{target.place}, {module} unchanged", "none", 0, tree, place, place))
 
 
 _FIRST: Final = ("STR-301", "STR-310", "STR-350", "STR-373", "STR-340", "STR-396", "PRE-233", "PRE-231", "PRE-229",
@@ -237,8 +244,18 @@ def _start() -> None:
     sys.path.insert(0, str(_folder))
 
 
+def _judge_unchanged(workers: int) -> int:
+    """Judge copies without a change: what a rule notices there is the copying's fault."""
+    noticed = 0
+    for key, rule, seconds in _run([-index - 1 for index in range(len(TARGETS))], workers):
+        noticed += rule is not None
+        sys.stdout.write(f"{rule or 'kept':9} {seconds:5.1f} s  {key}\n")
+        sys.stdout.flush()
+    return 1 if noticed else 0
+
+
 def _work(index: int) -> tuple[str, str | None, float]:
-    one = population()[index]
+    one = population()[index] if index >= 0 else _unchanged(TARGETS[-index - 1])
     assert _folder is not None
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         rule, seconds = judged(one, _folder, _EXCUSED)
@@ -313,11 +330,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", nargs="*", help="those whose key holds one of these texts")
     parser.add_argument("--new", action="store_true", help="those that were never judged")
+    parser.add_argument("--unchanged", action="store_true", help="the copies with no change, which all rules keep")
     parser.add_argument("--survivors", action="store_true", help="those that survived")
     parser.add_argument("--minutes", type=float, help="stop after so long")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--record", action="store_true", help="add what is seen to the record")
     given = parser.parse_args(arguments)
+    if given.unchanged:
+        return _judge_unchanged(given.workers)
     record = Record.load()
     known = set(record.survivors)
     chosen = _chosen(given, record)
