@@ -4,12 +4,22 @@ import ast
 import inspect
 import re
 import textwrap
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, Final
 
 from pydantic import BaseModel
 
-from fabric_core.contracts import API_VERSION, LifeCycle
+from fabric_core.contracts import (
+    API_VERSION,
+    Collectives,
+    LaunchOrder,
+    LifeCycle,
+    Plugin,
+    PrecisionPolicy,
+    ProcessInfo,
+    World,
+)
 from fabric_core.contracts._spec import behaviours
 from fabric_core.kinds import EXTENSION, KINDS
 
@@ -75,7 +85,22 @@ def contract_page(kind: str) -> str:
             *_prose(inspect.getdoc(method) or ""),
             "",
         ]
+    for cls in _ALSO.get(kind, ()):
+        lines += [f"## `{cls.__name__}`", "", *_prose(inspect.getdoc(cls) or ""), ""]
+        for name, arguments in behaviours(cls).items():
+            text = inspect.getdoc(vars(cls)[name]) or ""
+            lines += [f"### `{name}({', '.join(arguments)})`{_must(vars(cls)[name])}", "", *_prose(text), ""]
+    if kind != EXTENSION:
+        lines += ["## What plugins of every kind keep", "", *_prose(inspect.getdoc(Plugin) or ""), ""]
     return "\n".join(lines)
+
+
+_ALSO: Final[Mapping[str, tuple[type[Any], ...]]] = {
+    "strategy": (Collectives, World),
+    "precision": (PrecisionPolicy,),
+    "launcher": (LaunchOrder, ProcessInfo),
+}
+"""What the behaviours of a contract take and return, and an author must know too."""
 
 
 def _must(method: Any) -> str:

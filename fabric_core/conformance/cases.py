@@ -3,10 +3,13 @@
 Only the driver draws. A rank gets the value and builds from it, with the same seed on every rank.
 """
 
+import tempfile
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -25,6 +28,7 @@ __all__ = [
     "Training",
     "build",
     "devices",
+    "folder_of_its_own",
     "payloads",
     "tensors",
     "trainings",
@@ -380,3 +384,10 @@ def devices() -> "SearchStrategy[Any]":
         st.sampled_from(["auto", "AUTO", "", " ", "x", "1.5", ",", "0,", "a,b", True, False, None, 1.5, b"1", "-1"]),
         st.lists(st.sampled_from([0, True, "0", None, 1.0]), min_size=1, max_size=2),
     )
+
+
+@contextmanager
+def folder_of_its_own() -> Iterator[Path]:
+    """Give a folder that is gone after the block."""
+    with tempfile.TemporaryDirectory(prefix="fabric-kit-") as folder:
+        yield Path(folder)

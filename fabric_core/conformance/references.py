@@ -236,12 +236,15 @@ class Sharding(Averaging):
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
         """Turn the reduction of gradients off."""
         sharded: Any = module
-        if enabled:
-            sharded.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            sharded.set_requires_gradient_sync(True)
+        outermost = enabled and id(module) not in self._skipping
+        with super().no_backward_sync(module, enabled):
+            if outermost:
+                sharded.set_requires_gradient_sync(False)
+            try:
+                yield
+            finally:
+                if outermost:
+                    sharded.set_requires_gradient_sync(True)
 
     def clip_grad_norm(
         self, parameters: Sequence[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool

@@ -57,6 +57,11 @@ class Plugin:
     A plugin is made by the core, as ``Plugin(options)`` with an instance of its own ``Options``, or by a user, with the
     options as keyword arguments: ``DDPStrategy(static_graph=True)``.
 
+    Every method leaves its arguments as they are, nested values too, but for the module, optimizer and gradients that
+    it is there to change. None draws from the random number generators of the process (``torch``, ``numpy``,
+    ``random``), connecting, setup, backward passes and steps included: a plugin that needs numbers has a generator of
+    its own. Once it is torn down, the process is as it was before it was made.
+
     Raises:
         OptionError: An option is unknown, or has a value of the wrong type.
     """

@@ -92,7 +92,7 @@ class Accelerator(Plugin, ABC):
     @behaviour
     @abstractmethod
     def supports(self, dtype: torch.dtype) -> bool:
-        """Say whether the hardware computes in a type. Starts no device."""
+        """Say whether a model trains in a type here: matrix products and their gradients run. Starts no device."""
 
     @behaviour
     def synchronize(self, device: torch.device) -> None:

@@ -26,6 +26,11 @@ class Checkpoint(Plugin, ABC):
 
     A checkpoint is there whole or not at all. Reading one runs no code. A path is a ``pathlib.Path``; where ``remote``
     is declared it may also be the text of a URL, such as ``"s3://bucket/name"``.
+
+    Kept are every tensor's values bit for bit (infinities and the bits of a NaN too), its type and its shape, and plain
+    values, numbers for keys and tuples. Not kept need be strides, devices, ``requires_grad`` and
+    views. Tensors that shared memory come back equal, shared or apart;
+    those that did not share it never do, however equal they are.
     """
 
     kind = "checkpoint"

@@ -62,8 +62,8 @@ class Launcher(Plugin, ABC):
         """Start processes and wait for them.
 
         Returns:
-            What the function returned on rank 0, however large. A command does not return: the process exits with the
-            exit code of its ranks.
+            What the function returned on rank 0, however large, whatever the other ranks returned. A command does not
+            return: the process exits with the exit code of its ranks.
 
         Raises:
             RankFailedError: A rank failed; every rank has ended.

@@ -40,11 +40,15 @@ class Logger(Plugin, ABC):
 
     @behaviour
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
-        """Take the settings of the run."""
+        """Take the settings of the run: nested dicts and lists of any values, those of other types by their text."""
 
     @behaviour
     def finalize(self, status: str) -> None:
-        """Write out what is held and close; the status is ``"success"`` or ``"failed"``. May be called again."""
+        """Write out what is held and close; the status is ``"success"`` or ``"failed"``.
+
+        May be called again, and without anything before it. What is logged after it is taken too, or refused by
+        an error; it is never lost in silence.
+        """
 
     @classmethod
     def adapt(cls, instance: Any) -> "Logger | None":

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_core.collectives import Collectives
+from fabric_core.contracts._default_dtype import DefaultDtype
 from fabric_core.contracts._spec import Plugin
 from fabric_core.contracts._tree import map_tree
 from fabric_core.contracts.capabilities import PrecisionCapabilities
@@ -26,12 +27,15 @@ class PrecisionPolicy:
     Args:
         param_dtype: The type that parameters are kept in; ``None`` leaves them as they are.
         compute_dtype: The type of the matrix work of forward and backward; ``None`` leaves it to the operators.
-        reduce_dtype: The type in which gradients are reduced over the ranks; ``None`` is the gradients' own.
+        reduce_dtype: The type in which gradients are reduced over the ranks; ``None`` is the gradients' own. A strategy
+            that declares ``applies_mixed_precision`` carries it out; under any other one gradients are reduced in
+            their own type, which is their parameters', so that it must be no wider than that.
         input_dtype: The type that floating-point inputs of ``forward`` are converted to; ``None`` leaves them.
         output_dtype: The type that floating-point outputs of ``forward`` are converted to; ``None`` leaves them.
         autocast: ``forward_context`` does nothing but autocast to ``compute_dtype``, so a strategy that carries compute
             types itself may take its place.
-        loss_scaling: The loss is scaled, and gradients must be unscaled before they are looked at.
+        loss_scaling: The loss is scaled, and gradients must be unscaled before they are looked at. The scale may change
+            from step to step or stay what it is: a static scale is right too.
     """
 
     param_dtype: torch.dtype | None = None
@@ -97,8 +101,13 @@ class Precision(Plugin, ABC):
 
     @behaviour
     def init_context(self) -> AbstractContextManager[Any] | None:
-        """Give a new context for making parameters and tensors in the policy's type; ``None`` where none is needed."""
-        return None
+        """Give a new context for making parameters and tensors in the policy's type; ``None`` where none is needed.
+
+        Unless it is overridden, it follows from the policy: inside, what makes floating-point tensors of PyTorch's
+        default type makes them in ``param_dtype``, in this thread; without a ``param_dtype`` there is no context.
+        """
+        dtype = self.policy.param_dtype
+        return None if dtype is None else DefaultDtype(dtype)
 
     @behaviour
     def setup_optimizer(self, optimizer: Optimizer) -> None:
@@ -128,18 +137,22 @@ class Precision(Plugin, ABC):
             closure: The user's closure, which runs forward and backward and returns the loss; ``None`` without one.
 
         Returns:
-            What ``step`` returned, or ``None`` where the step was skipped.
+            What ``step`` returned, or ``None`` where the step was skipped. With ``loss_scaling`` a step whose gradients
+            are not finite, on any rank, is skipped on all, and the scale does not grow by it.
         """
         return step(closure)
 
     @behaviour
     def state_dict(self) -> dict[str, Any]:
-        """Give what must be saved to continue, such as the loss scale, as plain values: no tensors."""
+        """Give what must be saved to continue, such as the loss scale.
+
+        It may hold numbers, booleans, text and ``None``, and lists and dicts of them with text for keys; no tensors.
+        """
         return {}
 
     @behaviour
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` gave."""
+        """Take back what ``state_dict`` gave, which is left as it is."""
 
 
 def convert_tensors(data: Any, dtype: torch.dtype | None) -> Any:

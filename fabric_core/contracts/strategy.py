@@ -25,6 +25,16 @@ class Strategy(Plugin, ABC):
 
     The defaults are those of one process that trains alone.
 
+    [Note: when gradients are averaged] After the last backward pass of an iteration, and before ``optimizer_step``
+    returns, gradients are averaged over the ranks, each once. When is the strategy's choice: in ``backward``, in hooks
+    of autograd, or in whichever of ``optimizer_step``, ``clip_grad_norm`` and ``clip_grad_value`` comes first. Until a
+    step or a clipping, nobody may count on either the mean or a rank's own.
+
+    [Note: which gradients] A parameter that no rank used in an iteration keeps the gradient that it had, ``None``
+    included; where some ranks used it, the others count as zero. Gradients, as parameters, may be of any floating-point
+    or complex type, several in one model, and non-contiguous; of the sparse ones, and of whatever else a strategy can't
+    take, it says so by an error on every rank.
+
     [Note: the route] Under a strategy that declares ``intercepts_forward``, the module that ``setup_module`` gets is a
     thin route around the user's module: its ``forward(name, *args, **kwargs)`` runs the user's module, or the method
     ``name`` of it. The user's module is its only child, named ``module``. So a strategy wraps a module as it would
@@ -79,7 +89,9 @@ class Strategy(Plugin, ABC):
         Returns:
             The collectives that the strategy's own communication travels on, such as ``ProcessGroup(world)``, or
             ``SingleProcess()``. The core closes them when the ``Fabric`` ends, also where this method raised after it
-            had made them, and forks them for everything else (``collectives``).
+            had made them, and forks them for everything else (``collectives``). A process group that several share is
+            ended by the last of those that made or joined it through ``ProcessGroup``; one that was there before, made
+            by the script, is ended by the script.
         """
 
     @behaviour
@@ -98,7 +110,10 @@ class Strategy(Plugin, ABC):
 
     @behaviour
     def setup_module(self, module: nn.Module) -> nn.Module:
-        """Wrap or shard a module.
+        """Wrap or shard a module; every rank's starts with rank 0's parameters and buffers.
+
+        Buffers that change afterwards, such as those of batch normalization, may be each rank's own or rank 0's; whole
+        state that is saved has rank 0's.
 
         Args:
             module: The converted, placed module; a route where ``intercepts_forward`` is declared ([Note: the route]).
@@ -139,7 +154,7 @@ class Strategy(Plugin, ABC):
 
     @behaviour
     def backward(self, loss: torch.Tensor, module: nn.Module | None, arguments: Mapping[str, Any]) -> None:
-        """Run the backward pass.
+        """Run the backward pass, once; see [Note: when gradients are averaged].
 
         Args:
             loss: What to differentiate, already scaled.
@@ -151,7 +166,7 @@ class Strategy(Plugin, ABC):
 
     @behaviour
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
-        """Step an optimizer, and return what its ``step`` returns."""
+        """Step an optimizer, and return what its ``step`` returns; a closure is evaluated as often as ``step`` asks."""
         return optimizer.step() if closure is None else optimizer.step(closure)
 
     @behaviour
@@ -161,6 +176,9 @@ class Strategy(Plugin, ABC):
         enabled: bool,
     ) -> AbstractContextManager[Any]:
         """Give the context in which backward passes skip gradient synchronization.
+
+        Contexts nest: inside an enabled one every inner one, enabled or not, changes nothing, and the next pass after
+        the outermost ends synchronizes all that was gathered.
 
         Args:
             module: What ``setup_module`` returned.
@@ -287,7 +305,11 @@ class Strategy(Plugin, ABC):
         state: Mapping[str, Any],
         full: bool,
     ) -> None:
-        """Load what ``optimizer_state`` gave, saved under any strategy or world size."""
+        """Load what ``optimizer_state`` gave, saved under any strategy or world size.
+
+        As ``torch.optim.Optimizer.load_state_dict`` does, it takes the groups' settings from the state, such as the
+        learning rate, and replaces all state that the optimizer has gathered.
+        """
         optimizer.load_state_dict(dict(state))
 
     @behaviour

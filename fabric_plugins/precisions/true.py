@@ -1,11 +1,8 @@
 """True precisions: parameters, inputs and computations in one type."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from fabric_core.contracts import Precision, PrecisionPolicy, Preset
 
@@ -27,10 +24,6 @@ class _TruePrecision(Precision):
             output_dtype=torch.float32,
         )
 
-    def init_context(self) -> AbstractContextManager[Any] | None:
-        """Make floating-point tensors in the one type, in this thread only."""
-        return _DefaultDtype(self.dtype)
-
 
 class DoublePrecision(_TruePrecision):
     """Everything in 64 bits."""
@@ -48,64 +41,6 @@ class Float16Precision(_TruePrecision):
     """Everything in float16, without loss scaling: for inference, or where gradients are known to fit its range."""
 
     dtype = torch.float16
-
-
-_ALWAYS: Final = frozenset({
-    torch.empty, torch.empty_permuted, torch.empty_strided, torch.zeros, torch.ones, torch.eye, torch.rand, torch.randn,
-    torch.linspace, torch.logspace, torch.range, torch.scalar_tensor, torch.fft.fftfreq, torch.fft.rfftfreq,
-    torch.bartlett_window, torch.blackman_window, torch.hamming_window, torch.hann_window, torch.kaiser_window,
-})  # fmt: skip
-"""Make floating-point tensors, whatever their arguments."""
-
-_INFERRING: Final = frozenset({
-    torch.arange, torch.as_tensor, torch.asarray, torch.full, torch.normal, torch.tensor,
-})  # fmt: skip
-"""Make floating-point tensors of the default type where their arguments are Python's floats."""
-
-_MAKERS: Final = _ALWAYS | _INFERRING
-_DATA: Final = ("data", "obj", "fill_value", "start", "end", "step", "mean", "std")
-"""The keyword arguments of the inferring functions that a type is inferred from."""
-_NUMBERS: Final = frozenset({bool, int, float})
-
-
-class _DefaultDtype(TorchFunctionMode):
-    """A context in which functions that make tensors use a type where none is given.
-
-    It does for one thread what ``torch.set_default_dtype`` does for the process, as ``with torch.device(...)`` does for
-    devices. What is made from tensors or arrays keeps their type, and integers, booleans and complex numbers theirs.
-
-    Args:
-        dtype: The type, a floating-point one.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._dtype = dtype
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Add the type to a call that makes a tensor and gives none."""
-        kwargs = kwargs or {}
-        if func in _MAKERS and kwargs.get("dtype") is None and kwargs.get("out") is None:
-            data = (*args, *(kwargs[name] for name in _DATA if name in kwargs))
-            if func in _ALWAYS or _is_python_floats(data):
-                kwargs = {**kwargs, "dtype": self._dtype}
-        return func(*args, **kwargs)
-
-
-def _is_python_floats(data: Any) -> bool:
-    """Say whether nested lists and tuples hold Python's numbers alone, a float among them, or nothing at all."""
-    kinds = set(_kinds(data))
-    return kinds <= _NUMBERS and (float in kinds or not kinds)
-
-
-def _kinds(data: Any) -> Iterator[type]:
-    if isinstance(data, list | tuple):
-        for part in data:
-            yield from _kinds(part)
-    else:
-        yield type(data)
 
 
 ALIAS: Final = Preset.of(DoublePrecision)

@@ -3,7 +3,16 @@
 from typing import Final
 
 from fabric_core.conformance.rule import Rule
-from fabric_core.conformance.rules import accelerator, others, precision, registration, strategy, wrapper
+from fabric_core.conformance.rules import (
+    accelerator,
+    checkpoint,
+    launcher,
+    logger,
+    precision,
+    registration,
+    strategy,
+    wrapper,
+)
 
 __all__ = ["RULES", "RULES_BY_ID", "rules_for"]
 
@@ -13,9 +22,9 @@ RULES: Final[tuple[Rule, ...]] = (
     *precision.TABLE,
     *strategy.TABLE,
     *wrapper.TABLE,
-    *others.LAUNCHER,
-    *others.CHECKPOINT,
-    *others.LOGGER,
+    *launcher.TABLE,
+    *checkpoint.TABLE,
+    *logger.TABLE,
 )
 """All rules, in their order."""
 

@@ -671,14 +671,14 @@ def _skips_steps(bench: Bench) -> None:
 
 @TABLE.rule(
     "PRE-230",
-    "A skipped step makes the scale smaller, and the step after it is as ever.",
+    "A skipped step doesn't make the scale larger, and the step after it is as ever.",
     reason="Otherwise every following step is skipped too, or is of the wrong size.",
-    advice="back off when a gradient isn't finite, and forget what was remembered of the step",
+    advice="leave the scale or back off when a gradient isn't finite, and forget what was remembered of the step",
     needs=("loss_scaling",),
 )
 def _backs_off(bench: Bench) -> None:
     factor = bench.run(_steps, 1, (0,))[0]["factor"]
-    if not 0 < factor < 1:
+    if not 0 < factor <= 1:
         raise Broken(f"the scale is multiplied by {factor}")
     _check_step(bench, "a skipped step")
 

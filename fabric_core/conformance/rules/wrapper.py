@@ -13,7 +13,7 @@ from fabric_core.conformance import cases
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Training, distance
 from fabric_core.conformance.rule import Broken, Level, Table
-from fabric_core.conformance.rules.strategy import whole
+from fabric_core.conformance.rules.strategy.measures import whole
 from fabric_core.wrapping import unwrap
 
 TABLE: Final = Table("wrapper")

@@ -1,0 +1,152 @@
+"""Rules for launchers."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from fabric_core.conformance.bench import Bench, Place
+from fabric_core.conformance.pool import VARIABLES
+from fabric_core.conformance.rule import Broken, Table
+from fabric_core.contracts import LaunchOrder, ProcessInfo
+from fabric_core.errors import LaunchError
+
+TABLE: Final = Table("launcher")
+
+_FOREIGN: Final[tuple[Mapping[str, str], ...]] = (
+    {},
+    {"PATH": "/bin", "HOME": "/root"},
+    {"LANG": "C", "TERM": "dumb", "SHLVL": "1"},
+)
+
+
+@TABLE.rule(
+    "LAU-501",
+    "`detect` says nothing where its system did not start the process.",
+    reason="Every launcher is asked, in every process.",
+    advice="return None where your system's variables are absent",
+)
+def _foreign(bench: Bench) -> None:
+    for environment in _FOREIGN:
+        found = bench.plugin().detect(dict(environment))
+        if found is not None:
+            raise Broken(f"in {environment} it finds {found}")
+
+
+@TABLE.rule(
+    "LAU-502",
+    "`detect` reads the environment that it is given, and changes neither that nor the process's own.",
+    reason="Asking must have no effect.",
+    advice="read from the argument, and set nothing",
+)
+def _detect_is_pure(bench: Bench) -> None:
+    for environment in (*_FOREIGN, dict(os.environ)):
+        given, before = dict(environment), dict(os.environ)
+        try:
+            bench.plugin().detect(given)
+        except LaunchError:
+            continue
+        if given != environment or dict(os.environ) != before:
+            raise Broken("it changes the environment")
+
+
+def _detect(place: Place) -> ProcessInfo | None:
+    found: ProcessInfo | None = place.plugin().detect(dict(os.environ))
+    return found
+
+
+@TABLE.rule(
+    "LAU-503",
+    "The ranks of one job are numbered from 0, each once, and know how many there are: one is the global zero.",
+    reason="Two rank zeros write one checkpoint.",
+    advice="read the global rank, not the local one",
+    needs=("detects",),
+    world_sizes=(1, 2),
+)
+def _ranks(bench: Bench) -> None:
+    found = bench.run(_detect)
+    ranks = [None if one is None else (one.global_rank, one.world_size) for one in found]
+    if ranks != [(rank, bench.world_size) for rank in range(bench.world_size)]:
+        raise Broken(f"the ranks see themselves as {ranks}")
+
+
+@TABLE.rule(
+    "LAU-504",
+    "Variables of its own system that contradict each other, or are missing, raise LaunchError and nothing else.",
+    reason="A job that was started half-way must say so.",
+    advice="raise LaunchError for what can't be read",
+    needs=("detects",),
+    world_sizes=(1,),
+)
+def _incomplete(bench: Bench) -> None:
+    fault = bench.run(_detect_damaged)[0]
+    if fault:
+        raise Broken(fault)
+
+
+def _detect_damaged(place: Place) -> str | None:
+    plugin, whole = place.plugin(), dict(os.environ)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        for damaged in ({**whole, name: "x"}, {key: value for key, value in whole.items() if key != name}):
+            try:
+                plugin.detect(damaged)
+            except LaunchError:
+                continue
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is the wrong one
+                return f"with {name} damaged it raises {error!r}"
+    return None
+
+
+def _answer(one: int, other: int) -> int:
+    return one + other
+
+
+def _fail() -> None:
+    raise ZeroDivisionError("the kit's own")
+
+
+def _start(place: Place, function: Callable[..., Any], *args: Any) -> Any:
+    """Start a function as a script does that nothing has launched."""
+    for name in VARIABLES:
+        del os.environ[name]
+    try:
+        return place.plugin().start(LaunchOrder(processes=1, function=function, args=args))
+    except Exception as error:  # noqa: BLE001 - what it raises is what is asked
+        return f"raised {type(error).__name__}"
+
+
+@TABLE.rule(
+    "LAU-505",
+    "`start` runs the function with its arguments, and gives what it returned on rank 0.",
+    reason="Notebooks get their trained model back by it.",
+    advice="pass order.args on, and return rank 0's result",
+    inside=False,
+)
+def _returns(bench: Bench) -> None:
+    result = bench.fresh(_start, _answer, 40, 2)
+    if result != 42:
+        raise Broken(f"it gives {result!r}, and the function returned 42")
+
+
+@TABLE.rule(
+    "LAU-506",
+    "`start` raises where the function raised.",
+    reason="A failed training must not look like one that ended.",
+    advice="raise RankFailedError with the rank's traceback",
+    inside=False,
+)
+def _raises(bench: Bench) -> None:
+    result = bench.fresh(_start, _fail)
+    if not str(result).startswith("raised"):
+        raise Broken(f"it gives {result!r}")
+
+
+@TABLE.rule(
+    "LAU-507",
+    "`teardown` may be called without `setup_process`, and twice.",
+    reason="What failed half-way is torn down too.",
+    advice="let teardown look at what there is to give back",
+)
+def _teardown(bench: Bench) -> None:
+    plugin = bench.plugin()
+    plugin.teardown()
+    plugin.teardown()

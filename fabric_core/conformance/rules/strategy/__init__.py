@@ -1,0 +1,30 @@
+"""Rules for strategies: several processes train as one does."""
+
+from typing import Final
+
+from fabric_core.conformance.rule import Rule
+from fabric_core.conformance.rules.strategy import (
+    clipping,
+    collectives,
+    gradients,
+    life,
+    modules,
+    optimizers,
+    scripts,
+    state,
+    types,
+)
+
+__all__ = ["TABLE"]
+
+TABLE: Final[tuple[Rule, ...]] = tuple(
+    sorted(
+        (
+            rule
+            for part in (gradients, modules, optimizers, clipping, collectives, state, types, life, scripts)
+            for rule in part.TABLE
+        ),
+        key=lambda rule: rule.id,
+    )
+)
+"""All of them, in the order of their numbers."""
