@@ -31,7 +31,7 @@ class NaNGuard:
     def __init__(self) -> None:
         self._names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._parameters = WeakIdKeyDictionary()
-        self._users = WeakIdKeyDictionary()  # of each tensor: the modules that it was given to
+        self._users = WeakIdKeyDictionary()  # of each module's output: the modules that it is given to
         self._gradients = True
         self._stop: Callable[[], object] | None = None
 
@@ -68,8 +68,8 @@ class NaNGuard:
             return
         given = _tensors(inputs)
         for tensor in given:
-            if self._gradients and tensor.requires_grad:
-                self._users.setdefault(tensor, []).append(name)
+            if tensor in self._users:
+                self._users[tensor].append(name)
         for tensor in _tensors(outputs):
             if not _finite(tensor):
                 already = not all(_finite(one) for one in given)
@@ -80,13 +80,13 @@ class NaNGuard:
                     instead="look at what was given to it" if already else "look at its computation and parameters",
                     module=name,
                 )
-            if self._gradients and tensor.requires_grad and not any(tensor is one for one in given):
-                tensor.register_hook(partial(self._look_at_gradient, name, weakref.ref(tensor)))
+            if self._gradients and tensor.requires_grad and tensor not in self._users:
+                users = self._users[tensor] = []
+                tensor.register_hook(partial(self._look_at_gradient, name, users))
 
-    def _look_at_gradient(self, name: str, tensor: Any, gradient: torch.Tensor) -> None:
+    def _look_at_gradient(self, name: str, users: list[str], gradient: torch.Tensor) -> None:
         if _finite(gradient):
             return
-        users = self._users.get(tensor(), []) if tensor() is not None else []
         raise NotFiniteError(
             f"the gradient that came back from {users[0]} is not finite"
             if users
