@@ -1,66 +1,43 @@
 """The façade: everything a training script calls, in the order of a script's life."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, Literal, Self
-from weakref import WeakSet, finalize
+from weakref import finalize
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fabric_core.assembly import assemble
 from fabric_core.choosing.plan import Plan
 from fabric_core.choosing.registry import register, registrations
 from fabric_core.choosing.request import Request, fill, read_environment, read_file
-from fabric_core.choosing.resolve import start_clash
 from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import (
     Accelerator,
     Launcher,
-    LaunchOrder,
     Logger,
     Precision,
-    ProcessInfo,
     Strategy,
     World,
     Wrapper,
-    map_tensors,
 )
-from fabric_core.errors import LaunchError, MisuseError, RequestError, SetupError
+from fabric_core.errors import MisuseError, RequestError
 from fabric_core.running import reporting, seeding
 from fabric_core.running.asynchronous import SaveHandle
 from fabric_core.running.checkpointing import Checkpointing
-from fabric_core.running.launching import agree, check_connected, detect, environment, make_world
+from fabric_core.running.launching import environment
+from fabric_core.running.processes import Processes
 from fabric_core.wrapping import (
-    Around,
-    BackwardPass,
     FabricDataLoader,
     FabricModule,
-    FabricOptimizer,
-    Route,
-    StepGuard,
-    backward_guard,
-    check_counts,
-    check_model,
-    check_optimizer,
-    check_same,
-    check_trains,
-    compile_again,
-    first_device,
-    gradient_sync,
-    is_wrapped,
-    shard,
-    strategy_module,
+    Setup,
     to_device,
-    uncompiled,
     unwrap,
-    wrap_optimizer,
 )
 
 __all__ = ["Fabric"]
@@ -70,7 +47,7 @@ _BACKWARD: Final = ("gradient", "retain_graph", "create_graph", "inputs")
 _TIMEOUT: Final = timedelta(minutes=30)
 
 
-class Fabric:
+class Fabric(Processes):
     """Runs a plain PyTorch script on any hardware, with any strategy, in any precision.
 
     Args:
@@ -94,6 +71,9 @@ class Fabric:
         PluginError: A plugin is not available, or can't be loaded.
         PlanError: The choices don't fit together.
     """
+
+    _setup: Setup
+    _checkpointing: Checkpointing
 
     def __init__(
         self,
@@ -159,35 +139,13 @@ class Fabric:
         self._loggers: list[Logger] = self._chosen.all("logger")
         self._launcher: Launcher | None = None
         self._closing: finalize[..., Any] | None = None
-        # Weak: what was set up dies with its last user, and an old parameter once its optimizer has the new one.
-        self._set_up: WeakSet[Any] = WeakSet()
-        self._models: WeakSet[FabricModule] = WeakSet()
-        self._replaced = WeakTensorKeyDictionary()
-        self._optimizers: WeakSet[Optimizer] = WeakSet()
-        self._watch_training()
+        self._setup = Setup(self._strategy, self._precision, self._wrappers, self._plan.world_size)
         self._built = set(vars(self)) - own
         try:
             self._hooks.configured(plan=self._plan)
         except BaseException:
             self._bindings.undo()
             raise
-
-    def _watch_training(self) -> None:
-        """Choose what watches over gradients and steps; where nothing has to, nothing does."""
-        strategy, owner = self._strategy, object()
-        self._owner = owner
-        self._guard = backward_guard(strategy, self._precision, owner)
-        self._sync = gradient_sync(strategy, self._plan.world_size, owner)
-        sharded = self._set_up if strategy.capabilities.sharded else None
-        scaled = self._guard if self._precision.policy.loss_scaling else None
-        needed = self._sync is not None or scaled is not None or sharded is not None
-        cleared = None if sharded is None else strategy.gradients_cleared
-        self._steps = StepGuard(self._sync, scaled, sharded, cleared) if needed else None
-
-    def _watch_steps(self) -> None:
-        if self._steps is not None and not self._steps.opened:
-            # It ends with the Fabric, also where nobody tears that down.
-            finalize(self, self._steps.open()).atexit = False
 
     # What was chosen
 
@@ -226,137 +184,6 @@ class Fabric:
         if not self._loggers:
             raise MisuseError("there is no logger", where="fabric.logger", instead="Fabric(loggers=...)")
         return self.loggers[0]
-
-    # Who this process is
-
-    @property
-    def world(self) -> World:
-        """Who this process is; a single process needs no ``launch``.
-
-        Raises:
-            MisuseError: There will be several processes, and they are not launched yet.
-        """
-        if self._world is None:
-            if self._plan.world_size > 1:
-                raise MisuseError(
-                    f"the {self._plan.world_size} processes are not launched yet",
-                    where="this call needs them",
-                    instead="call fabric.launch() right after Fabric(...)",
-                )
-            self.launch()
-        if self._world is None:
-            raise AssertionError("launching made no world")
-        return self._world
-
-    @property
-    def device(self) -> torch.device:
-        """The device of this process."""
-        return self.world.device
-
-    @property
-    def global_rank(self) -> int:
-        """This process among all, from 0."""
-        return self.world.global_rank
-
-    @property
-    def local_rank(self) -> int:
-        """This process among those of its node, from 0."""
-        return self.world.local_rank
-
-    @property
-    def node_rank(self) -> int:
-        """This node among all, from 0."""
-        return self.world.node_rank
-
-    @property
-    def world_size(self) -> int:
-        """The number of processes."""
-        return self._plan.world_size
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this is the process that speaks for all."""
-        return self.world.is_global_zero
-
-    # Starting
-
-    def launch(self, function: Callable[..., Any] | None = None, /, *args: Any, **kwargs: Any) -> Any:
-        """Start the processes that the plan has, or join those that something else started.
-
-        Without a function, each rank re-runs the command that was typed and comes back from here as itself; the process
-        that the user started waits and exits with their exit code. With one device no process is started.
-
-        Args:
-            function: What to run in each rank instead; it is given this object of that rank, then the rest.
-            args: The function's further positional arguments.
-            kwargs: The function's keyword arguments.
-
-        Returns:
-            What the function returned on rank 0; without a function ``None``.
-
-        Raises:
-            LaunchError: The processes could not be started, or don't agree on the plan.
-            RankFailedError: The function failed on a rank.
-        """
-        if self._world is None:
-            found = detect(self._launchers)
-            if found is not None and (found[2].world_size > 1 or self._plan.world_size > 1):
-                self._join(found[1], found[2])
-            elif self._plan.world_size > 1:
-                return self._start(function, args, kwargs)
-            else:
-                self._join(None, ProcessInfo())
-        return None if function is None else function(self, *args, **kwargs)
-
-    def _start(self, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        found = next(iter(self._launchers), None)
-        if found is None:
-            raise SetupError("no launcher is installed", where="fabric.launch()", instead="install one")
-        clash = start_clash(self._strategy, self._accelerator)
-        if clash is not None:
-            raise LaunchError(
-                f"the strategy can't start processes: {clash}",
-                where="fabric.launch()",
-                instead="launch before anything uses a device, or another way of starting",
-            )
-        _, launcher = found
-        return launcher.start(
-            LaunchOrder(
-                processes=len(self._plan.device_indices),
-                nodes=self._plan.num_nodes,
-                start_method=self.strategy.start_method,
-                function=None if function is None else _launched,
-                args=() if function is None else (self, function, args, kwargs),
-            )
-        )
-
-    def _rank(self) -> int | None:
-        return None if self._world is None else self._world.global_rank
-
-    def _join(self, launcher: Launcher | None, ranks: ProcessInfo) -> None:
-        world = make_world(ranks, self._plan, self._accelerator, _TIMEOUT)
-        self._bindings.renew()
-        if launcher is not None:
-            self._launcher = launcher  # and it stays on failure: it lets the first rank that failed speak
-            launcher.setup_process(ranks)
-        agree(world, self._plan)
-        with ExitStack() as undo:
-            undo.callback(self._accelerator.teardown)
-            self._accelerator.setup_device(world.device)
-            undo.enter_context(world.closing)
-            undo.callback(self._strategy.teardown)
-            own = self._strategy.connect(world, self.precision.policy)
-            check_connected(own, world, self.strategy)
-            self._collectives = self.strategy.collectives = own.fork() if world.world_size > 1 else own
-            self._precision.connect(self._collectives)
-            undo.pop_all()
-        self._world = world
-        for logger in self._loggers:
-            logger.connect(self._collectives)
-        if self._loggers and world.is_global_zero:
-            # At the end of the script, or of this object's life, where nothing else does it.
-            self._closing = finalize(self, reporting.finalize, self._loggers)
-        self._hooks.launched(world=world)
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process as the request, which is resolved again there, and what a subclass added."""
@@ -406,14 +233,10 @@ class Fabric:
             SetupError: Something was set up before, or an optimizer's parameters can't be matched, or an optimizer
                 holds no parameter of this model, nor of any that was set up before.
         """
-        for optimizer in optimizers:
-            check_optimizer(optimizer, self._set_up)
-            if isinstance(module, nn.Module):
-                check_trains(optimizer, [module, *self._set_up], self._replaced)
-        model, ready = self._setup_module(module, optimizers, move_to_device=move_to_device)
+        model, wrapped = self._setup.module(module, optimizers, self.world, move=move_to_device)
+        self._hooks.module_set_up(module=model)
         if not optimizers and scheduler is None:
             return model
-        wrapped = [self._wrap_optimizer(one, made) for one, made in zip(optimizers, ready, strict=True)]
         return (model, *wrapped) if scheduler is None else (model, *wrapped, scheduler)
 
     def setup_module(self, module: nn.Module, move_to_device: bool = True) -> FabricModule:
@@ -427,62 +250,9 @@ class Fabric:
         Raises:
             SetupError: It was set up before, is no module, or its parameters are on several devices or on none.
         """
-        return self._setup_module(module, (), move_to_device=move_to_device)[0]
-
-    def _setup_module(
-        self, module: nn.Module, optimizers: Sequence[Optimizer], *, move_to_device: bool
-    ) -> tuple[FabricModule, list[Optimizer]]:
-        """Make a model ready, and the optimizers that are given with it."""
-        declared, world = self.strategy.capabilities, self.world
-        check_counts(self.strategy, len(self._models), len(optimizers))
-        given, module = module, uncompiled(module)
-        check_model(module, self._set_up, move=move_to_device, placed_later=declared.handles_device_placement)
-        before = dict(module.named_parameters(remove_duplicate=False))
-        module = self._precision.convert_module(module)
-        if move_to_device and not declared.handles_device_placement:
-            module = module.to(world.device)
-        for wrapper in self._stage("before_strategy"):
-            check_same(wrapper.wrap_module(module), module, wrapper)
-        outer = Route(module) if declared.intercepts_forward else module
-        ready: list[Optimizer] = []
-        if declared.joint_setup:
-            inner, ready = self._strategy.setup_jointly(outer, optimizers)
-        else:
-            inner = self._strategy.setup_module(outer)
-        if self._sync is not None:
-            self._sync.made(inner)
-        called = inner
-        for wrapper in self._stage("after_strategy"):
-            called = wrapper.wrap_module(called)
-        if given is not module and uncompiled(given) is not given:
-            called = compile_again(given, called)
-        after = dict(module.named_parameters(remove_duplicate=False))
-        self._replaced.update({old: after[name] for name, old in before.items() if after[name] is not old})
-        for optimizer in self._optimizers:
-            # One that was set up before its model holds parameters that are trained no more.
-            self._strategy.setup_optimizer(optimizer, self._replaced)
-        wrapped = FabricModule(
-            module,
-            called,
-            inner=inner,
-            routed=declared.intercepts_forward,
-            around=Around(
-                precision=self._precision,
-                carried=declared.applies_mixed_precision and self._precision.policy.autocast,
-                wrappers=tuple(self._wrappers),
-                guard=self._guard,
-                sync=self._sync,
-                steps=self._steps,
-            ),
-            device=world.device if move_to_device else first_device(module) or world.device,
-        )
-        self._set_up.add(module)
-        self._models.add(wrapped)
-        self._watch_steps()
-        self._hooks.module_set_up(module=wrapped)
-        if not declared.joint_setup:
-            ready = [self._strategy.setup_optimizer(optimizer, self._replaced) for optimizer in optimizers]
-        return wrapped, ready
+        model, _ = self._setup.module(module, (), self.world, move=move_to_device)
+        self._hooks.module_set_up(module=model)
+        return model
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         """Make optimizers ready.
@@ -494,28 +264,9 @@ class Fabric:
             SetupError: One was set up before, or its parameters can't be matched, or the strategy needs it together
                 with its model.
         """
-        if self.strategy.capabilities.joint_setup:
-            raise SetupError(
-                f"{type(self.strategy).__name__} sets an optimizer up together with its model",
-                where="fabric.setup_optimizers",
-                instead="fabric.setup(model, optimizer)",
-            )
-        for optimizer in optimizers:
-            check_optimizer(optimizer, self._set_up)
         self.world  # noqa: B018 - connects a single process
-        ready = [self._strategy.setup_optimizer(optimizer, self._replaced) for optimizer in optimizers]
-        wrapped = tuple(self._wrap_optimizer(one, made) for one, made in zip(optimizers, ready, strict=True))
+        wrapped = tuple(self._setup.optimizers(optimizers))
         return wrapped[0] if len(wrapped) == 1 else wrapped
-
-    def _wrap_optimizer(self, optimizer: Optimizer, ready: Optimizer) -> FabricOptimizer:
-        self._optimizers.add(ready)
-        for wrapper in self._wrappers:
-            ready = wrapper.wrap_optimizer(ready)
-        self._set_up.add(optimizer)
-        if self._guard is not None:
-            self._guard.watch_optimizer(ready)
-        self._watch_steps()
-        return wrap_optimizer(ready, self._strategy, self._precision, self._steps)
 
     def setup_dataloaders(
         self, *dataloaders: Any, use_distributed_sampler: bool = True, move_to_device: bool = True
@@ -534,25 +285,12 @@ class Fabric:
         Raises:
             SetupError: One was set up before, or keeps its samplers where they can't be replaced.
         """
-        self.world  # noqa: B018 - connects a single process
-        wrapped = []
-        for given in dataloaders:
-            if is_wrapped(given):
-                raise SetupError(
-                    "the loader was set up before",
-                    where="fabric.setup_dataloaders",
-                    instead="use it as it is",
-                )
-            loader = given
-            if use_distributed_sampler:
-                loader = shard(loader, *self._strategy.data_shard(), lambda seed: self._strategy.broadcast(seed, 0))
-            for wrapper in self._wrappers:
-                loader = wrapper.wrap_dataloader(loader)
-            wrapped.append(FabricDataLoader(loader, self.device if move_to_device else None, given))
+        device = self.device  # and connects a single process
+        wrapped = [
+            self._setup.dataloader(one, device if move_to_device else None, divide=use_distributed_sampler)
+            for one in dataloaders
+        ]
         return wrapped[0] if len(wrapped) == 1 else wrapped
-
-    def _stage(self, stage: str) -> Iterator[Wrapper]:
-        return (wrapper for wrapper in self._wrappers if wrapper.capabilities.stage == stage)
 
     @contextmanager
     def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
@@ -602,19 +340,8 @@ class Fabric:
         if args:
             kwargs.update(zip(_BACKWARD[: len(args)], args, strict=True))
         loss = self._precision.scale_loss(tensor)
-        module = self._called(model)
-        if self._guard is None and self._sync is None:
-            self._strategy.backward(loss, module, kwargs)
-        else:
-            with BackwardPass(self._owner):
-                self._strategy.backward(loss, module, kwargs)
-
-    def _called(self, model: FabricModule | None) -> nn.Module | None:
-        """Give what the strategy made of a model; without one, of the only one that is set up."""
-        if model is not None:
-            return strategy_module(model)
-        models = list(self._models)
-        return strategy_module(models[0]) if len(models) == 1 else None
+        with self._setup.backward_pass():
+            self._strategy.backward(loss, self._setup.called(model), kwargs)
 
     def clip_gradients(
         self,
@@ -674,96 +401,7 @@ class Fabric:
         Raises:
             MisuseError: The model was not set up.
         """
-        if not isinstance(module, FabricModule):
-            raise MisuseError(
-                "the model was not set up", where="fabric.no_backward_sync", got=type(module).__name__,
-                instead="what fabric.setup returned",
-            )  # fmt: skip
-        inner = strategy_module(module)
-        context = self._strategy.no_backward_sync(inner, enabled)
-        if self._sync is None or not enabled or not self.strategy.capabilities.no_backward_sync:
-            return context
-        return self._sync.watch(module.module, inner).skipped(context)
-
-    # Between ranks
-
-    def _connected(self) -> Collectives:
-        self.world  # noqa: B018 - connects a single process
-        return self._collectives
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print on one process of each node."""
-        if self.local_rank == 0:
-            print(*args, **kwargs)  # noqa: T201 - what it is for
-
-    def barrier(self, name: str | None = None) -> None:
-        """Wait until every rank is here."""
-        self._connected().barrier(name)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Give every rank the object of one."""
-        return self._connected().broadcast(obj, src)
-
-    def all_reduce(self, data: Any, group: Any | None = None, reduce_op: str | None = "mean") -> Any:
-        """Reduce every tensor of a nested value over the ranks; numbers become tensors."""
-        collectives = self._connected()
-        return map_tensors(
-            _tensors(data, self.device),
-            lambda one: collectives.all_reduce(one, group, reduce_op or "sum"),
-        )
-
-    def all_gather(self, data: Any, group: Any | None = None, sync_grads: bool = False) -> Any:
-        """Gather every tensor of a nested value over the ranks.
-
-        Returns:
-            The same nesting, each tensor of shape ``(world size, *shape)``; a list where shapes differ. With one
-            process the shapes are those that were given, as Lightning Fabric's.
-        """
-        collectives = self._connected()
-
-        def gather(one: torch.Tensor) -> Any:
-            parts = collectives.all_gather(one, group, sync_grads)
-            if self.world_size == 1:
-                return parts[0]
-            return torch.stack(parts) if len({part.shape for part in parts}) == 1 else parts
-
-        return map_tensors(_tensors(data, self.device), gather)
-
-    @contextmanager
-    def rank_zero_first(self, local: bool = False) -> Iterator[None]:
-        """Let rank 0 run the block before all others.
-
-        They wait as long as for any collective: where rank 0 takes more than the usual 30 minutes, raise the strategy's
-        ``timeout``, as in ``Fabric(strategy="ddp:timeout=PT3H")``.
-
-        Args:
-            local: Each node's local rank 0, instead of the one global rank 0.
-
-        Raises:
-            LaunchError: On the other ranks, when rank 0 raised; they do not run the block.
-        """
-        world = self.world
-        first = range(0, world.world_size, world.local_world_size) if local else range(1)
-        if world.global_rank in first:
-            try:
-                yield
-            except BaseException as error:
-                self._tell(first, f"{type(error).__name__}: {error}")
-                raise
-            self._tell(first, None)
-            return
-        failures = self._tell(first, None)
-        if failures:
-            raise LaunchError(
-                "; ".join(f"rank {rank} failed: {text}" for rank, text in failures.items()),
-                where="fabric.rank_zero_first",
-            )
-        yield
-
-    def _tell(self, ranks: range, text: str | None) -> dict[int, str]:
-        """Send a text from each of some ranks to all; gives what they sent, where it is one."""
-        sent = {rank: self._collectives.broadcast(text, rank) for rank in ranks}
-        return {rank: one for rank, one in sent.items() if one is not None}
+        return self._setup.no_backward_sync(module, enabled=enabled)
 
     # State
 
@@ -871,56 +509,7 @@ class Fabric:
         """Seed Python, NumPy and PyTorch, the same on every rank."""
         return seeding.seed_everything(seed)
 
-    # The end
-
-    def teardown(self) -> None:
-        """Give back all that was taken: process group, devices, loggers. May be called again."""
-        world, launcher = self._world, self._launcher
-        with ExitStack() as stack:
-            stack.callback(self._bindings.undo)
-            if launcher is not None:
-                stack.callback(launcher.teardown)
-            if world is not None:
-                stack.callback(self._accelerator.teardown)
-                stack.enter_context(world.closing)
-                stack.callback(self._strategy.teardown)
-                for watching in (self._steps, self._guard, self._sync):
-                    if watching is not None:
-                        stack.callback(watching.close)
-            try:
-                if self._closing is not None:
-                    self._closing()  # first, because a logger may ask who this process is
-            finally:
-                try:
-                    self._checkpointing.close()
-                finally:
-                    self._world = self._launcher = None
-                    self.strategy.collectives = None
-        if world is not None:
-            self._hooks.torn_down()
-
-    def __enter__(self) -> Self:
-        """Tear down at the end of a ``with`` block."""
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Tear down."""
-        self.teardown()
-
-
-def _launched(fabric: Fabric, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run a function in a rank that was started for it."""
-    try:
-        return fabric.launch(function, *args, **kwargs)
-    finally:
-        fabric.teardown()
-
 
 def _own(value: Any) -> Any:
     """Give the user's own model or optimizer, which is what a strategy knows; loaders keep their own state."""
     return value if isinstance(value, FabricDataLoader) else unwrap(value)
-
-
-def _tensors(data: Any, device: torch.device) -> Any:
-    """Turn the numbers of a nested value into tensors."""
-    return tree_map_only((bool, int, float), lambda number: torch.as_tensor(number, device=device), data)

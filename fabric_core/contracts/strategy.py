@@ -64,8 +64,12 @@ class Strategy(Plugin, ABC):
         return self._collectives
 
     @collectives.setter
-    def collectives(self, collectives: Collectives | None) -> None:
+    def collectives(self, collectives: Collectives) -> None:
         self._collectives = collectives
+
+    @collectives.deleter
+    def collectives(self) -> None:
+        self.__dict__.pop("_collectives", None)
 
     @property
     def start_method(self) -> str | None:

@@ -321,14 +321,17 @@ def _deepspeed(device_type: str) -> Any:
 def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
     both = {**ours, **theirs}
     return {
-        name: _merged(ours[name], value) if isinstance(value, Mapping) and isinstance(ours.get(name), Mapping) else value
+        name: _merged(ours[name], value)
+        if isinstance(value, Mapping) and isinstance(ours.get(name), Mapping)
+        else value
         for name, value in both.items()
     }
 
 
 def _copied(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: value.detach().clone().cpu() if isinstance(value, torch.Tensor) else value for name, value in entry.items()
+        name: value.detach().clone().cpu() if isinstance(value, torch.Tensor) else value
+        for name, value in entry.items()
     }
 
 

@@ -85,7 +85,9 @@ class DiLoCoStrategy(Strategy):
         """Give the parameters where the outer optimizer is, or this rank's."""
         state = super().module_state(module, full)
         if full:
-            starts = {id(own): start for one in self._outer for own, start in zip(one.parameters, one.starts, strict=True)}
+            starts = {
+                id(own): start for one in self._outer for own, start in zip(one.parameters, one.starts, strict=True)
+            }
             for name, parameter in module.named_parameters(remove_duplicate=False):
                 if name in state and id(parameter) in starts:
                     state[name] = starts[id(parameter)].detach().clone()

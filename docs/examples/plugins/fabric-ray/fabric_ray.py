@@ -83,9 +83,15 @@ class RayLauncher(Launcher):
             if not ray.is_initialized():
                 address = self.options.address or os.environ.get("RAY_ADDRESS")
                 # A Ray of its own has room for the ranks: it counts cores, and ranks may share them.
-                room = {} if address else {"num_cpus": max(1, int(order.processes * order.nodes * self.options.cpus_per_rank))}
+                room = (
+                    {}
+                    if address
+                    else {"num_cpus": max(1, int(order.processes * order.nodes * self.options.cpus_per_rank))}
+                )
                 try:
-                    ray.init(address=address, include_dashboard=None if address else False, logging_level="error", **room)
+                    ray.init(
+                        address=address, include_dashboard=None if address else False, logging_level="error", **room
+                    )
                 except (ConnectionError, RuntimeError, ValueError) as error:
                     raise LaunchError("Ray can't be reached or started", where="fabric.launch()", got=str(error),
                                       instead="ray start --head, or the launcher's option address") from error  # fmt: skip
@@ -155,7 +161,9 @@ class RayLauncher(Launcher):
                 main_port=port,
                 owner="ray",
             )
-            tasks.append(actor.run.remote(json.dumps(asdict(place)), order.function, order.args, command, str(Path.cwd())))
+            tasks.append(
+                actor.run.remote(json.dumps(asdict(place)), order.function, order.args, command, str(Path.cwd()))
+            )
         waiting = list(tasks)
         while waiting:
             done, waiting = ray.wait(waiting)

@@ -37,7 +37,11 @@ def _train(fabric: Fabric, scale: float) -> tuple[int, float, torch.Tensor]:
     x = torch.full((1, 2), scale * (fabric.global_rank + 1))
     fabric.backward(wrapped(x).sum())
     optimizer.step()
-    return fabric.world_size, fabric.all_reduce(torch.tensor(float(fabric.global_rank)), reduce_op="sum").item(), model.weight.detach()
+    return (
+        fabric.world_size,
+        fabric.all_reduce(torch.tensor(float(fabric.global_rank)), reduce_op="sum").item(),
+        model.weight.detach(),
+    )
 
 
 def _fabric(**parts: Any) -> Fabric:

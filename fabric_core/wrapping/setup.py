@@ -1,0 +1,221 @@
+"""Setting up: models, optimizers and loaders pass through precision, device, wrappers and strategy, and are wrapped."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from weakref import WeakSet, finalize
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fabric_core.collectives import World
+from fabric_core.contracts import Precision, Strategy, Wrapper
+from fabric_core.errors import MisuseError, SetupError
+from fabric_core.wrapping.backward_guard import BackwardPass, backward_guard
+from fabric_core.wrapping.checks import check_counts, check_model, check_optimizer, check_same, check_trains
+from fabric_core.wrapping.compiled import compile_again, uncompiled
+from fabric_core.wrapping.dataloader import FabricDataLoader, shard
+from fabric_core.wrapping.gradient_sync import gradient_sync
+from fabric_core.wrapping.module import Around, FabricModule, Route, first_device, strategy_module
+from fabric_core.wrapping.optimizer import FabricOptimizer, wrap_optimizer
+from fabric_core.wrapping.step_guard import StepGuard
+from fabric_core.wrapping.unwrap import is_wrapped
+
+__all__ = ["Setup"]
+
+
+class Setup:
+    """Sets up for one ``Fabric``, and knows what was set up.
+
+    Args:
+        strategy: The bound strategy.
+        precision: The bound precision.
+        wrappers: The bound wrappers, in the order in which they act.
+        world_size: The number of processes.
+    """
+
+    def __init__(self, strategy: Strategy, precision: Precision, wrappers: Sequence[Wrapper], world_size: int) -> None:
+        self._strategy = strategy
+        self._precision = precision
+        self._wrappers = wrappers
+        # Weak: what was set up dies with its last user, and an old parameter once its optimizer has the new one.
+        self._set_up: WeakSet[Any] = WeakSet()
+        self._models: WeakSet[FabricModule] = WeakSet()
+        self._replaced = WeakTensorKeyDictionary()
+        self._optimizers: WeakSet[Optimizer] = WeakSet()
+        # What watches over gradients and steps; where nothing has to, nothing does.
+        self._owner = object()
+        self._guard = backward_guard(strategy, precision, self._owner)
+        self._sync = gradient_sync(strategy, world_size, self._owner)
+        sharded = self._set_up if strategy.capabilities.sharded else None
+        scaled = self._guard if precision.policy.loss_scaling else None
+        needed = self._sync is not None or scaled is not None or sharded is not None
+        cleared = None if sharded is None else strategy.gradients_cleared
+        self._steps = StepGuard(self._sync, scaled, sharded, cleared) if needed else None
+
+    def module(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], world: World, *, move: bool
+    ) -> tuple[FabricModule, list[FabricOptimizer]]:
+        """Make a model ready, and the optimizers that are given with it.
+
+        Raises:
+            SetupError: Something was set up before, is no model or optimizer, or can't be set up so.
+        """
+        for optimizer in optimizers:
+            check_optimizer(optimizer, self._set_up)
+            if isinstance(module, nn.Module):
+                check_trains(optimizer, [module, *self._set_up], self._replaced)
+        declared = self._strategy.capabilities
+        check_counts(self._strategy, len(self._models), len(optimizers))
+        given, module = module, uncompiled(module)
+        check_model(module, self._set_up, move=move, placed_later=declared.handles_device_placement)
+        before = dict(module.named_parameters(remove_duplicate=False))
+        module = self._prepared(module, world.device if move and not declared.handles_device_placement else None)
+        outer = Route(module) if declared.intercepts_forward else module
+        ready: list[Optimizer] = []
+        if declared.joint_setup:
+            inner, ready = self._strategy.setup_jointly(outer, optimizers)
+        else:
+            inner = self._strategy.setup_module(outer)
+        if self._sync is not None:
+            self._sync.made(inner)
+        called = inner
+        for wrapper in self._stage("after_strategy"):
+            called = wrapper.wrap_module(called)
+        if given is not module and uncompiled(given) is not given:
+            called = compile_again(given, called)
+        after = dict(module.named_parameters(remove_duplicate=False))
+        self._replaced.update({old: after[name] for name, old in before.items() if after[name] is not old})
+        for optimizer in self._optimizers:
+            # One that was set up before its model holds parameters that are trained no more.
+            self._strategy.setup_optimizer(optimizer, self._replaced)
+        wrapped = FabricModule(
+            module,
+            called,
+            inner=inner,
+            routed=declared.intercepts_forward,
+            around=self._around(),
+            device=world.device if move else first_device(module) or world.device,
+        )
+        self._set_up.add(module)
+        self._models.add(wrapped)
+        self._watch_steps()
+        if not declared.joint_setup:
+            ready = [self._strategy.setup_optimizer(optimizer, self._replaced) for optimizer in optimizers]
+        return wrapped, [self._wrapped(one, made) for one, made in zip(optimizers, ready, strict=True)]
+
+    def _prepared(self, module: nn.Module, device: torch.device | None) -> nn.Module:
+        """Convert and move a module, and let wrappers transform it, before the strategy has it."""
+        module = self._precision.convert_module(module)
+        if device is not None:
+            module = module.to(device)
+        for wrapper in self._stage("before_strategy"):
+            check_same(wrapper.wrap_module(module), module, wrapper)
+        return module
+
+    def _around(self) -> Around:
+        return Around(
+            precision=self._precision,
+            carried=self._strategy.capabilities.applies_mixed_precision and self._precision.policy.autocast,
+            wrappers=tuple(self._wrappers),
+            guard=self._guard,
+            sync=self._sync,
+            steps=self._steps,
+        )
+
+    def _stage(self, stage: str) -> Iterator[Wrapper]:
+        return (wrapper for wrapper in self._wrappers if wrapper.capabilities.stage == stage)
+
+    def optimizers(self, optimizers: Sequence[Optimizer]) -> list[FabricOptimizer]:
+        """Make optimizers ready that belong to models which are, or will be, set up elsewhere.
+
+        Raises:
+            SetupError: One was set up before, or is none, or the strategy needs it together with its model.
+        """
+        if self._strategy.capabilities.joint_setup:
+            raise SetupError(
+                f"{type(self._strategy).__name__} sets an optimizer up together with its model",
+                where="fabric.setup_optimizers",
+                instead="fabric.setup(model, optimizer)",
+            )
+        for optimizer in optimizers:
+            check_optimizer(optimizer, self._set_up)
+        ready = [self._strategy.setup_optimizer(optimizer, self._replaced) for optimizer in optimizers]
+        return [self._wrapped(one, made) for one, made in zip(optimizers, ready, strict=True)]
+
+    def _wrapped(self, optimizer: Optimizer, ready: Optimizer) -> FabricOptimizer:
+        self._optimizers.add(ready)
+        for wrapper in self._wrappers:
+            ready = wrapper.wrap_optimizer(ready)
+        self._set_up.add(optimizer)
+        if self._guard is not None:
+            self._guard.watch_optimizer(ready)
+        self._watch_steps()
+        return wrap_optimizer(ready, self._strategy, self._precision, self._steps)
+
+    def dataloader(self, given: Any, device: torch.device | None, *, divide: bool) -> FabricDataLoader:
+        """Make a loader ready.
+
+        Args:
+            given: The loader.
+            device: Where its batches go; ``None`` leaves them.
+            divide: Let each rank read its own part.
+
+        Raises:
+            SetupError: It was set up before, or keeps its samplers where they can't be replaced.
+        """
+        if is_wrapped(given):
+            raise SetupError(
+                "the loader was set up before",
+                where="fabric.setup_dataloaders",
+                instead="use it as it is",
+            )
+        loader = given
+        if divide:
+            loader = shard(loader, *self._strategy.data_shard(), lambda seed: self._strategy.broadcast(seed, 0))
+        for wrapper in self._wrappers:
+            loader = wrapper.wrap_dataloader(loader)
+        return FabricDataLoader(loader, device, given)
+
+    def backward_pass(self) -> AbstractContextManager[Any]:
+        """Give the context of one call of ``fabric.backward``."""
+        return nullcontext() if self._guard is None and self._sync is None else BackwardPass(self._owner)
+
+    def called(self, model: FabricModule | None) -> nn.Module | None:
+        """Give what the strategy made of a model; without one, of the only one that is set up."""
+        if model is not None:
+            return strategy_module(model)
+        models = list(self._models)
+        return strategy_module(models[0]) if len(models) == 1 else None
+
+    def no_backward_sync(self, module: Any, *, enabled: bool) -> AbstractContextManager[Any]:
+        """Give the context that skips gradient synchronization.
+
+        Raises:
+            MisuseError: The model was not set up.
+        """
+        if not isinstance(module, FabricModule):
+            raise MisuseError(
+                "the model was not set up",
+                where="fabric.no_backward_sync",
+                got=type(module).__name__,
+                instead="what fabric.setup returned",
+            )
+        inner = strategy_module(module)
+        context = self._strategy.no_backward_sync(inner, enabled)
+        if self._sync is None or not enabled or not self._strategy.capabilities.no_backward_sync:
+            return context
+        return self._sync.watch(module.module, inner).skipped(context)
+
+    def _watch_steps(self) -> None:
+        if self._steps is not None and not self._steps.opened:
+            # It ends with this object, also where nobody tears the Fabric down.
+            finalize(self, self._steps.open()).atexit = False
+
+    def close(self) -> None:
+        """Take off every hook."""
+        for watching in (self._steps, self._guard, self._sync):
+            if watching is not None:
+                watching.close()
