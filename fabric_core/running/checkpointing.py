@@ -4,7 +4,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +17,7 @@ from fabric_core.errors import CheckpointError, NoCheckpointError
 from fabric_core.running.asynchronous import Background, SaveHandle
 from fabric_core.running.collecting import collect
 from fabric_core.running.fits import check_fits
-from fabric_core.running.restoring import in_place, restore, restore_modules, template
+from fabric_core.running.restoring import Undo, in_place, restore, restore_modules, template
 from fabric_core.running.retention import check_keep, latest, prune
 from fabric_core.running.state import Part, named, parts_of
 
@@ -281,22 +280,25 @@ class Checkpointing:
             # Models are filled in place: every rank must know before that every rank's part is whole.
             agree.each(prepare, where=path)
             tree = agree.each(lambda: sharded.read(path, into[False]), where=path)
-        with ExitStack() as undo:
+        undo = Undo()
 
-            def fill() -> None:
-                self._restore_own(tree, undo, path)
-                restore(parts, tree, self._strategy, undo, full=sharded is None)
+        def fill() -> None:
+            self._restore_own(tree, undo, path)
+            restore(parts, tree, self._strategy, undo, full=sharded is None)
 
-            def fill_models() -> None:
-                read = models if sharded is None else sharded.read(path, into[True])
-                restore_modules(parts, read, self._strategy, undo, full=sharded is None, strict=strict)
+        def fill_models() -> None:
+            read = models if sharded is None else sharded.read(path, into[True])
+            restore_modules(parts, read, self._strategy, undo, full=sharded is None, strict=strict)
 
+        try:
             agree.each(fill, where=path)
             agree.each(fill_models, where=path)
-            undo.pop_all()
+        except BaseException as error:
+            undo.run(error)
+            raise
         return tree
 
-    def _restore_own(self, tree: Mapping[str, Any], undo: ExitStack, path: Any) -> None:
+    def _restore_own(self, tree: Mapping[str, Any], undo: Undo, path: Any) -> None:
         owners: list[tuple[str, str, Any, Any]] = [
             (PRECISION, "the precision", self._precision, tree.get(PRECISION)),
             (STRATEGY, "the strategy", self._strategy, tree.get(STRATEGY)),
@@ -308,7 +310,7 @@ class Checkpointing:
             before = owner.state_dict()
             if state is None or not before:
                 continue  # a checkpoint without one, or a plugin without one, is none the worse
-            undo.callback(owner.load_state_dict, before)
+            undo.add(owner.load_state_dict, before)
             try:
                 owner.load_state_dict(state)
             except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -1,8 +1,7 @@
 """From a tree of tensors and plain values back into a user's state."""
 
 import copy
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,26 @@ from torch.optim import Optimizer
 from fabric_core.contracts import Strategy
 from fabric_core.running.state import RANKS, KeyPath, Part, find, is_dtensor, loads_its_own_way
 
-__all__ = ["in_place", "restore", "restore_modules", "template"]
+__all__ = ["Undo", "in_place", "restore", "restore_modules", "template"]
+
+
+class Undo:
+    """What brings objects back to how they were, in the order in which they were changed."""
+
+    def __init__(self) -> None:
+        self._acts: list[Callable[[], Any]] = []
+
+    def add(self, act: Callable[..., Any], *arguments: Any) -> None:
+        """Note how to undo what comes next."""
+        self._acts.append(lambda: act(*arguments))
+
+    def run(self, error: BaseException) -> None:
+        """Undo everything; where that fails, the error that was the reason gets a note."""
+        while self._acts:
+            try:
+                self._acts.pop()()
+            except Exception as again:  # noqa: BLE001 - the others are brought back all the same
+                error.add_note(f"an object could not be brought back to how it was: {type(again).__name__}: {again}")
 
 
 def template(parts: list[Part], outline: Mapping[str, Any], strategy: Strategy, *, modules: bool) -> dict[str, Any]:
@@ -84,7 +102,7 @@ def _room_for_shards(entry: Any) -> Any:
     return torch.empty_like(entry) if is_dtensor(entry) else None
 
 
-def restore(parts: list[Part], tree: Mapping[str, Any], strategy: Strategy, undo: ExitStack, *, full: bool) -> None:
+def restore(parts: list[Part], tree: Mapping[str, Any], strategy: Strategy, undo: Undo, *, full: bool) -> None:
     """Fill the objects of a user's state but for its models from a tree that was checked.
 
     Args:
@@ -102,16 +120,16 @@ def restore(parts: list[Part], tree: Mapping[str, Any], strategy: Strategy, undo
             continue
         value = part.value
         if part.kind == "optimizer":
-            undo.callback(value.__setstate__, {"state": value.state, "param_groups": value.param_groups})
+            undo.add(value.__setstate__, {"state": value.state, "param_groups": value.param_groups})
             strategy.load_optimizer_state(value, entry, full)
         elif part.kind == "object":
             before = copy.deepcopy(value.state_dict())
-            undo.callback(value.load_state_dict, before)
+            undo.add(value.load_state_dict, before)
             value.load_state_dict(_sharded_as(_of_this_rank(entry, strategy), before))
 
 
 def restore_modules(
-    parts: list[Part], tree: Mapping[str, Any], strategy: Strategy, undo: ExitStack, *, full: bool, strict: bool
+    parts: list[Part], tree: Mapping[str, Any], strategy: Strategy, undo: Undo, *, full: bool, strict: bool
 ) -> None:
     """Fill the models of a user's state, after everything that could fail; arguments as for ``restore``."""
     for part in parts:
@@ -123,7 +141,7 @@ def restore_modules(
             continue
         if loads_its_own_way(part.value):
             before = {name: one.detach().clone() for name, one in _tensors_of(part.value).items()}
-            undo.callback(_copy_back, part.value, before)
+            undo.add(_copy_back, part.value, before)
         strategy.load_module_state(part.value, entry, full, strict)
 
 

@@ -7,10 +7,9 @@ every record has a checksum, and is found by an index that is data; nothing here
 import io
 import math
 import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import IO, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -24,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan
 
 from fabric_core.errors import CheckpointError
-from fabric_plugins.checkpoints._archive import HEADER
+from fabric_plugins.checkpoints._archive import HEADER, Counted
 from fabric_plugins.checkpoints._manifest import checked_name, checksum, field
 from fabric_plugins.checkpoints._places import Folder
 from fabric_plugins.checkpoints._tree import KeyPath
@@ -87,9 +86,9 @@ class Writer:
                 local = tensor.detach().cpu().contiguous()
                 if local.untyped_storage().nbytes() != local.nbytes:
                     local = local.clone()  # a view would take its whole storage along
-                counted = _Counted(file)
+                counted = Counted(file)
                 place = file.tell()
-                torch.save(local, counted)  # type: ignore[arg-type] # it asks for write alone
+                counted.save(local)
                 chunk = item.tensor_data.chunk
                 records.setdefault(item.index.fqn, []).append(
                     Record(tuple(chunk.offsets), tuple(chunk.sizes), name, place, counted.length, counted.checksum)
@@ -112,33 +111,6 @@ class Writer:
                 "records": [[list(part) if isinstance(part, tuple) else part for part in one] for one in records[key]],
             }
         return result
-
-
-class _Counted(io.RawIOBase):
-    """Passes bytes on to a file, and keeps their number and checksum."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__()
-        self._file = file
-        self._value = 0
-        self.length = 0
-
-    @property
-    def checksum(self) -> str:
-        """The checksum of everything that was written."""
-        return f"{self._value:08x}"
-
-    def writable(self) -> bool:
-        """It is."""
-        return True
-
-    def write(self, data: Any) -> int:
-        """Write all of it."""
-        self._value = zlib.crc32(data, self._value)
-        length = memoryview(data).nbytes
-        self.length += length
-        self._file.write(data)
-        return length
 
 
 class Index:

@@ -113,7 +113,7 @@ def _refuse_foreign(url: str) -> None:
 
 
 def _write(file: IO[bytes], tree: dict[str, Any], about: Any) -> None:
-    torch.save(tree, file)
+    _archive.Counted(file).save(tree)
     body = {"format": _KIND, "version": VERSION, ABOUT: about, "entries": sorted(map(str, tree))}
     _archive.append(file, encode(body))
 

@@ -102,7 +102,7 @@ class RayLauncher(Launcher):
             try:
                 self._run(order, actors)
             except RankFailedError as error:
-                print(error, file=sys.stderr)  # noqa: T201 - the last word, after the ranks' own
+                print(error, file=sys.stderr)
                 raise SystemExit(error.fields["exit_code"]) from None
             raise SystemExit(0)
 

@@ -1,0 +1,121 @@
+"""Saves in processes that are killed, and says what is left each time: ``python killing.py FOLDER TRIALS FORMAT RANKS``.
+
+Everything is imported once; the savers are forks. One line of JSON for each kill: whether a checkpoint was complete
+before, what a load gave after it, and what lay beside it once another save had been through.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed.fsdp
+from torch import nn
+
+from fabric_core import Fabric
+
+SIZE = 300
+
+
+def _port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "kill", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+
+
+def _fabric(ranks: int) -> Fabric:
+    strategy: Any = "fsdp:state_dict_type=sharded" if ranks > 1 else "single_device"
+    fabric = Fabric(accelerator="cpu", strategy=strategy, devices=ranks)
+    fabric.launch()
+    return fabric
+
+
+def _saver(path: Path, form: str, ranks: int, ready: int, *, exchange: bool) -> None:
+    fabric = _fabric(ranks)
+    model = fabric.setup(nn.Linear(SIZE, SIZE))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    fabric.barrier()
+    os.write(ready, b".")
+    with patch("fabric_plugins.checkpoints._files._EXCHANGE", 2 if exchange else 1 << 30):
+        for number in range(1, 10_000):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.fill_(float(number))
+            fabric.save(path, {"model": model, "number": number}, format=form)
+
+
+def _load(path: Path) -> Any:
+    with Fabric(accelerator="cpu", devices=1) as fabric:
+        model = nn.Linear(SIZE, SIZE)
+        state = {"model": model, "number": 0}
+        fabric.load(path, state)
+        weights = model.weight.unique().tolist()
+        return state["number"] if weights == [float(state["number"])] else f"torn: {weights[:3]}"
+
+
+def main() -> None:
+    """Kill savers at random moments."""
+    folder, trials, form, ranks = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    torch.set_num_threads(1)
+    draw = random.Random(f"{form} {ranks}")  # noqa: S311 - no secret
+    for trial in range(trials):
+        path = folder / f"state-{trial // 4}"  # the first of four finds nothing there
+        complete = os.path.lexists(path)
+        port = _port()
+        read, write = os.pipe()
+        exchange = trial % 2 == 0
+        children = []
+        for rank in range(ranks):
+            child = os.fork()
+            if child == 0:
+                os.environ.update(_environment(rank, ranks, port) if ranks > 1 else {})
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, 2)
+                try:
+                    _saver(path, form, ranks, write, exchange=exchange)
+                finally:
+                    os._exit(1)
+            children.append(child)
+        os.read(read, 1)
+        time.sleep(draw.uniform(0.0, 0.25))
+        os.kill(draw.choice(children), signal.SIGKILL)
+        time.sleep(draw.uniform(0.0, 0.02))
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        try:
+            got = _load(path)
+        except Exception as error:  # noqa: BLE001 - it is reported
+            got = f"{type(error).__name__}: {error}"
+        with Fabric(accelerator="cpu", devices=1) as fabric:
+            fabric.save(path, {"model": nn.Linear(SIZE, SIZE), "number": -1}, format=form)
+        beside = sorted(one.name for one in folder.iterdir() if not one.name.startswith("state-"))
+        print(json.dumps({"complete": complete, "got": got, "beside": beside}), flush=True)  # noqa: T201
+        fresh = Fabric(accelerator="cpu", devices=1)
+        with fresh:
+            model = nn.Linear(SIZE, SIZE)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.fill_(0.0)
+            fresh.save(path, {"model": model, "number": 0}, format=form)
+
+
+if __name__ == "__main__":
+    main()
