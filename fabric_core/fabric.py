@@ -37,6 +37,7 @@ from fabric_core.running import reporting, seeding
 from fabric_core.running.asynchronous import SaveHandle
 from fabric_core.running.checkpointing import Checkpointing
 from fabric_core.running.launching import agree, check_connected, detect, environment, make_world
+from fabric_core.running.seeding import RandomState
 from fabric_core.wrapping import (
     Around,
     BackwardPass,
@@ -55,6 +56,7 @@ from fabric_core.wrapping import (
     first_device,
     gradient_sync,
     is_wrapped,
+    seed_apart,
     shard,
     strategy_module,
     to_device,
@@ -543,12 +545,13 @@ class Fabric:
                     where="fabric.setup_dataloaders",
                     instead="use it as it is",
                 )
-            loader = given
+            loader, index, count = given, *self._strategy.data_shard()
+            loader, stream = seed_apart(loader, index, count)
             if use_distributed_sampler:
-                loader = shard(loader, *self._strategy.data_shard(), lambda seed: self._strategy.broadcast(seed, 0))
+                loader = shard(loader, index, count, lambda seed: self._strategy.broadcast(seed, 0))
             for wrapper in self._wrappers:
                 loader = wrapper.wrap_dataloader(loader)
-            wrapped.append(FabricDataLoader(loader, self.device if move_to_device else None, given))
+            wrapped.append(FabricDataLoader(loader, self.device if move_to_device else None, given, stream))
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     def _stage(self, stage: str) -> Iterator[Wrapper]:
@@ -834,6 +837,14 @@ class Fabric:
     ) -> None:
         """Load a file that holds one bare state dict into one model or optimizer; ``weights_only`` as for ``load``."""
         self._checkpointing.load_raw(path, obj, self._connected(), strict=strict, weights_only=weights_only)
+
+    @property
+    def random_state(self) -> RandomState:
+        """The random numbers of this process, for the state that ``save`` and ``load`` are given; each rank's is saved.
+
+        Python's, NumPy's, PyTorch's, and those of the accelerator's current device.
+        """
+        return RandomState()
 
     # Saying what happens
 

@@ -204,10 +204,8 @@ class ModelSync(Notes):
             return
         complete = len(self._reached) >= len(self._expected)
         if not sync.averaged(inner, complete=complete):
-            missing = sorted(self._expected - self._reached)
-            self._why = (
-                f"the strategy waits for gradients of {self.shown(missing)}" if missing else "it did not average"
-            )
+            missing = self.shown(sorted(self._expected - self._reached))
+            self._why = f"the strategy waits for gradients of {missing}" if missing else "the strategy averaged nothing"
             return
         self._prepared = False
         if self._skipping:

@@ -60,8 +60,8 @@ class StepGuard:
                 return None if look is None else look(optimizer, args, kwargs)
 
             self._handle = register_optimizer_step_pre_hook(before)
-        handle = self._handle
-        return lambda: handle.remove()
+        remove: Callable[[], None] = self._handle.remove
+        return remove
 
     def close(self) -> None:
         """Watch no more."""
