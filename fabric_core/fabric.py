@@ -604,6 +604,8 @@ class Fabric:
         """
         if args:
             kwargs.update(zip(_BACKWARD[: len(args)], args, strict=True))
+        if self._world is None:
+            self.world  # noqa: B018 - connects a single process, and refuses several that are not launched
         loss = self._precision.scale_loss(tensor)
         module = self._called(model)
         if self._guard is None and self._sync is None:
@@ -645,7 +647,13 @@ class Fabric:
         Raises:
             RuntimeError: The norm is not finite, and that is an error.
             RequestError: Both or none of ``clip_val`` and ``max_norm`` are given.
+            MisuseError: The model is not what ``setup`` returned.
         """
+        if not isinstance(uncompiled(module), FabricModule):
+            raise MisuseError(
+                "the model was not set up", where="fabric.clip_gradients", got=type(module).__name__,
+                instead="what fabric.setup returned",
+            )  # fmt: skip
         if (clip_val is None) == (max_norm is None):
             raise RequestError(
                 "exactly one way of clipping is needed",
@@ -857,11 +865,11 @@ class Fabric:
         reporting.call(self._request.callbacks, hook_name, args, kwargs)
 
     def log(self, name: str, value: Any, step: int | None = None) -> None:
-        """Give a number to the loggers."""
+        """Give a number to the loggers, on rank 0; without a logger, nothing happens."""
         self.log_dict({name: value}, step)
 
     def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Give numbers to the loggers, on rank 0.
+        """Give numbers to the loggers, on rank 0; without a logger, nothing happens.
 
         Args:
             metrics: Under their names numbers, or tensors and arrays of one element; what else there is goes to the
