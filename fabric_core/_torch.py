@@ -35,7 +35,7 @@ def after_backward(function: Callable[[], None]) -> None:
     It is called in a hook of the pass. A strategy's own callbacks, such as DDP's, may be queued after it and before the
     end; so this one queues itself once more, behind them. A public ``queue_callback`` would replace it.
     """
-    queue = torch.autograd.Variable._execution_engine.queue_callback  # type: ignore[attr-defined] # noqa: SLF001
+    queue = torch.autograd.Variable._execution_engine.queue_callback  # noqa: SLF001
     queue(lambda: queue(function))
 
 

@@ -32,6 +32,7 @@ from fabric_core.running.asynchronous import SaveHandle
 from fabric_core.running.checkpointing import Checkpointing
 from fabric_core.running.launching import environment
 from fabric_core.running.processes import Processes
+from fabric_core.running.seeding import RandomState
 from fabric_core.wrapping import (
     FabricDataLoader,
     FabricModule,
@@ -339,6 +340,8 @@ class Fabric(Processes):
         """
         if args:
             kwargs.update(zip(_BACKWARD[: len(args)], args, strict=True))
+        if self._world is None:
+            self.world  # noqa: B018 - connects a single process, and refuses several that are not launched
         loss = self._precision.scale_loss(tensor)
         with self._setup.backward_pass():
             self._strategy.backward(loss, self._setup.called(model), kwargs)
@@ -369,7 +372,13 @@ class Fabric(Processes):
         Raises:
             RuntimeError: The norm is not finite, and that is an error.
             RequestError: Both or none of ``clip_val`` and ``max_norm`` are given.
+            MisuseError: The model is not what ``setup`` returned.
         """
+        if not isinstance(uncompiled(module), FabricModule):
+            raise MisuseError(
+                "the model was not set up", where="fabric.clip_gradients", got=type(module).__name__,
+                instead="what fabric.setup returned",
+            )  # fmt: skip
         if (clip_val is None) == (max_norm is None):
             raise RequestError(
                 "exactly one way of clipping is needed",
@@ -473,6 +482,14 @@ class Fabric(Processes):
         """Load a file that holds one bare state dict into one model or optimizer; ``weights_only`` as for ``load``."""
         self._checkpointing.load_raw(path, obj, self._connected(), strict=strict, weights_only=weights_only)
 
+    @property
+    def random_state(self) -> RandomState:
+        """The random numbers of this process, for the state that ``save`` and ``load`` are given; each rank's is saved.
+
+        Python's, NumPy's, PyTorch's, and those of the accelerator's current device.
+        """
+        return RandomState()
+
     # Saying what happens
 
     def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
@@ -484,11 +501,11 @@ class Fabric(Processes):
         reporting.call(self._request.callbacks, hook_name, args, kwargs)
 
     def log(self, name: str, value: Any, step: int | None = None) -> None:
-        """Give a number to the loggers."""
+        """Give a number to the loggers, on rank 0; without a logger, nothing happens."""
         self.log_dict({name: value}, step)
 
     def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Give numbers to the loggers, on rank 0.
+        """Give numbers to the loggers, on rank 0; without a logger, nothing happens.
 
         Args:
             metrics: Under their names numbers, or tensors and arrays of one element; what else there is goes to the

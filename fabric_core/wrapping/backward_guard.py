@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import nn
@@ -121,6 +121,7 @@ class ParameterGuard(BackwardGuard):
     def __init__(self, owner: object, why: str) -> None:
         super().__init__(owner, why)
         self._watched: WeakKeyDictionary[Any, _Watched] = WeakKeyDictionary()
+        self._with_notes: WeakSet[_Watched] = WeakSet()
 
     def watch_module(self, module: nn.Module) -> None:
         """Watch a model's parameters; those that it has now, where it was watched before."""
@@ -136,51 +137,67 @@ class ParameterGuard(BackwardGuard):
         before = self._watched.pop(key, None)
         if before is not None:
             before.close()
+            self._with_notes.discard(before)
         named = list(parameters)
         if named:
-            self._watched[key] = _Watched(named, self._owner, lambda name: self._refuse(f"the gradient of {name}"))
+            self._watched[key] = _Watched(named, key, self._owner, self._with_notes, self._refuse)
 
     def scaled(self, optimizer: Optimizer) -> str | None:
         """As the base class says."""
-        held: set[int] | None = None
-        for notes in self._watched.values():
-            if notes.noted:
-                held = held_by(optimizer) if held is None else held
-                found = notes.with_gradients(held)
-                if found:
-                    return notes.shown(found)
+        if not self._with_notes:
+            return None
+        held = held_by(optimizer)
+        for notes in list(self._with_notes):
+            found = notes.with_gradients(held)
+            if found:
+                return notes.shown(found)
         return None
 
     def forget(self, optimizer: Optimizer | None, module: nn.Module | None = None) -> None:
         """As the base class says."""
-        held: set[int] | None = None
-        for key, notes in self._watched.items():
-            if not notes.noted:
-                continue
-            if optimizer is None:
-                if key is module:
-                    notes.noted.clear()
-            else:
-                held = held_by(optimizer) if held is None else held
+        if not self._with_notes:
+            return
+        held = None if optimizer is None else held_by(optimizer)
+        for notes in list(self._with_notes):
+            if held is not None:
                 notes.forget(held)
+            elif notes.of() is module:
+                notes.noted.clear()
+            if not notes.noted:
+                self._with_notes.discard(notes)
 
     def close(self) -> None:
         """As the base class says."""
         for notes in self._watched.values():
             notes.close()
         self._watched.clear()
+        self._with_notes.clear()
 
 
 class _Watched(Notes):
-    """The nodes of some parameters: they are kept, because a parameter itself holds its own but weakly."""
+    """The nodes of some parameters: they are kept, because a parameter itself holds its own but weakly.
+
+    Args:
+        parameters: Their names and themselves.
+        key: The model or optimizer that they are of.
+        owner: Whose backward passes are let through.
+        with_notes: Where it adds itself when something is noted.
+        refuse: Makes the error for any other backward pass.
+    """
 
     def __init__(
-        self, parameters: list[tuple[str, torch.Tensor]], owner: object, error: Callable[[str], MisuseError]
+        self,
+        parameters: list[tuple[str, torch.Tensor]],
+        key: Any,
+        owner: object,
+        with_notes: "WeakSet[_Watched]",
+        refuse: Callable[[str], MisuseError],
     ) -> None:
         super().__init__(parameters)
+        self.of = ref(key)
         self._nodes: list[Any] = []
         self._handles: list[Any] = []
-        note = self.noted.add
+        note, noted, own = self.noted.add, self.noted, ref(self)
         for index, (name, parameter) in enumerate(parameters):
             frozen = not parameter.requires_grad
             # Only what is trainable has a node; it stays when the parameter is frozen again.
@@ -192,7 +209,9 @@ class _Watched(Notes):
 
             def arrived(_gradients: Any, index: int = index, name: str = name) -> None:
                 if running_pass(owner) is None:
-                    raise error(name)
+                    raise refuse(f"the gradient of {name}")
+                if not noted:
+                    with_notes.add(own())  # type: ignore[arg-type] # what has nodes is alive
                 note(index)
 
             self._nodes.append(node)

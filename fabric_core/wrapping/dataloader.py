@@ -3,7 +3,7 @@
 import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sized
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 from torch.utils.data import (
@@ -17,9 +17,10 @@ from torch.utils.data import (
 
 from fabric_core.contracts import map_tensors
 from fabric_core.errors import CheckpointError, SetupError
+from fabric_core.randomness import derived, kept, random_state, seed_sources, set_random_state
 from fabric_core.wrapping.sampler import DividedSampler
 
-__all__ = ["FabricDataLoader", "shard", "to_device"]
+__all__ = ["FabricDataLoader", "seed_apart", "shard", "to_device"]
 
 _END: Final = object()
 
@@ -34,24 +35,28 @@ class FabricDataLoader(DataLoader[Any]):
         loader: The loader, as the strategy and the wrappers made it.
         device: Where batches go; ``None`` leaves them.
         original: The user's own loader.
+        stream: Which of several streams of random numbers the items draw from, where this process makes them itself;
+            ``None`` is the process's own.
     """
 
     _fabric_inner: Any
     _fabric_device: torch.device | None
     _fabric_original: Any
+    _fabric_stream: int | None
     _fabric_epoch: int
     _fabric_told: int
     _fabric_yielded: int
     _fabric_random: dict[str, Any]
     _fabric_resume: Mapping[str, Any] | None
 
-    def __init__(self, loader: Any, device: torch.device | None, original: Any) -> None:
+    def __init__(self, loader: Any, device: torch.device | None, original: Any, stream: int | None = None) -> None:
         # Not `DataLoader.__init__`: it would make a second set of samplers, workers and checks.
         epoch = next((sampler.epoch for sampler in _epoch_samplers(loader) if _counts(sampler)), 0)
         self.__dict__.update(
             _fabric_inner=loader,
             _fabric_device=device,
             _fabric_original=original,
+            _fabric_stream=stream,
             _fabric_epoch=epoch,
             _fabric_told=epoch,
             _fabric_yielded=0,
@@ -87,12 +92,12 @@ class FabricDataLoader(DataLoader[Any]):
         for sampler in _epoch_samplers(inner):
             sampler.set_epoch(self._fabric_epoch)
         own.update(_fabric_told=self._fabric_epoch, _fabric_yielded=skipped)
-        if resume is None or "loader" in resume:
+        if resume is None or "loader" in resume or not skipped:
             own["_fabric_random"] = _random_state(inner)
-            batches = iter(inner)
+            batches = _begun(inner, self._fabric_stream)
         else:
             own["_fabric_random"] = dict(resume["random"])
-            batches = _skipped(inner, skipped, resume["random"])
+            batches = _skipped(inner, self._fabric_stream, skipped, resume["random"])
         return self._fabric_counted(self._fabric_placed(batches))
 
     def _fabric_placed(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -260,22 +265,49 @@ def _generators(loader: Any) -> list[torch.Generator]:
 
 
 def _random_state(loader: Any) -> dict[str, Any]:
-    """Give what the order of an epoch that begins now will be drawn from."""
-    return {
-        "default": torch.get_rng_state(),
-        "generators": [generator.get_state() for generator in _generators(loader)],
-    }
+    """Give what an epoch that begins now will be drawn from."""
+    state = random_state()
+    state.pop("device", None)
+    return {"sources": state, "generators": [generator.get_state() for generator in _generators(loader)]}
 
 
-def _skipped(loader: Any, count: int, random: Mapping[str, Any]) -> Iterator[Any]:
-    """Begin an epoch as it was begun before, and pass over its first batches."""
-    if not count:
+def _begun(loader: Any, stream: int | None) -> Iterator[Any]:
+    """Begin an epoch.
+
+    Args:
+        loader: The loader.
+        stream: As for ``FabricDataLoader``.
+    """
+    if stream is None:
         return iter(loader)
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(random["default"])
+    seed = derived(int(torch.empty((), dtype=torch.int64).random_().item()), stream)
+    return _drawn_apart(iter(loader), seed)
+
+
+def _drawn_apart(batches: Iterator[Any], seed: int) -> Iterator[Any]:
+    """Let the making of batches draw from random numbers of its own."""
+    state: dict[str, Any] | None = None
+    while True:
+        with kept():
+            if state is None:
+                seed_sources(seed)
+            else:
+                set_random_state(state)
+            batch = next(batches, _END)
+            state = random_state()
+            state.pop("device", None)
+        if batch is _END:
+            return
+        yield batch
+
+
+def _skipped(loader: Any, stream: int | None, count: int, random: Mapping[str, Any]) -> Iterator[Any]:
+    """Begin an epoch as it was begun before, and pass over its first batches."""
+    with kept():
+        set_random_state(random["sources"])
         for generator, state in zip(_generators(loader), random["generators"], strict=True):
             generator.set_state(state)
-        batches = iter(loader)
+        batches = _begun(loader, stream)
         for _ in range(count):
             if next(batches, _END) is _END:
                 raise CheckpointError(
@@ -283,7 +315,43 @@ def _skipped(loader: Any, count: int, random: Mapping[str, Any]) -> Iterator[Any
                     where="load_state_dict of a data loader",
                     instead="the same data, batch size and number of ranks as when it was saved",
                 )
-    return cast("Iterator[Any]", batches)
+    return batches
+
+
+class _SeededWorker:
+    """Seeds a worker of a loader as one of this rank, then lets the user's own function run.
+
+    PyTorch has seeded it from the epoch's seed, which every rank may have drawn alike.
+    """
+
+    def __init__(self, stream: int, then: Callable[[int], None] | None) -> None:
+        self._stream = stream
+        self._then = then
+
+    def __call__(self, worker: int) -> None:
+        seed_sources(derived(torch.initial_seed(), self._stream))
+        if self._then is not None:
+            self._then(worker)
+
+
+def seed_apart(loader: Any, index: int, count: int) -> tuple[Any, int | None]:
+    """Let what a loader's items draw at random differ between the parts of the data.
+
+    Args:
+        loader: A loader; it is copied where it changes.
+        index: Which part it reads.
+        count: How many parts there are.
+
+    Returns:
+        The loader, and the stream of random numbers for ``FabricDataLoader``.
+    """
+    if count == 1 or not isinstance(loader, DataLoader):
+        return loader, None
+    if not loader.num_workers:
+        return loader, index
+    clone = copy.copy(loader)
+    clone.__dict__.update(worker_init_fn=_SeededWorker(index, loader.worker_init_fn), _iterator=None)
+    return clone, None
 
 
 def shard(loader: Any, index: int, count: int, agree: Callable[[int], int]) -> Any:

@@ -22,9 +22,9 @@ class GradientSync:
     """Watches the models of one ``Fabric`` under a strategy that averages gradients.
 
     [Note: unsynchronized gradients] A hook on each parameter notes that a gradient was added to it. At the end of the
-    backward pass, after all that the strategy does then, the notes of a model are cleared if the strategy averaged them:
-    if a synchronized forward pass came before, or none needs to, and the strategy says that it did. What is still noted
-    when an optimizer steps belongs to this rank alone, however it came there.
+    backward pass, after all that the strategy does then, the notes of a model are cleared if the strategy averaged: a
+    synchronized forward pass came before, or none needs to, and the strategy says that it did. What is still noted when
+    an optimizer steps belongs to this rank alone, however it came there.
 
     Args:
         strategy: The bound strategy.
@@ -128,7 +128,8 @@ class ModelSync(Notes):
             # PyTorch hooks only what is trainable; the hook stays when the parameter is frozen again.
             if frozen:
                 parameter.requires_grad_(True)
-            self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(index)))
+            handle = parameter.register_post_accumulate_grad_hook(self._hook(index))  # type: ignore[no-untyped-call]
+            self._handles.append(handle)
             if frozen:
                 parameter.requires_grad_(False)
 
@@ -204,10 +205,8 @@ class ModelSync(Notes):
             return
         complete = len(self._reached) >= len(self._expected)
         if not sync.averaged(inner, complete=complete):
-            missing = sorted(self._expected - self._reached)
-            self._why = (
-                f"the strategy waits for gradients of {self.shown(missing)}" if missing else "it did not average"
-            )
+            missing = self.shown(sorted(self._expected - self._reached))
+            self._why = f"the strategy waits for gradients of {missing}" if missing else "the strategy averaged nothing"
             return
         self._prepared = False
         if self._skipping:

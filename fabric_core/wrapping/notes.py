@@ -29,7 +29,7 @@ class Notes:
     def with_gradients(self, held: set[int]) -> list[int]:
         """Give those of what is noted that an optimizer holds and that have a gradient; forget those that have none."""
         found = []
-        for index in sorted(self.noted):
+        for index in sorted(self.noted):  # the set itself changes
             parameter = self._references[index]()
             if parameter is None or parameter.grad is None:
                 self.noted.discard(index)
@@ -39,7 +39,10 @@ class Notes:
 
     def forget(self, held: set[int]) -> None:
         """Forget what is noted of the parameters that an optimizer holds."""
-        self.noted.difference_update([index for index in self.noted if id(self._references[index]()) in held])
+        references = self._references
+        kept = [index for index in self.noted if id(references[index]()) not in held]
+        self.noted.clear()
+        self.noted.update(kept)
 
     def shown(self, indices: Iterable[int]) -> str:
         """Name parameters, for a message."""

@@ -16,7 +16,7 @@ from fabric_core.errors import MisuseError, SetupError
 from fabric_core.wrapping.backward_guard import BackwardPass, backward_guard
 from fabric_core.wrapping.checks import check_counts, check_model, check_optimizer, check_same, check_trains
 from fabric_core.wrapping.compiled import compile_again, uncompiled
-from fabric_core.wrapping.dataloader import FabricDataLoader, shard
+from fabric_core.wrapping.dataloader import FabricDataLoader, seed_apart, shard
 from fabric_core.wrapping.gradient_sync import gradient_sync
 from fabric_core.wrapping.module import Around, FabricModule, Route, first_device, strategy_module
 from fabric_core.wrapping.optimizer import FabricOptimizer, wrap_optimizer
@@ -172,12 +172,13 @@ class Setup:
                 where="fabric.setup_dataloaders",
                 instead="use it as it is",
             )
-        loader = given
+        loader, index, count = given, *self._strategy.data_shard()
+        loader, stream = seed_apart(loader, index, count)
         if divide:
-            loader = shard(loader, *self._strategy.data_shard(), lambda seed: self._strategy.broadcast(seed, 0))
+            loader = shard(loader, index, count, lambda seed: self._strategy.broadcast(seed, 0))
         for wrapper in self._wrappers:
             loader = wrapper.wrap_dataloader(loader)
-        return FabricDataLoader(loader, device, given)
+        return FabricDataLoader(loader, device, given, stream)
 
     def backward_pass(self) -> AbstractContextManager[Any]:
         """Give the context of one call of ``fabric.backward``."""

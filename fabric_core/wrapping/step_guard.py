@@ -60,8 +60,8 @@ class StepGuard:
                 return None if look is None else look(optimizer, args, kwargs)
 
             self._handle = register_optimizer_step_pre_hook(before)
-        handle = self._handle
-        return lambda: handle.remove()
+        remove: Callable[[], None] = self._handle.remove
+        return remove
 
     def close(self) -> None:
         """Watch no more."""
@@ -127,14 +127,13 @@ class StepGuard:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             return None
-        evaluate = closure
 
-        def closure() -> Any:
-            loss = evaluate()
+        def evaluated() -> Any:
+            loss = closure()
             self._check_raw(optimizer)
             return loss
 
-        return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closure})
+        return ((args[0], evaluated, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": evaluated})
 
     def _check_raw(self, optimizer: Optimizer) -> None:
         scaled = None if self._backward is None else self._backward.scaled(optimizer)

@@ -37,7 +37,7 @@ class SafetensorsCheckpoint(Checkpoint):
     begin with theirs. Plain values and optimizers are refused. Needs the package ``safetensors``.
     """
 
-    capabilities = CheckpointCapabilities(priority=0, suffixes=(_SUFFIX,), plain_values=False)
+    capabilities = CheckpointCapabilities(suffixes=(_SUFFIX,), plain_values=False)
     Options = SafetensorsOptions
     options: SafetensorsOptions
 

@@ -113,8 +113,8 @@ class Float16MixedPrecision(_MixedPrecision):
         self._collectives: Collectives | None = None
         self._losses = 0
         """How many losses were scaled."""
-        self._progress: WeakKeyDictionary[Optimizer, _Progress] = WeakKeyDictionary()
-        self._looked = False
+        self._states: WeakKeyDictionary[Optimizer, _OptimizerState] = WeakKeyDictionary()
+        self._unscaled = False
         """Whether outstanding gradients may have their true size."""
         self._overflowed: bool | None = None
         """Whether a step of this iteration was skipped; ``None`` before the first step with gradients."""
@@ -125,25 +125,34 @@ class Float16MixedPrecision(_MixedPrecision):
 
     def setup_optimizer(self, optimizer: Optimizer) -> None:
         """Know it before its first step, because its gradients may be outstanding by then."""
-        self._progress.setdefault(optimizer, _Progress())
+        self._state_of(optimizer)
+
+    def _state_of(self, optimizer: Optimizer) -> "_OptimizerState":
+        """Give the loss-scaling state of an optimizer."""
+        state = self._states.get(optimizer)
+        if state is None:
+            state = self._states[optimizer] = _OptimizerState()
+        return state
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """End the iteration whose steps were taken, and scale the loss."""
         if self._overflowed is not None:
             self._end_iteration()
-        elif self._looked:
-            self._rescale(lambda: None)
+        elif self._unscaled:
+            self._rescale(_nothing)
         self._losses += 1
         return self._scaler.scale(loss)
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the scale, once, and look for an overflow."""
-        progress = self._progress.setdefault(optimizer, _Progress())
-        if progress.unscaled or progress.losses == self._losses:
+        self._unscale(optimizer, self._state_of(optimizer))
+
+    def _unscale(self, optimizer: Optimizer, state: "_OptimizerState") -> None:
+        if state.unscaled or state.losses == self._losses:
             return
-        found = self._scaler.look(optimizer)
-        progress.found = found if progress.found is None else torch.maximum(found, progress.found)
-        progress.unscaled = self._looked = True
+        found = self._scaler.unscale_and_check(optimizer)
+        state.found = found if state.found is None else torch.maximum(found, state.found)
+        state.unscaled = self._unscaled = True
 
     def optimizer_step(
         self,
@@ -202,9 +211,9 @@ class Float16MixedPrecision(_MixedPrecision):
 
     def _may_step(self, optimizer: Optimizer) -> bool:
         """Say whether no gradient overflowed, on any rank; count the step as taken."""
-        self.unscale_gradients(optimizer)
-        progress = self._progress[optimizer]
-        if progress.losses == self._losses:
+        state = self._state_of(optimizer)
+        self._unscale(optimizer, state)
+        if state.losses == self._losses:
             if next(_gradients(optimizer), None) is not None:
                 raise MisuseError(
                     "the gradients don't come from a scaled loss, or the optimizer has stepped on them before",
@@ -212,13 +221,13 @@ class Float16MixedPrecision(_MixedPrecision):
                     instead="fabric.backward(loss) before each step, in the place of loss.backward()",
                 )
             return True
-        found = progress.found
+        found = state.found
         if found is None:
             raise AssertionError("gradients were unscaled, and nobody looked at them")
-        if self._collectives is not None:
+        if self._collectives is not None and self._collectives.world_size > 1:
             found = self._collectives.all_reduce(found, None, "max")
         verdict = found.item()
-        progress.losses, progress.unscaled, progress.found = self._losses, False, None
+        state.losses, state.unscaled, state.found = self._losses, False, None
         if verdict != _NO_GRADIENTS:
             self._overflowed = bool(self._overflowed) or verdict >= _OVERFLOW
         return verdict < _OVERFLOW
@@ -226,33 +235,48 @@ class Float16MixedPrecision(_MixedPrecision):
     def _end_iteration(self) -> None:
         overflowed = bool(self._overflowed)
         self._overflowed = None
-        self._rescale(lambda: self._scaler.settle(overflowed=overflowed))
-        for progress in self._progress.values():
-            progress.found = None
+        if not overflowed and self._scaler.skips_update():
+            if self._unscaled:
+                self._rescale(_nothing, end=True)
+            return
+        self._rescale(lambda: self._scaler.update_scale(overflowed=overflowed), end=True)
 
-    def _rescale(self, change: Callable[[], None]) -> None:
-        """Change the scale, and bring outstanding gradients to the new one ([Note: outstanding gradients])."""
-        outstanding = [
-            (progress, gradients)
-            for optimizer, progress in self._progress.items()
-            if progress.losses != self._losses and (gradients := list(_gradients(optimizer)))
-        ]
-        before = self._scaler.current() if outstanding else None
+    def _rescale(self, change: Callable[[], None], *, end: bool = False) -> None:
+        """Change the scale, and bring outstanding gradients to the new one ([Note: outstanding gradients]).
+
+        Args:
+            change: Changes it, or does nothing.
+            end: The iteration is over, and what was found in it counts no more.
+        """
+        outstanding = []
+        for optimizer, state in self._states.items():
+            if state.losses != self._losses:
+                gradients = list(_gradients(optimizer))
+                if gradients:
+                    outstanding.append((state, gradients))
+                else:
+                    state.unscaled = False
+            if end:
+                state.found = None
+        before = self._scaler.current_scale() if outstanding else None
         change()
-        after = self._scaler.current() if outstanding else None
+        after = self._scaler.current_scale() if outstanding else None
         if before is not None and after is not None:
-            for progress, gradients in outstanding:
-                factor = after if progress.unscaled else after / before
+            for state, gradients in outstanding:
+                factor = after if state.unscaled else after / before
                 for gradient in gradients:
                     gradient.mul_(factor.to(gradient.device))
-        for progress in self._progress.values():
-            progress.unscaled = False
-        self._looked = False
+                state.unscaled = False
+        self._unscaled = False
+
+
+def _nothing() -> None:
+    """Leave the scale as it is."""
 
 
 @dataclass
-class _Progress:
-    """How far an optimizer is.
+class _OptimizerState:
+    """The loss-scaling state of an optimizer.
 
     Args:
         losses: How many losses were scaled when it last stepped; its gradients are outstanding while there are more.
@@ -266,33 +290,70 @@ class _Progress:
 
 
 class _Scaler(GradScaler):
-    """PyTorch's scaler; it looks at a rank's own part of each gradient, whatever mesh the whole is spread over."""
+    """PyTorch's scaler; it looks at a rank's own part of each gradient, whatever mesh the whole is spread over.
 
-    def look(self, optimizer: Optimizer) -> torch.Tensor:
+    Most updates only count an iteration without an overflow. Those are counted here, and told to PyTorch's tensors when
+    somebody looks at them or the scale changes.
+    """
+
+    _uncounted = 0
+    _before_growth: int | None = None
+    """After how many more iterations without an overflow the scale grows; ``None`` is to be looked up."""
+
+    def unscale_and_check(self, optimizer: Optimizer) -> torch.Tensor:
         """Divide the gradients by the scale, and give what was found in them, as a scalar."""
         self._per_optimizer_states.clear()
         self.unscale_(optimizer)
-        scale = self._made()
+        scale = self._scale_tensor()
         # Where the scale is, whatever this rank's gradients are: the ranks must agree on the device to compare.
         found: list[torch.Tensor] = [one.to(scale.device) for one in self._found_inf_per_device(optimizer).values()]
         if len(found) == 1:
             return found[0]
         return torch.stack(found).amax() if found else torch.full_like(scale, _NO_GRADIENTS)
 
-    def settle(self, *, overflowed: bool) -> None:
+    def skips_update(self) -> bool:
+        """Count an iteration without an overflow, where that is all that an update would do."""
+        if self._before_growth is None:
+            self._before_growth = self.get_growth_interval() - self._get_growth_tracker()
+        if self._before_growth <= 1:
+            return False
+        self._before_growth -= 1
+        self._uncounted += 1
+        return True
+
+    def update_scale(self, *, overflowed: bool) -> None:
         """Update the scale after an iteration."""
-        scale = self._made()
+        self._count()
+        scale = self._scale_tensor()
         self._per_optimizer_states.clear()
         self._per_optimizer_states[0]["found_inf_per_device"] = {
             scale.device: torch.full_like(scale, float(overflowed)),
         }
         self.update()
+        self._before_growth = None
 
-    def current(self) -> torch.Tensor | None:
+    def state_dict(self) -> dict[str, Any]:
+        """As PyTorch's, with every iteration counted."""
+        self._count()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As PyTorch's."""
+        self._uncounted, self._before_growth = 0, None
+        super().load_state_dict(state_dict)
+
+    def _count(self) -> None:
+        if self._uncounted:
+            tracker = self._growth_tracker
+            if tracker is not None:
+                tracker.add_(self._uncounted)
+            self._uncounted = 0
+
+    def current_scale(self) -> torch.Tensor | None:
         """Give the scale as a scalar of its own; ``None`` before the first loss."""
         return None if self._scale is None else self._scale.clone()
 
-    def _made(self) -> torch.Tensor:
+    def _scale_tensor(self) -> torch.Tensor:
         scale: torch.Tensor | None = self._scale
         if scale is None:
             raise AssertionError("no loss was scaled yet")

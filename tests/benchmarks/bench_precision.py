@@ -89,7 +89,7 @@ def step_of(fabric: Any, x: Tensor) -> Callable[[], object]:
 def lightning(precision: str) -> Any:
     """Make Lightning's façade, with a scale that overflows nowhere."""
     from lightning.fabric import Fabric as Theirs
-    from lightning.fabric.extensions.precision import MixedPrecision
+    from lightning.fabric.plugins.precision import MixedPrecision
 
     if precision == "16-mixed":
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)

@@ -74,11 +74,12 @@ UNSUPPORTED: dict[str, frozenset[str]] = {
     # It averages what has passed since the last backward pass, whose ever that was.
     "third-party-routed": frozenset({"a_copy", "an_adversarial_pair"}),
 }
-UNSUPPORTED["data-parallel"] = UNSUPPORTED["fsdp"] | {"penalty_in_the_loss"}
+UNSUPPORTED["data-parallel"] = (UNSUPPORTED["fsdp"] | {"penalty_in_the_loss"}) - {"gradient_penalty"}
 UNSUPPORTED["tensor-parallel"] = frozenset({"penalty_in_the_loss", "gradient_penalty_alone"})
 
 UNSEEN: dict[str, frozenset[str]] = {
     # PyTorch's DTensor takes the gradients that it redistributes for constants: docs/explanation/where-the-guards-end.md
+    "data-parallel": frozenset({"gradient_penalty"}),
     "tensor-parallel": frozenset({"gradient_penalty"}),
 }
 

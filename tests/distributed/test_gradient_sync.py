@@ -1,0 +1,178 @@
+"""What is noted of gradients that were not averaged: hooks come and go, and cost next to nothing."""
+
+import copy
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from fabric_core import Fabric
+from fabric_core.conformance.pool import RankPool
+from fabric_core.conformance.references import Averaging
+from fabric_core.contracts import StrategyCapabilities
+from fabric_core.errors import MisuseError
+
+
+def _hooks(net: nn.Module) -> int:
+    return sum(len(one._post_accumulate_grad_hooks or ()) for one in net.parameters())
+
+
+def _hooks_of_a_life() -> list[int]:
+    with Fabric(accelerator="cpu", strategy="ddp", devices=2) as fabric:
+        fabric.launch()
+        net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        model = fabric.setup(net)
+        seen = [_hooks(net)]
+        twin, shallow = copy.deepcopy(model), copy.copy(model)
+        seen += [_hooks(net), _hooks(twin.module), _hooks(copy.deepcopy(net))]
+        del shallow
+    return [*seen, _hooks(net), _hooks(twin.module)]
+
+
+def test_hooks_go_at_teardown_and_are_made_anew_in_copies(two_ranks: RankPool) -> None:
+    """One for each parameter; a deep copy has its own, a shallow one shares them, a bare copy has none."""
+    assert two_ranks.run(_hooks_of_a_life) == [[4, 4, 4, 0, 0, 0]] * 2
+
+
+def _none_alone() -> int:
+    with Fabric(accelerator="cpu", strategy="ddp", devices=1) as fabric:
+        net = nn.Linear(1, 1)
+        fabric.setup(net)
+        return _hooks(net)
+
+
+def test_one_process_pays_nothing() -> None:
+    """Without others to average with, there is no hook."""
+    assert _none_alone() == 0
+
+
+class LocalSteps(Averaging):
+    """Averages nothing before a step, and says so."""
+
+    capabilities = StrategyCapabilities(distributed=True, synchronous=False)
+
+    def averages(self, module: nn.Module) -> bool:
+        return False
+
+
+class Forgetful(Averaging):
+    """Averages nothing either, and doesn't say so: its own answer tells."""
+
+    def averages(self, module: nn.Module) -> bool:
+        return False
+
+
+def _step(strategy: Any) -> str:
+    with Fabric(accelerator="cpu", strategy=strategy, devices=2) as fabric:
+        fabric.launch()
+        net = nn.Linear(2, 1)
+        model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        fabric.backward(model(torch.ones(1, 2)).sum())
+        try:
+            optimizer.step()
+        except MisuseError as error:
+            return str(error)
+        return "stepped"
+
+
+def _steps() -> list[str]:
+    return [_step(LocalSteps()), _step(Forgetful()), _step(Averaging())]
+
+
+def test_only_synchronous_strategies_are_held_to_it(two_ranks: RankPool) -> None:
+    """One that declares otherwise steps; one that averages nothing and doesn't declare it, raises."""
+    for local, forgetful, averaging in two_ranks.run(_steps):
+        assert local == averaging == "stepped"
+        assert "gradients were not averaged over the ranks" in forgetful
+        assert "on gradients of Linear: weight, bias" in forgetful
+
+
+def _cost(count: int) -> float:
+    """Give the microseconds that noting adds to a backward pass, at the best."""
+    parameters = nn.ParameterList([nn.Parameter(torch.zeros(1)) for _ in range(count)])
+    fastest = []
+    with Fabric(accelerator="cpu", strategy=Averaging(), devices=2) as fabric:
+        fabric.launch()
+        torch.set_num_threads(1)
+
+        def once() -> float:
+            total = sum(parameters[1:], parameters[0]).sum()  # type: ignore[call-overload]
+            start = time.perf_counter()
+            total.backward()
+            return (time.perf_counter() - start) * 1e6
+
+        fastest.append(min(once() for _ in range(200)))
+        fabric._setup._sync.watch(parameters, parameters)  # type: ignore[union-attr]
+        fastest.append(min(once() for _ in range(200)))
+    return fastest[1] - fastest[0]
+
+
+def test_noting_is_cheap(two_ranks: RankPool) -> None:
+    """At most 1 µs for each parameter and 50 µs for a pass, with room for a busy machine."""
+    count = 300
+    assert min(two_ranks.run(_cost, count)) < 2 * (count + 50)
+
+
+class Drawing(Dataset[list[float]]):
+    """Gives what the sources of random numbers give."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> list[float]:
+        import random
+
+        import numpy as np
+
+        return [index, torch.rand(()).item(), float(np.random.rand()), random.random()]
+
+
+def _drawn(workers: int) -> list[Any]:
+    with Fabric(accelerator="cpu", strategy="ddp", devices=2) as fabric:
+        fabric.launch()
+        fabric.seed_everything(42)
+        loader = fabric.setup_dataloaders(DataLoader(Drawing(), batch_size=2, num_workers=workers))
+        return [[[column.tolist() for column in batch] for batch in loader] for _ in range(2)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_items_draw_other_numbers_on_every_rank_and_in_every_epoch(workers: int) -> None:
+    """By PyTorch, NumPy and Python alike; and the same ones when all is run again."""
+    with RankPool(2, parents=True) as pool:
+        first, again = pool.run(_drawn, workers), pool.run(_drawn, workers)
+    assert first == again
+    for source in (1, 2, 3):
+        drawn = [number for rank in first for epoch in rank for batch in epoch for number in batch[source]]
+        assert len(set(drawn)) == len(drawn) == 16
+
+
+def _unlaunched() -> str:
+    fabric = Fabric(accelerator="cpu", strategy="ddp", devices=2)
+    scale = torch.ones((), requires_grad=True)
+    try:
+        fabric.backward(scale * 2)
+    except MisuseError as error:
+        assert scale.grad is None
+        return str(error)
+    return "nothing was said"
+
+
+def test_a_backward_pass_before_the_launch_is_refused() -> None:
+    """With two processes planned, it says to launch first."""
+    assert "fabric.launch()" in _unlaunched()
+
+
+def _mean(values: Mapping[int, int]) -> tuple[str, float]:
+    with Fabric(accelerator="cpu", strategy="ddp", devices=2) as fabric:
+        fabric.launch()
+        mean = fabric.all_reduce(torch.tensor(values[fabric.global_rank]))
+        return str(mean.dtype), mean.item()
+
+
+def test_the_mean_of_whole_numbers_is_one(two_ranks: RankPool) -> None:
+    """Nothing is cut off: the mean of 1 and 2 is 1.5."""
+    assert two_ranks.run(_mean, {0: 1, 1: 2}) == [("torch.float32", 1.5)] * 2

@@ -1,0 +1,98 @@
+"""A run that was killed in the middle of an epoch goes on bit for bit as the uninterrupted one."""
+
+import contextlib
+import importlib.util
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from fabric_core.conformance.pool import RankPool
+
+SCRIPT = Path(__file__).with_name("_resumed_run.py")
+RUNS = int(os.environ.get("FABRIC_RESUME_RUNS", "1"))
+"""How often the kill by a signal is tried; ``FABRIC_RESUME_RUNS=30`` is the long form."""
+
+
+def _script() -> ModuleType:
+    """Import the script, on a rank too."""
+    name = SCRIPT.stem
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, SCRIPT)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def _run(strategy: str, devices: int, precision: str, workers: int, path: Path, kill_at: int | None) -> Any:
+    script = _script()
+    with script.fabric_of(strategy, devices, precision) as fabric:
+        fabric.launch()
+        with contextlib.suppress(script.Abandoned):
+            return script.train(fabric, path, workers, kill_at)
+    return None
+
+
+def _compare(whole: list[Any], rest: list[Any]) -> None:
+    """Compare what every rank gave: its losses after the kill, what it trained, and the loss scale."""
+    for (losses, trained, scale), (later, trained_later, scale_later) in zip(whole, rest, strict=True):
+        assert later
+        assert later == losses[-len(later) :]
+        assert trained_later == trained
+        assert scale_later == scale
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize(("strategy", "devices"), [("auto", 1), ("ddp", 2), ("fsdp", 2)])
+def test_an_abandoned_run_goes_on(
+    strategy: str, devices: int, precision: str, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    """Twice abandoned at random steps: dropout, shuffle, items drawn at random, accumulation and loss scale go on."""
+    seed = random.SystemRandom().randrange(10**6)
+    steps = random.Random(seed).choices(range(1, 5), k=2)  # noqa: S311 - no secret
+
+    def run(path: Path, kill_at: int | None) -> list[Any]:
+        arguments = (strategy, devices, precision, 0, path, kill_at)
+        return two_ranks.run(_run, *arguments) if devices == 2 else [_run(*arguments)]
+
+    with torch.random.fork_rng():
+        whole = run(tmp_path / "whole", None)
+        for kill_at in steps:
+            run(tmp_path / "killed", kill_at)
+        rest = run(tmp_path / "killed", None)
+    print(f"seed {seed}: abandoned after steps {steps}")  # noqa: T201 - shown where the test fails
+    _compare(whole, rest)
+
+
+def _start(*arguments: object) -> int:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, check=False, capture_output=True, timeout=110).returncode
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("attempt", range(RUNS))
+def test_a_killed_run_goes_on(attempt: int, tmp_path: Path) -> None:
+    """SIGKILL on rank 0 at a random step, with augmenting workers; started again, the run ends as if nothing was."""
+    choice = random.Random(1000 + attempt) if RUNS == 1 else random.SystemRandom()  # noqa: S311 - no secret
+    strategy, devices = choice.choice([("auto", 1), ("ddp", 2), ("fsdp", 2)]) if RUNS > 1 else ("ddp", 2)
+    precision, kill_at = choice.choice(["32-true", "16-mixed"]), choice.randrange(1, _script().STEPS_OF_TWO)
+    where = (strategy, devices, precision, 2)
+    assert _start(*where, tmp_path / "whole", tmp_path / "whole.result", 0) == 0
+    assert _start(*where, tmp_path / "killed", tmp_path / "killed.result", kill_at) != 0
+    assert not list(tmp_path.glob("killed.result*"))
+    assert _start(*where, tmp_path / "killed", tmp_path / "killed.result", 0) == 0
+    print(f"{strategy} on {devices}, {precision}, killed after step {kill_at}")  # noqa: T201 - shown where it fails
+    results = [
+        [torch.load(tmp_path / f"{name}.result.{rank}") for rank in range(devices)] for name in ("whole", "killed")
+    ]
+    _compare(*results)
