@@ -106,7 +106,17 @@ class ShardedStrategy(DistributedStrategy):
         return found
 
     def backward(self, loss: torch.Tensor, module: nn.Module | None, arguments: Mapping[str, Any]) -> None:
-        """Run the backward pass, and note which gradients it does not synchronize."""
+        """Run the backward pass, and note which gradients it does not synchronize.
+
+        Raises:
+            MisuseError: Some parameters alone were asked for.
+        """
+        if arguments.get("inputs") is not None:
+            raise MisuseError(
+                "sharded parameters can't be named as inputs of a backward pass: what forward ran on were whole ones",
+                where="fabric.backward(inputs=)",
+                instead="requires_grad_(False) on the other parameters before the forward pass",
+            )
         super().backward(loss, module, arguments)
         self._unsynced |= self._no_sync
 
