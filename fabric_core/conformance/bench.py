@@ -2,7 +2,6 @@
 
 import os
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +12,7 @@ import torch
 
 from fabric_core.conformance.pool import RankHang, RankPool, RankRaised
 from fabric_core.conformance.rule import Broken
+from fabric_core.conformance.snapshot import restored
 from fabric_core.conformance.subject import Subject
 from fabric_core.contracts import Plugin
 from fabric_core.fabric import Fabric
@@ -88,6 +88,22 @@ class Bench:
         """
         return _run(self._pool(self.world_size), Place(self.subject, self.device), function, args)
 
+    def run_apart(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Run as ``run`` does, in ranks that nothing was run in before, and that nothing is run in after.
+
+        So what a plugin leaves neither hides itself nor poisons what is measured later.
+        """
+        self._end(self.world_size)
+        try:
+            return self.run(function, *args)
+        finally:
+            self._end(self.world_size)
+
+    def _end(self, world_size: int) -> None:
+        pool = self._pools.get(world_size)
+        if pool is not None:
+            pool.close()
+
     def fresh(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run ``function(place, *args)`` in a new process that has only PyTorch and the core imported.
 
@@ -134,6 +150,9 @@ class _Inside(Bench):
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         return [_measure(function, self._place, args)]
 
+    def run_apart(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        raise AssertionError(f"{function.__name__} needs the driver: rule(..., inside=False)")
+
     def fresh(self, function: Callable[..., Any], *args: Any) -> Any:
         raise AssertionError(f"{function.__name__} needs the driver: rule(..., inside=False)")
 
@@ -175,27 +194,12 @@ def _run(pool: RankPool, place: "Place", function: Callable[..., Any], args: tup
 
 def _measure(function: Callable[..., Any], place: "Place", args: tuple[Any, ...]) -> Any:
     """Run a measurement in a rank, and clear away what a wrong plugin left, so that the next one starts clean."""
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    matmul = torch.get_float32_matmul_precision()
-    try:
-        with warnings.catch_warnings():
-            # Every rank would print them again.
-            warnings.simplefilter("ignore")
+    with restored():
+        try:
             return function(place, *args)
-    finally:
-        import torch.distributed as dist
-
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-        torch.set_default_dtype(dtype)
-        torch.set_default_device(None)
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(matmul)
-        torch.set_grad_enabled(True)
-        # Otherwise the measurements of one plugin use up how often a function may be compiled again.
-        torch.compiler.reset()
-        for device_type in ("cpu", "cuda"):
-            torch.set_autocast_enabled(device_type, False)
+        finally:
+            # Otherwise the measurements of one plugin use up how often a function may be compiled again.
+            torch.compiler.reset()
 
 
 @cache

@@ -8,6 +8,7 @@ from fabric_core.conformance.rules.strategy import (
     collectives,
     gradients,
     life,
+    models,
     modules,
     optimizers,
     scripts,
@@ -21,7 +22,7 @@ TABLE: Final[tuple[Rule, ...]] = tuple(
     sorted(
         (
             rule
-            for part in (gradients, modules, optimizers, clipping, collectives, state, types, life, scripts)
+            for part in (gradients, models, modules, optimizers, clipping, collectives, state, types, life, scripts)
             for rule in part.TABLE
         ),
         key=lambda rule: rule.id,
