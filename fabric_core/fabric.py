@@ -1,16 +1,11 @@
 """The façade: everything a training script calls, in the order of a script's life."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 from weakref import finalize
-
-import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from fabric_core.assembly import assemble
 from fabric_core.choosing.plan import Plan
@@ -26,7 +21,7 @@ from fabric_core.contracts import (
     World,
     Wrapper,
 )
-from fabric_core.errors import MisuseError, RequestError
+from fabric_core.errors import MisuseError
 from fabric_core.running import reporting, seeding
 from fabric_core.running.asynchronous import SaveHandle
 from fabric_core.running.checkpointing import Checkpointing
@@ -35,20 +30,17 @@ from fabric_core.running.processes import Processes
 from fabric_core.running.seeding import RandomState
 from fabric_core.wrapping import (
     FabricDataLoader,
-    FabricModule,
     Setup,
-    to_device,
+    Training,
     unwrap,
 )
 
 __all__ = ["Fabric"]
 
-_BACKWARD: Final = ("gradient", "retain_graph", "create_graph", "inputs")
-"""The arguments of ``torch.Tensor.backward``, in order."""
 _TIMEOUT: Final = timedelta(minutes=30)
 
 
-class Fabric(Processes):
+class Fabric(Processes, Training):
     """Runs a plain PyTorch script on any hardware, with any strategy, in any precision.
 
     Args:
@@ -209,208 +201,6 @@ class Fabric(Processes):
             where=type(self).__name__,
             instead="def run(self, ...): in a subclass",
         )
-
-    # Setting up
-
-    def setup(
-        self,
-        module: nn.Module,
-        *optimizers: Optimizer,
-        scheduler: Any = None,
-        move_to_device: bool = True,
-    ) -> Any:
-        """Make a model and its optimizers ready.
-
-        Args:
-            module: The model.
-            optimizers: Its optimizers, made before or after other models were set up.
-            scheduler: A learning-rate scheduler; it comes back as it is, and steps the same optimizer.
-            move_to_device: Move the model to this process's device.
-
-        Returns:
-            The wrapped model; with optimizers a tuple of it, the wrapped optimizers, and the scheduler if given.
-
-        Raises:
-            SetupError: Something was set up before, or an optimizer's parameters can't be matched, or an optimizer
-                holds no parameter of this model, nor of any that was set up before.
-        """
-        model, wrapped = self._setup.module(module, optimizers, self.world, move=move_to_device)
-        self._hooks.module_set_up(module=model)
-        if not optimizers and scheduler is None:
-            return model
-        return (model, *wrapped) if scheduler is None else (model, *wrapped, scheduler)
-
-    def setup_module(self, module: nn.Module, move_to_device: bool = True) -> FabricModule:
-        """Make a model ready.
-
-        Args:
-            module: The model; one that went through ``torch.compile`` is compiled again outside the strategy's wrapper,
-                with the same arguments.
-            move_to_device: Move it to this process's device.
-
-        Raises:
-            SetupError: It was set up before, is no module, or its parameters are on several devices or on none.
-        """
-        model, _ = self._setup.module(module, (), self.world, move=move_to_device)
-        self._hooks.module_set_up(module=model)
-        return model
-
-    def setup_optimizers(self, *optimizers: Optimizer) -> Any:
-        """Make optimizers ready.
-
-        Returns:
-            The wrapped optimizer, or a tuple of them.
-
-        Raises:
-            SetupError: One was set up before, or its parameters can't be matched, or the strategy needs it together
-                with its model.
-        """
-        self.world  # noqa: B018 - connects a single process
-        wrapped = tuple(self._setup.optimizers(optimizers))
-        return wrapped[0] if len(wrapped) == 1 else wrapped
-
-    def setup_dataloaders(
-        self, *dataloaders: Any, use_distributed_sampler: bool = True, move_to_device: bool = True
-    ) -> Any:
-        """Make data loaders ready; every rank must call it.
-
-        Args:
-            dataloaders: The loaders.
-            use_distributed_sampler: Let each rank read its own part, where the strategy divides data: any sampler's
-                order is drawn from the seed of rank 0, the same on every rank, and divided.
-            move_to_device: Move batches to this process's device.
-
-        Returns:
-            The wrapped loader, or a list of them.
-
-        Raises:
-            SetupError: One was set up before, or keeps its samplers where they can't be replaced.
-        """
-        device = self.device  # and connects a single process
-        wrapped = [
-            self._setup.dataloader(one, device if move_to_device else None, divide=use_distributed_sampler)
-            for one in dataloaders
-        ]
-        return wrapped[0] if len(wrapped) == 1 else wrapped
-
-    @contextmanager
-    def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Make a model on the device and in the precision that it will have.
-
-        Args:
-            empty_init: Leave the memory unset, because a checkpoint will fill it.
-        """
-        with ExitStack() as stack:
-            if not self.strategy.capabilities.handles_device_placement:
-                stack.enter_context(self.device)
-            context = self._precision.init_context()
-            if context is not None:
-                stack.enter_context(context)
-            stack.enter_context(self._strategy.init_module(bool(empty_init)))
-            yield
-
-    @contextmanager
-    def init_tensor(self) -> Iterator[None]:
-        """Make tensors on the device and in the precision's type."""
-        with ExitStack() as stack:
-            stack.enter_context(self.device)
-            context = self._precision.init_context()
-            if context is not None:
-                stack.enter_context(context)
-            yield
-
-    def to_device(self, obj: Any) -> Any:
-        """Move a model, a tensor, or every tensor of a nested value to this process's device."""
-        return obj.to(self.device) if isinstance(obj, nn.Module) else to_device(obj, self.device)
-
-    # Training
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Give the precision's forward context, for computations outside a model."""
-        return self._precision.forward_context(self.device.type) or ExitStack()
-
-    def backward(self, tensor: torch.Tensor, *args: Any, model: FabricModule | None = None, **kwargs: Any) -> None:
-        """Run the backward pass in the place of ``tensor.backward()``.
-
-        Args:
-            tensor: What to differentiate.
-            args: As for ``torch.Tensor.backward``.
-            model: The model that it came from; needed by strategies that have an engine for each model.
-            kwargs: As for ``torch.Tensor.backward``.
-        """
-        if args:
-            kwargs.update(zip(_BACKWARD[: len(args)], args, strict=True))
-        if self._world is None:
-            self.world  # noqa: B018 - connects a single process, and refuses several that are not launched
-        loss = self._precision.scale_loss(tensor)
-        with self._setup.backward_pass():
-            self._strategy.backward(loss, self._setup.called(model), kwargs)
-
-    def clip_gradients(
-        self,
-        module: nn.Module,
-        optimizer: Optimizer,
-        clip_val: float | None = None,
-        max_norm: float | None = None,
-        norm_type: float = 2.0,
-        error_if_nonfinite: bool | None = None,
-    ) -> torch.Tensor | None:
-        """Clip the gradients of an optimizer's parameters, by value or by norm.
-
-        Args:
-            module: The model whose parameters they are.
-            optimizer: The optimizer.
-            clip_val: Clip each element into ``[-clip_val, clip_val]``.
-            max_norm: Clip the total norm to this.
-            norm_type: The p of the p-norm.
-            error_if_nonfinite: Raise where the norm is not finite. Not given, it is true unless the precision scales
-                the loss: then a gradient overflows now and then, and the optimizer skips that step.
-
-        Returns:
-            The total norm before clipping; ``None`` when clipped by value.
-
-        Raises:
-            RuntimeError: The norm is not finite, and that is an error.
-            RequestError: Both or none of ``clip_val`` and ``max_norm`` are given.
-            MisuseError: The model is not what ``setup`` returned.
-        """
-        if not isinstance(uncompiled(module), FabricModule):
-            raise MisuseError(
-                "the model was not set up", where="fabric.clip_gradients", got=type(module).__name__,
-                instead="what fabric.setup returned",
-            )  # fmt: skip
-        if (clip_val is None) == (max_norm is None):
-            raise RequestError(
-                "exactly one way of clipping is needed",
-                where="fabric.clip_gradients",
-                got=f"clip_val={clip_val}, max_norm={max_norm}",
-                instead="clip_val=... or max_norm=...",
-            )
-        self._precision.unscale_gradients(unwrap(optimizer))
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if clip_val is not None:
-            # PyTorch's function fails where there is nothing to clip.
-            with_gradients = [parameter for parameter in parameters if parameter.grad is not None]
-            if with_gradients:
-                self._strategy.clip_grad_value(with_gradients, clip_val)
-            return None
-        if max_norm is None:
-            raise AssertionError("one of the two is given")
-        if error_if_nonfinite is None:
-            error_if_nonfinite = not self.precision.policy.loss_scaling
-        return self._strategy.clip_grad_norm(parameters, float(max_norm), float(norm_type), error_if_nonfinite)
-
-    def no_backward_sync(self, module: FabricModule, enabled: bool = True) -> AbstractContextManager[Any]:
-        """Skip gradient synchronization inside the context, to accumulate over several backward passes.
-
-        Args:
-            module: A model that was set up.
-            enabled: Whether to; otherwise the context changes nothing.
-
-        Raises:
-            MisuseError: The model was not set up.
-        """
-        return self._setup.no_backward_sync(module, enabled=enabled)
 
     # State
 

@@ -44,7 +44,8 @@ class WatchedWaits:
         self._stop.clear()
         self._user = threading.get_ident()
         # A connection of its own: the other one is held by whoever waits in the store.
-        arguments = (world, world.open_store().clone())
+        store: Any = world.open_store()
+        arguments = (world, store.clone())
         self._thread = threading.Thread(target=self._look, args=arguments, daemon=True, name="fabric-watch")
         self._thread.start()
         world.closing.callback(self._end)

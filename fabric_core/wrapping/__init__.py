@@ -1,9 +1,10 @@
 """What ``setup`` gives back in place of models, optimizers and data loaders."""
 
-from fabric_core.wrapping.dataloader import FabricDataLoader, to_device
+from fabric_core.wrapping.dataloader import FabricDataLoader
 from fabric_core.wrapping.module import FabricModule
 from fabric_core.wrapping.optimizer import FabricOptimizer
 from fabric_core.wrapping.setup import Setup
+from fabric_core.wrapping.training import Training
 from fabric_core.wrapping.unwrap import is_wrapped, unwrap
 
 __all__ = [
@@ -11,7 +12,7 @@ __all__ = [
     "FabricModule",
     "FabricOptimizer",
     "Setup",
+    "Training",
     "is_wrapped",
-    "to_device",
     "unwrap",
 ]

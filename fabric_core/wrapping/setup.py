@@ -56,7 +56,7 @@ class Setup:
         self._steps = StepGuard(self._sync, scaled, sharded, cleared) if needed else None
 
     def module(
-        self, module: nn.Module, optimizers: Sequence[Optimizer], world: World, *, move: bool
+        self, module: Any, optimizers: Sequence[Optimizer], world: World, *, move: bool
     ) -> tuple[FabricModule, list[FabricOptimizer]]:
         """Make a model ready, and the optimizers that are given with it.
 

@@ -133,7 +133,7 @@ def test_what_was_compiled_before_is_a_plain_wrapped_model(fabric: Callable[...,
     """Its original is the bare model: identity, names and marks know nothing of the compiler."""
     net = Net()
     one = fabric()
-    model: Any = one.setup(torch.compile(net, backend="eager"))  # type: ignore[arg-type]
+    model: Any = one.setup(torch.compile(net, backend="eager"))
     assert type(model) is FabricModule
     assert is_wrapped(model)
     assert unwrap(model) is model.module is net
@@ -164,7 +164,7 @@ def test_precision_is_the_same_compiled(fabric: Callable[..., Fabric], when: str
     """Context and conversions act round or inside the compiled code, in one graph where they are inside."""
     graphs, net, one = Graphs(), Net(), fabric(precision=Half())
     model: Any = (
-        one.setup(torch.compile(net, backend=graphs, fullgraph=True))  # type: ignore[arg-type]
+        one.setup(torch.compile(net, backend=graphs, fullgraph=True))
         if when == "before"
         else torch.compile(one.setup(net), backend=graphs, fullgraph=True)
     )
@@ -179,7 +179,7 @@ def test_the_backward_guard_holds_compiled(fabric: Callable[..., Fabric], when: 
     """A raw backward is refused, the right one passes."""
     net, one = Net(), fabric(precision=Scaling())
     model: Any = (
-        one.setup(torch.compile(net, backend="aot_eager"))  # type: ignore[arg-type]
+        one.setup(torch.compile(net, backend="aot_eager"))
         if when == "before"
         else torch.compile(one.setup(net), backend="aot_eager")
     )
@@ -203,14 +203,14 @@ def test_a_marked_method_can_be_compiled(fabric: Callable[..., Fabric]) -> None:
 def test_compiling_is_not_touched(in_memory: dict[str, Any]) -> None:
     """``torch.compile`` is the very function that it was, before and after models are set up."""
     before = torch.compile
-    Fabric(**in_memory).setup(torch.compile(Net(), backend="eager"))  # type: ignore[arg-type]
+    Fabric(**in_memory).setup(torch.compile(Net(), backend="eager"))
     assert torch.compile is before
 
 
 def test_a_deep_copy_of_a_compiled_model_runs(fabric: Callable[..., Fabric]) -> None:
     """The copy is compiled as the original was, on parameters of its own."""
     one = fabric()
-    model: Any = one.setup(torch.compile(Net(), backend="eager"))  # type: ignore[arg-type]
+    model: Any = one.setup(torch.compile(Net(), backend="eager"))
     clone = copy.deepcopy(model)
     torch.testing.assert_close(clone(X), model(X))
     clone(X).sum().backward()

@@ -109,7 +109,7 @@ def half(in_memory: dict[str, Any]) -> Fabric:
 def test_it_is_a_data_loader(fabric: Fabric) -> None:
     """Its class says so, its attributes are the original's, also those that a subclass adds; writes reach it."""
     original = Own(Numbers(), "sweet", batch_size=3, drop_last=True)
-    loader = fabric.setup_dataloaders(original)
+    loader: Any = fabric.setup_dataloaders(original)
     assert isinstance(loader, FabricDataLoader)
     assert isinstance(loader, DataLoader)
     assert loader.dataloader is original
@@ -145,7 +145,7 @@ def test_one_or_a_list_comes_back(fabric: Fabric) -> None:
 
 def test_any_iterable_can_be_one(half: Fabric) -> None:
     """What is no ``DataLoader`` is read as it is, and only its batches are moved."""
-    loader = half.setup_dataloaders([torch.ones(1), torch.zeros(1)])
+    loader: Any = half.setup_dataloaders([torch.ones(1), torch.zeros(1)])
     assert values(loader) == values(loader) == [1, 0]
     assert len(loader) == 2
 
@@ -223,7 +223,7 @@ def test_a_part_keeps_everything_but_the_sampler(half: Fabric, kind: Any, shuffl
     given = {"flavour": "salt"} if kind is Own else {}
     original = kind(Numbers(11), **given, batch_size=2, shuffle=shuffle, drop_last=drop_last, generator=generator)
     sampler = original.sampler
-    loader = half.setup_dataloaders(original)
+    loader: Any = half.setup_dataloaders(original)
     assert type(loader.__dict__["_fabric_inner"]) is kind
     assert isinstance(loader.sampler, DistributedSampler)
     assert (loader.sampler.num_replicas, loader.sampler.rank, loader.sampler.shuffle) == (2, 1, shuffle)
@@ -245,7 +245,7 @@ def test_a_part_keeps_everything_but_the_sampler(half: Fabric, kind: Any, shuffl
 
 def test_workers_and_single_samples_are_kept(half: Fabric) -> None:
     """A part is read by as many workers as before; without batches only the sampler is another one."""
-    loader = half.setup_dataloaders(load(num_workers=1, persistent_workers=True, prefetch_factor=3))
+    loader: Any = half.setup_dataloaders(load(num_workers=1, persistent_workers=True, prefetch_factor=3))
     assert (loader.num_workers, loader.persistent_workers, loader.prefetch_factor) == (1, True, 3)
     assert values(loader) == values(loader) == [1, 3, 5, 7, 9]
     original = load(num_workers=1, persistent_workers=True)
@@ -259,7 +259,7 @@ def test_workers_and_single_samples_are_kept(half: Fabric) -> None:
 def test_plain_batches_over_a_plain_order_are_divided(half: Fabric) -> None:
     """A batch sampler of PyTorch's own class is made anew over the part."""
     data = Numbers()
-    loader = half.setup_dataloaders(DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 3, True)))
+    loader: Any = half.setup_dataloaders(DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 3, True)))
     assert [batch.tolist() for batch in loader] == [[1, 3, 5]]
 
 
@@ -274,7 +274,7 @@ def test_what_reads_a_part_already_is_left(half: Fabric) -> None:
     ):
         assert half.setup_dataloaders(original).__dict__["_fabric_inner"] is original
     original = load(data, sampler=SubsetRandomSampler([1, 2]))
-    loader = half.setup_dataloaders(original, use_distributed_sampler=False)
+    loader: Any = half.setup_dataloaders(original, use_distributed_sampler=False)
     assert sorted(values(loader)) == [1, 2]
 
 
@@ -295,7 +295,7 @@ def test_samplers_that_can_not_be_replaced_are_refused(half: Fabric) -> None:
 
 def test_each_iteration_is_an_epoch(half: Fabric) -> None:
     """The sampler is told the number, so that every epoch has another order."""
-    loader = half.setup_dataloaders(load(Numbers(100), shuffle=True))
+    loader: Any = half.setup_dataloaders(load(Numbers(100), shuffle=True))
     first, second = values(loader), values(loader)
     assert loader.sampler.epoch == 1
     assert first != second
@@ -304,7 +304,7 @@ def test_each_iteration_is_an_epoch(half: Fabric) -> None:
 
 def test_an_epoch_that_the_user_set_wins(half: Fabric) -> None:
     """Counting goes on from it."""
-    loader = half.setup_dataloaders(load(shuffle=True))
+    loader: Any = half.setup_dataloaders(load(shuffle=True))
     epochs = []
     for wanted in (None, 7, None, 3, None):
         if wanted is not None:
@@ -319,7 +319,7 @@ def test_an_epoch_set_before_setup_is_where_it_begins(fabric: Fabric) -> None:
     data = Numbers()
     sampler: DistributedSampler[int] = DistributedSampler(data, 2, 0)
     sampler.set_epoch(5)
-    loader = fabric.setup_dataloaders(load(data, sampler=sampler))
+    loader: Any = fabric.setup_dataloaders(load(data, sampler=sampler))
     values(loader)
     assert sampler.epoch == 5
     values(loader)
@@ -328,7 +328,7 @@ def test_an_epoch_set_before_setup_is_where_it_begins(fabric: Fabric) -> None:
 
 def test_an_epoch_that_was_broken_off_counts(half: Fabric) -> None:
     """After a ``break`` the next iteration is the next epoch; an iterator that gave nothing is none."""
-    loader = half.setup_dataloaders(load(shuffle=True))
+    loader: Any = half.setup_dataloaders(load(shuffle=True))
     iter(loader)
     next(iter(loader))
     assert loader.sampler.epoch == 0
@@ -347,7 +347,7 @@ def test_a_batch_sampler_is_told_too(fabric: Fabric) -> None:
             self.told.append(epoch)
 
     sampler = Telling()
-    loader = fabric.setup_dataloaders(DataLoader(Numbers(), batch_sampler=sampler))
+    loader: Any = fabric.setup_dataloaders(DataLoader(Numbers(), batch_sampler=sampler))
     values(loader)
     values(loader)
     assert sampler.told == [0, 1]
@@ -421,7 +421,7 @@ def test_a_state_from_elsewhere_is_refused(fabric: Fabric) -> None:
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])  # noqa: S301
 def test_a_copy_reads_on_its_own(half: Fabric, copied: Any) -> None:
     """A deep copy and a pickled one give the same batches from the same epoch on."""
-    loader = half.setup_dataloaders(load(shuffle=True))
+    loader: Any = half.setup_dataloaders(load(shuffle=True))
     values(loader)
     assert values(copied(loader)) == values(loader)
 

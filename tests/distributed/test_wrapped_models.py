@@ -239,7 +239,7 @@ def test_wrong_marks(everywhere: Everywhere) -> None:
 def _compiled(fabric: Fabric) -> None:
     x = batch()
     expected = make()(x)
-    before: Any = fabric.setup(torch.compile(make(), backend="eager"))  # type: ignore[arg-type]
+    before: Any = fabric.setup(torch.compile(make(), backend="eager"))
     after: Any = torch.compile(fabric.setup(make()), backend="eager")
     try:
         for model in (before, after):

@@ -120,7 +120,8 @@ def test_an_optimizer_may_evaluate_its_closure_many_times() -> None:
             fabric.backward(loss)
             return loss
 
-        first = optimizer.step(closure).item()
+        step: Any = optimizer.step
+        first = step(closure).item()
         assert calls > 2
         assert fabric.precision.state_dict()["_growth_tracker"] == 1
         optimizer.step(closure)

@@ -1,0 +1,267 @@
+"""What a script calls to set up and to train."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Final, TypeVar, overload
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fabric_core.collectives import World
+from fabric_core.contracts import Precision, Strategy
+from fabric_core.errors import MisuseError, RequestError
+from fabric_core.wrapping.compiled import uncompiled
+from fabric_core.wrapping.dataloader import FabricDataLoader, to_device
+from fabric_core.wrapping.module import FabricModule
+from fabric_core.wrapping.setup import Setup
+from fabric_core.wrapping.unwrap import unwrap
+
+__all__ = ["Training"]
+
+Model = nn.Module | Callable[..., Any]
+"""A model; what ``torch.compile`` makes of one is a callable to type checkers."""
+
+O = TypeVar("O", bound=Optimizer)
+"""An optimizer's class: a wrapped one is an instance of it too."""
+
+_BACKWARD: Final = ("gradient", "retain_graph", "create_graph", "inputs")
+"""The arguments of ``torch.Tensor.backward``, in order."""
+
+
+class Training:
+    """The part of ``Fabric`` that sets up and trains; the rest of it makes what is declared here."""
+
+    _strategy: Strategy
+    _precision: Precision
+    _hooks: Any
+    _setup: Setup
+    _world: World | None
+
+    @property
+    def world(self) -> World:
+        """Who this process is; the class that knows processes says it."""
+        raise AssertionError("Processes comes first among the bases of Fabric")
+
+    @property
+    def device(self) -> torch.device:
+        """Likewise the device."""
+        return self.world.device
+
+    # Setting up
+
+    @overload
+    def setup(self, module: Model, *, move_to_device: bool = ...) -> FabricModule: ...
+    @overload
+    def setup(self, module: Model, optimizer: O, /, *, move_to_device: bool = ...) -> tuple[FabricModule, O]: ...
+    @overload
+    def setup(
+        self, module: Model, *optimizers: Optimizer, scheduler: Any = ..., move_to_device: bool = ...
+    ) -> tuple[Any, ...]: ...
+    def setup(
+        self, module: Model, *optimizers: Optimizer, scheduler: Any = None, move_to_device: bool = True
+    ) -> Any:
+        """Make a model and its optimizers ready.
+
+        Args:
+            module: The model.
+            optimizers: Its optimizers, made before or after other models were set up.
+            scheduler: A learning-rate scheduler; it comes back as it is, and steps the same optimizer.
+            move_to_device: Move the model to this process's device.
+
+        Returns:
+            The wrapped model; with optimizers a tuple of it, the wrapped optimizers, and the scheduler if given.
+
+        Raises:
+            SetupError: Something was set up before, or an optimizer's parameters can't be matched, or an optimizer
+                holds no parameter of this model, nor of any that was set up before.
+        """
+        model, wrapped = self._setup.module(module, optimizers, self.world, move=move_to_device)
+        self._hooks.module_set_up(module=model)
+        if not optimizers and scheduler is None:
+            return model
+        return (model, *wrapped) if scheduler is None else (model, *wrapped, scheduler)
+
+    def setup_module(self, module: Model, move_to_device: bool = True) -> FabricModule:
+        """Make a model ready.
+
+        Args:
+            module: The model; one that went through ``torch.compile`` is compiled again outside the strategy's wrapper,
+                with the same arguments.
+            move_to_device: Move it to this process's device.
+
+        Raises:
+            SetupError: It was set up before, is no module, or its parameters are on several devices or on none.
+        """
+        model, _ = self._setup.module(module, (), self.world, move=move_to_device)
+        self._hooks.module_set_up(module=model)
+        return model
+
+    @overload
+    def setup_optimizers(self, optimizer: O, /) -> O: ...
+    @overload
+    def setup_optimizers(self, *optimizers: Optimizer) -> tuple[Any, ...]: ...
+    def setup_optimizers(self, *optimizers: Optimizer) -> Any:
+        """Make optimizers ready.
+
+        Returns:
+            The wrapped optimizer, or a tuple of them.
+
+        Raises:
+            SetupError: One was set up before, or its parameters can't be matched, or the strategy needs it together
+                with its model.
+        """
+        self.world  # noqa: B018 - connects a single process
+        wrapped = tuple(self._setup.optimizers(optimizers))
+        return wrapped[0] if len(wrapped) == 1 else wrapped
+
+    @overload
+    def setup_dataloaders(
+        self, dataloader: Any, /, *, use_distributed_sampler: bool = ..., move_to_device: bool = ...
+    ) -> FabricDataLoader: ...
+    @overload
+    def setup_dataloaders(
+        self, *dataloaders: Any, use_distributed_sampler: bool = ..., move_to_device: bool = ...
+    ) -> list[FabricDataLoader]: ...
+    def setup_dataloaders(
+        self, *dataloaders: Any, use_distributed_sampler: bool = True, move_to_device: bool = True
+    ) -> Any:
+        """Make data loaders ready; every rank must call it.
+
+        Args:
+            dataloaders: The loaders.
+            use_distributed_sampler: Let each rank read its own part, where the strategy divides data: any sampler's
+                order is drawn from the seed of rank 0, the same on every rank, and divided.
+            move_to_device: Move batches to this process's device.
+
+        Returns:
+            The wrapped loader, or a list of them.
+
+        Raises:
+            SetupError: One was set up before, or keeps its samplers where they can't be replaced.
+        """
+        device = self.device  # and connects a single process
+        wrapped = [
+            self._setup.dataloader(one, device if move_to_device else None, divide=use_distributed_sampler)
+            for one in dataloaders
+        ]
+        return wrapped[0] if len(wrapped) == 1 else wrapped
+
+    @contextmanager
+    def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Make a model on the device and in the precision that it will have.
+
+        Args:
+            empty_init: Leave the memory unset, because a checkpoint will fill it.
+        """
+        with ExitStack() as stack:
+            if not self._strategy.capabilities.handles_device_placement:
+                stack.enter_context(self.device)
+            context = self._precision.init_context()
+            if context is not None:
+                stack.enter_context(context)
+            stack.enter_context(self._strategy.init_module(bool(empty_init)))
+            yield
+
+    @contextmanager
+    def init_tensor(self) -> Iterator[None]:
+        """Make tensors on the device and in the precision's type."""
+        with ExitStack() as stack:
+            stack.enter_context(self.device)
+            context = self._precision.init_context()
+            if context is not None:
+                stack.enter_context(context)
+            yield
+
+    def to_device(self, obj: Any) -> Any:
+        """Move a model, a tensor, or every tensor of a nested value to this process's device."""
+        return obj.to(self.device) if isinstance(obj, nn.Module) else to_device(obj, self.device)
+
+    # Training
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Give the precision's forward context, for computations outside a model."""
+        return self._precision.forward_context(self.device.type) or ExitStack()
+
+    def backward(self, tensor: torch.Tensor, *args: Any, model: FabricModule | None = None, **kwargs: Any) -> None:
+        """Run the backward pass in the place of ``tensor.backward()``.
+
+        Args:
+            tensor: What to differentiate.
+            args: As for ``torch.Tensor.backward``.
+            model: The model that it came from; needed by strategies that have an engine for each model.
+            kwargs: As for ``torch.Tensor.backward``.
+        """
+        if args:
+            kwargs.update(zip(_BACKWARD[: len(args)], args, strict=True))
+        if self._world is None:
+            self.world  # noqa: B018 - connects a single process, and refuses several that are not launched
+        loss = self._precision.scale_loss(tensor)
+        with self._setup.backward_pass():
+            self._strategy.backward(loss, self._setup.called(model), kwargs)
+
+    def clip_gradients(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        clip_val: float | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool | None = None,
+    ) -> torch.Tensor | None:
+        """Clip the gradients of an optimizer's parameters, by value or by norm.
+
+        Args:
+            module: The model whose parameters they are.
+            optimizer: The optimizer.
+            clip_val: Clip each element into ``[-clip_val, clip_val]``.
+            max_norm: Clip the total norm to this.
+            norm_type: The p of the p-norm.
+            error_if_nonfinite: Raise where the norm is not finite. Not given, it is true unless the precision scales
+                the loss: then a gradient overflows now and then, and the optimizer skips that step.
+
+        Returns:
+            The total norm before clipping; ``None`` when clipped by value.
+
+        Raises:
+            RuntimeError: The norm is not finite, and that is an error.
+            RequestError: Both or none of ``clip_val`` and ``max_norm`` are given.
+            MisuseError: The model is not what ``setup`` returned.
+        """
+        if not isinstance(uncompiled(module), FabricModule):
+            raise MisuseError(
+                "the model was not set up", where="fabric.clip_gradients", got=type(module).__name__,
+                instead="what fabric.setup returned",
+            )  # fmt: skip
+        if (clip_val is None) == (max_norm is None):
+            raise RequestError(
+                "exactly one way of clipping is needed",
+                where="fabric.clip_gradients",
+                got=f"clip_val={clip_val}, max_norm={max_norm}",
+                instead="clip_val=... or max_norm=...",
+            )
+        self._precision.unscale_gradients(unwrap(optimizer))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if clip_val is not None:
+            # PyTorch's function fails where there is nothing to clip.
+            with_gradients = [parameter for parameter in parameters if parameter.grad is not None]
+            if with_gradients:
+                self._strategy.clip_grad_value(with_gradients, clip_val)
+            return None
+        if max_norm is None:
+            raise AssertionError("one of the two is given")
+        if error_if_nonfinite is None:
+            error_if_nonfinite = not self._precision.policy.loss_scaling
+        return self._strategy.clip_grad_norm(parameters, float(max_norm), float(norm_type), error_if_nonfinite)
+
+    def no_backward_sync(self, module: FabricModule, enabled: bool = True) -> AbstractContextManager[Any]:
+        """Skip gradient synchronization inside the context, to accumulate over several backward passes.
+
+        Args:
+            module: A model that was set up.
+            enabled: Whether to; otherwise the context changes nothing.
+
+        Raises:
+            MisuseError: The model was not set up.
+        """
+        return self._setup.no_backward_sync(module, enabled=enabled)
