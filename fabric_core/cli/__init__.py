@@ -17,6 +17,7 @@ from fabric_core.choosing.registry import Registry
 from fabric_core.choosing.request import Request, fill, read_environment, read_file
 from fabric_core.cli._conformance import conformance
 from fabric_core.cli._describe import contract_page, field_type, meanings
+from fabric_core.cli._new import new
 from fabric_core.errors import FabricError, FabricWarning, RequestError, UnknownPluginError
 from fabric_core.kinds import EXTENSION, KINDS, Count, argument_defaults, groups
 from fabric_core.running.launching import environment
@@ -267,7 +268,7 @@ def _make_app() -> typer.Typer:
     plugins.command("show")(show_plugin)
     plugins.command("doctor")(examine_plugins)
     plugins.command("why")(_asking(why_plugin))
-    for command in (conformance, _asking(explain), contract, schema):
+    for command in (conformance, new, _asking(explain), contract, schema):
         app.command()(command)
     return app
 
