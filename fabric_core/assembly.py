@@ -10,6 +10,8 @@ from fabric_core.choosing.plan import Plan
 from fabric_core.choosing.registry import Registry
 from fabric_core.choosing.request import Request
 from fabric_core.contracts import LifeCycle
+from fabric_core.running.checking import CheckedCalls
+from fabric_core.running.watching import WatchedWaits
 
 __all__ = ["Assembly", "assemble", "make_plan", "make_registry"]
 
@@ -45,10 +47,18 @@ def assemble(request: Request, environment: Mapping[str, str], rank: Callable[[]
     registry = make_registry(environment)
     extensions = find_extensions(request, environment, registry, check_extension)
     trace = _tracer(rank) if environment.get("FABRIC_TRACE", "0") not in {"", "0"} else None
-    bindings = Bindings([one.plugin for one in extensions], trace)
+    around = [one.plugin for one in extensions]
+    check = CheckedCalls() if request.check else None
+    if check is not None:
+        around.append(check)
+    bindings = Bindings(around, trace)
     try:
         chosen = choose(request, registry, extensions, bindings.bind)
-        return Assembly(chosen, bindings, life_cycle([one.plugin for one in extensions]))
+        if check is not None:
+            check.sharded = chosen.one("strategy").capabilities.sharded
+        if request.warn_after is not None and chosen.plan.world_size > 1:
+            around.append(WatchedWaits(request.warn_after))  # it wraps collectives alone, which are bound at the launch
+        return Assembly(chosen, bindings, life_cycle(around))
     except BaseException:
         bindings.undo()
         raise

@@ -18,6 +18,7 @@ from typing import Any, Final, cast
 
 import pluggy
 
+from fabric_core.collectives import Collectives
 from fabric_core.contracts import LifeCycle, Plugin
 from fabric_core.contracts._spec import BOUND, Bound, behaviours, bound_of, signature_fault
 from fabric_core.errors import MisuseError, QuarantinedError, RequestError
@@ -28,6 +29,12 @@ __all__ = ["Bindings", "Trace", "around", "check_extension", "life_cycle"]
 
 _MARK: Final = "fabric_around"
 
+_CONTRACTS: Final[Mapping[str, type[Any]]] = {
+    **{kind.name: kind.contract for kind in KINDS.values()},
+    Collectives.kind: Collectives,
+}
+"""What may be wrapped: the contract of each kind, and collectives, which a strategy makes."""
+
 Trace = Callable[[str, float, BaseException | None], None]
 """Takes what was called (``kind.behaviour``), how many seconds it took, and what it raised."""
 
@@ -36,8 +43,8 @@ class _Around:
     """Marks methods of an extension that wrap a behaviour: ``@around.strategy``, ``@around.precision``, ..."""
 
     def __getattr__(self, kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        if kind not in KINDS:
-            raise AttributeError(f"there is no kind {kind!r} to wrap; there are: {', '.join(KINDS)}")
+        if kind not in _CONTRACTS:
+            raise AttributeError(f"there is no kind {kind!r} to wrap; there are: {', '.join(_CONTRACTS)}")
 
         def mark(function: Callable[..., Any]) -> Callable[..., Any]:
             setattr(function, _MARK, kind)
@@ -53,7 +60,7 @@ around: Final = _Around()
 class _Manager(pluggy.PluginManager):
     """A plugin manager for one contract: an instance of it owns every behaviour that it specifies."""
 
-    def __init__(self, contract: type[Plugin]) -> None:
+    def __init__(self, contract: type[Any]) -> None:
         super().__init__(PROJECT)
         self._contract = contract
         self.add_hookspecs(contract)
@@ -111,7 +118,7 @@ def check_extension(extension: object) -> None:
 
 def _check_wrapper(extension: object, name: str, kind: str) -> None:
     method = getattr(type(extension), name)
-    known = behaviours(KINDS[kind].contract)
+    known = behaviours(_CONTRACTS[kind])
     where = f"{type(extension).__module__}.{type(extension).__qualname__}.{name}"
     if name not in known:
         near = get_close_matches(name, known, n=1)
@@ -159,10 +166,10 @@ class Bindings:
     def __init__(self, extensions: Sequence[object] = (), trace: Trace | None = None) -> None:
         self._extensions = extensions
         self._trace = trace
-        self._owners: list[Plugin] = []
+        self._owners: list[Any] = []
         self._released: list[Plugin] = []
 
-    def bind(self, owner: Plugin) -> None:
+    def bind(self, owner: Any) -> None:
         """Bind the behaviours of a plugin, on the plugin itself.
 
         Raises:
@@ -170,14 +177,14 @@ class Bindings:
             MisuseError: It belongs to another living ``Fabric``.
         """
         _check_signatures(owner)
-        kind = KINDS[owner.kind]
-        names = behaviours(kind.contract)
+        contract, single = _CONTRACTS[owner.kind], _is_single(owner)
+        names = behaviours(contract)
         wrapping = [one for one in self._extensions if any(_wraps(one, name) == owner.kind for name in names)]
-        if not (kind.count is Count.ONE or wrapping or self._trace) or not self._claim(owner, alone=bool(wrapping)):
+        if not (single or wrapping or self._trace) or not self._claim(owner, alone=bool(wrapping)):
             return
         bound: dict[str, Callable[..., Any]] = {}
         if wrapping:
-            manager = _Manager(kind.contract)
+            manager = _Manager(contract)
             for plugin in (owner, *reversed(wrapping)):
                 manager.register(plugin)
             manager.check_pending()
@@ -193,7 +200,7 @@ class Bindings:
         attributes.update(bound, **{BOUND: Bound(weakref.ref(self), tuple(bound), hidden, extensions)})
         self._owners.append(owner)
 
-    def _claim(self, owner: Plugin, *, alone: bool) -> bool:
+    def _claim(self, owner: Any, *, alone: bool) -> bool:
         """Make a plugin this ``Fabric``'s own; false where there is nothing left to do.
 
         Args:
@@ -209,11 +216,13 @@ class Bindings:
             del holder
             gc.collect()
             if earlier.living() is not None:
-                if not (alone or earlier.extensions or KINDS[owner.kind].count is Count.ONE):
+                if not (alone or earlier.extensions or _is_single(owner)):
                     return False  # shared, and traced once
                 raise MisuseError(
                     f"this {owner.kind} belongs to another Fabric that is still in use",
-                    where=f"Fabric({KINDS[owner.kind].argument or 'plugins'}=...)",
+                    where=f"Fabric({KINDS[owner.kind].argument or 'plugins'}=...)"
+                    if owner.kind in KINDS
+                    else "fabric.launch()",
                     got=f"an instance of {type(owner).__name__}",
                     instead="a new instance for each Fabric, or teardown() of the first one before",
                 )
@@ -234,21 +243,26 @@ class Bindings:
         """Let go of every plugin, each as it was."""
         while self._owners:
             owner = self._owners.pop()
-            self._released.append(owner)
+            if owner.kind in KINDS:
+                self._released.append(owner)
             bound = bound_of(owner)
             if bound is not None and bound.living() is self:
                 _unbind(owner)
 
 
-def _unbind(owner: Plugin) -> None:
+def _is_single(owner: Any) -> bool:
+    return owner.kind in KINDS and KINDS[owner.kind].count is Count.ONE
+
+
+def _unbind(owner: Any) -> None:
     bound: Bound = vars(owner).pop(BOUND)
     for name in bound.names:
         vars(owner).pop(name, None)
     vars(owner).update(bound.hidden)
 
 
-def _check_signatures(owner: Plugin) -> None:
-    fault = signature_fault(KINDS[owner.kind].contract, type(owner))
+def _check_signatures(owner: Any) -> None:
+    fault = signature_fault(_CONTRACTS[owner.kind], type(owner))
     if fault is not None:
         got, expected = fault
         raise QuarantinedError(

@@ -54,10 +54,15 @@ class Fabric(Processes, Training):
             (``"launcher=name:option=value"``), or mappings with ``kind`` and ``name``.
         callbacks: Objects whose methods ``fabric.call`` calls.
         loggers: What takes metrics.
+        check: Compare, before each collective, backward pass and step, what the ranks are about to do; for finding out
+            why a program hangs, as it costs some operations of the store each time.
+        warn_after: After how many seconds in a collective of Fabric's own a line says which ranks wait where; ``None``
+            is never.
 
     Every plugin is a name, a name with options (``"name:option=value"``), a mapping, or an instance.
     What is left at its default is filled from the variables ``FABRIC_ACCELERATOR``, ``FABRIC_STRATEGY``,
-    ``FABRIC_DEVICES``, ``FABRIC_NUM_NODES``, ``FABRIC_PRECISION``, ``FABRIC_WRAPPERS`` and ``FABRIC_LOGGERS``.
+    ``FABRIC_DEVICES``, ``FABRIC_NUM_NODES``, ``FABRIC_PRECISION``, ``FABRIC_WRAPPERS``, ``FABRIC_LOGGERS``,
+    ``FABRIC_CHECK`` and ``FABRIC_WARN_AFTER``.
 
     Raises:
         RequestError: An argument can't be parsed.
@@ -80,6 +85,8 @@ class Fabric(Processes, Training):
         plugins: Any = None,
         callbacks: Any = None,
         loggers: Any = None,
+        check: bool = False,
+        warn_after: float | None = 30.0,
     ) -> None:
         code = {
             "accelerator": accelerator,
@@ -91,6 +98,8 @@ class Fabric(Processes, Training):
             "plugins": plugins,
             "callbacks": callbacks,
             "loggers": loggers,
+            "check": check,
+            "warn_after": warn_after,
         }
         self._request = Request.of(**fill(code, read_environment(environment())))
         self._build()

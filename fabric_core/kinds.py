@@ -101,6 +101,8 @@ def argument_defaults() -> Mapping[str, Any]:
         "num_nodes": 1,
         "plugins": None,
         "callbacks": None,
+        "check": False,
+        "warn_after": 30.0,
     }
 
 

@@ -228,6 +228,37 @@ def parse_nodes(given: Any, where: str) -> int:
     )
 
 
+def parse_switch(given: Any, where: str) -> bool:
+    """Validate what is on or off; a variable says ``1`` or ``0``, ``true`` or ``false``.
+
+    Raises:
+        RequestError: It is neither.
+    """
+    word = given.strip().lower() if isinstance(given, str) else given
+    if isinstance(word, bool):
+        return word
+    if word in {"1", "true", "0", "false", ""}:
+        return word in {"1", "true"}
+    raise RequestError(f"{where} can't be parsed", where=where, got=brief(given), instead="True or False")
+
+
+def parse_seconds(given: Any, where: str) -> float | None:
+    """Validate a number of seconds above zero; ``None``, or ``0``, is never.
+
+    Raises:
+        RequestError: It is no such number.
+    """
+    try:
+        seconds = 0.0 if given is None else float(given)
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if isinstance(given, bool) or not 0 <= seconds < math.inf:
+        raise RequestError(
+            f"{where} can't be parsed", where=where, got=brief(given), instead="a number of seconds, or None for never"
+        )
+    return seconds or None
+
+
 def parse_devices(given: Any, where: str) -> int | str | tuple[int, ...]:
     """Read devices: a count, indices, or text, which the accelerator reads.
 

@@ -5,7 +5,7 @@ argument that the code leaves at its default says nothing.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +20,8 @@ from fabric_core.choosing.parsing import (
     parse_nodes,
     parse_part,
     parse_plugin,
+    parse_seconds,
+    parse_switch,
 )
 from fabric_core.contracts import Plugin
 from fabric_core.errors import FabricWarning, NotInstalledError, RequestError
@@ -29,6 +31,15 @@ __all__ = ["Request", "file_arguments", "fill", "read_environment", "read_file",
 
 _DIGITS: Final = 9
 """A number of nodes with more digits than this is none."""
+
+_PLAIN: Final[Mapping[str, Callable[[Any, str], Any]]] = {
+    "num_nodes": parse_nodes,
+    "devices": parse_devices,
+    "callbacks": lambda given, _where: tuple(listed(given)),
+    "check": parse_switch,
+    "warn_after": parse_seconds,
+}
+"""How the arguments are validated that name no plugins."""
 
 _SWITCHES: Final = ("FABRIC_EXTENSIONS", "FABRIC_DISABLE_PLUGINS", "FABRIC_TRACE")
 
@@ -118,12 +129,8 @@ def _shown(value: Any) -> Any:
 def _validated(name: str, given: Any, where: str | None = None) -> Any:
     """Validate the value of an argument, wherever it was given."""
     where = where or name
-    if name == "num_nodes":
-        return parse_nodes(given, where)
-    if name == "devices":
-        return parse_devices(given, where)
-    if name == "callbacks":
-        return tuple(listed(given))
+    if name in _PLAIN:
+        return _PLAIN[name](given, where)
     if name == "plugins":
         return tuple(parse_part(one, where) for one in listed(given))
     kind = next(kind for kind in KINDS.values() if kind.argument == name)

@@ -1,20 +1,20 @@
 """The checked mode: before they communicate, ranks compare what they are about to do.
 
-[Note: meeting] The n-th call of every rank meets the n-th call of the others in the store. The first to come leaves what
-it is about to do; who comes with something else says so. Each rank does a few operations, however many ranks there are.
-A rank that tears down is a call too, which nobody waits in; so whoever waits for it learns at once.
+[Note: meeting] The n-th call of every rank meets the n-th call of the others in the store. The first to come leaves
+what it is about to do; who comes with something else says so. Each rank does a few operations, however many ranks there
+are. A rank that tears down is a call too, which nobody waits in; so whoever waits for it learns at once.
 """
 
 import sys
 import time
 from collections.abc import Generator
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
 import torch
-from torch.distributed import DistStoreError, Store
+from torch import nn
+from torch.distributed import Store
 
 from fabric_core.binding import around
 from fabric_core.collectives import World
@@ -25,7 +25,8 @@ __all__ = ["CheckedCalls", "frames_line"]
 
 _OURS: Final = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 _LIBRARIES: Final = ("pluggy", "contextlib.py", "functools.py")
-_POLL: Final = timedelta(seconds=1)
+_POLL: Final = 0.1
+"""How many seconds lie between two looks into the store, at most."""
 _PATIENCE: Final = 3.0
 """After how many seconds a line says whom a rank waits for."""
 
@@ -33,9 +34,12 @@ _PATIENCE: Final = 3.0
 class CheckedCalls:
     """An extension that compares, before each collective, backward pass and step, what the ranks are about to do.
 
-    ``Fabric(check=True)`` adds it. Calls differ where their names, what they are given (shapes, types, the operation), or
-    the lines of the user's code differ.
+    ``Fabric(check=True)`` adds it. Calls differ where their names, what they are given (shapes, types, the operation),
+    or the lines of the user's code differ.
     """
+
+    sharded = False
+    """Whether forward passes communicate without gradients too."""
 
     def __init__(self) -> None:
         self._world: World | None = None
@@ -59,7 +63,7 @@ class CheckedCalls:
         store, key = world.open_store(), f"check/{self._calls}"
         self._calls += 1
         self._arrive(store, key, world, f"{what} at {user_line()}")
-        begin, said = time.monotonic(), False
+        begin, said, pause = time.monotonic(), False, 0.0005
         while not store.check([f"{key}/all"]) and not store.check([f"{key}/differs"]):
             waited = time.monotonic() - begin
             if waited > world.timeout.total_seconds():
@@ -67,10 +71,8 @@ class CheckedCalls:
             if waited > _PATIENCE and not said:
                 said = True
                 self._say(store, key, world, waited)
-            try:
-                store.wait([f"{key}/all"], timedelta(milliseconds=50) if waited < 1 else _POLL)
-            except DistStoreError:
-                continue
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL)
         if store.check([f"{key}/differs"]) or not store.check([f"{key}/all"]):
             there = self._there(store, key, world)
             raise LaunchError(
@@ -136,6 +138,18 @@ class CheckedCalls:
         """Compare the name."""
         self._meet(f"barrier({name or ''})")
         return (yield)
+
+    @around.strategy
+    def setup_module(self) -> Generator[None, Any, Any]:
+        """Compare, before each forward pass that may communicate, that it is one."""
+        module: nn.Module = yield
+        module.register_forward_pre_hook(self._forward)
+        return module
+
+    def _forward(self, module: nn.Module, _inputs: Any) -> None:
+        # Under sharding every pass gathers parameters; without it, only those that prepare a backward pass communicate.
+        if self.sharded or torch.is_grad_enabled():
+            self._meet(f"forward of {type(module).__name__}")
 
     @around.strategy
     def backward(self) -> Generator[None, Any, Any]:

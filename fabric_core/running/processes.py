@@ -160,7 +160,9 @@ class Processes:
             undo.callback(self._strategy.teardown)
             own = self._strategy.connect(world, self._precision.policy)
             check_connected(own, world, self._strategy)
-            self._collectives = self._strategy.collectives = own.fork() if world.world_size > 1 else own
+            shared = own.fork() if world.world_size > 1 else own
+            self._bindings.bind(shared)
+            self._collectives = self._strategy.collectives = shared
             self._precision.connect(self._collectives)
             undo.pop_all()
         self._world = world

@@ -58,9 +58,7 @@ class Training:
     def setup(
         self, module: Model, *optimizers: Optimizer, scheduler: Any = ..., move_to_device: bool = ...
     ) -> tuple[Any, ...]: ...
-    def setup(
-        self, module: Model, *optimizers: Optimizer, scheduler: Any = None, move_to_device: bool = True
-    ) -> Any:
+    def setup(self, module: Model, *optimizers: Optimizer, scheduler: Any = None, move_to_device: bool = True) -> Any:
         """Make a model and its optimizers ready.
 
         Args:

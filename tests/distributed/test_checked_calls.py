@@ -79,8 +79,8 @@ _NAMED: dict[Callable[[Fabric, bool], None], tuple[str, str]] = {
     _another_operation: ("'sum'", "'mean'"),
     _another_source: ("src=1", "src=0"),
     _another_collective: ("all_gather", "all_reduce"),
-    _one_batch_more: ("backward", "all_reduce"),
-    _a_step_less: ("SGD.step", "backward"),
+    _one_batch_more: ("forward of", "all_reduce"),
+    _a_step_less: ("SGD.step", "forward of"),
     _ends_early: ("the end of its Fabric", "barrier"),
 }
 
