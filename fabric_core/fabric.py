@@ -1,5 +1,6 @@
 """The façade: everything a training script calls, in the order of a script's life."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
@@ -43,6 +44,7 @@ from fabric_core.running.checkpointing import (
     restore_precision,
     template,
 )
+from fabric_core.running.failing import Failures
 from fabric_core.running.launching import agree, check_connected, detect, environment, make_world
 from fabric_core.wrapping import (
     Around,
@@ -155,6 +157,7 @@ class Fabric:
         self._loggers = parts.loggers
         self._hooks = parts.hooks
         self._launcher: Launcher | None = None
+        self._failures: Failures | None = None
         self._guard = backward_guard(self._strategy, self._precision)
         # Weak: what was set up dies with its last user, and an old parameter once its optimizer has the new one.
         self._set_up: WeakSet[Any] = WeakSet()
@@ -212,7 +215,7 @@ class Fabric:
             MisuseError: There will be several processes, and they are not launched yet.
         """
         if self._world is None:
-            if self._plan.world_size > 1:
+            if self._plan.world_size > 1 and detect(self._launchers) is None:
                 raise MisuseError(
                     f"the {self._plan.world_size} processes are not launched yet",
                     where="this call needs them",
@@ -310,9 +313,12 @@ class Fabric:
     def _join(self, launcher: Launcher | None, ranks: ProcessInfo) -> None:
         world = make_world(ranks, self._plan, _TIMEOUT)
         if launcher is not None:
-            self._launcher = launcher  # and it stays on failure: it lets the first rank that failed speak
+            self._launcher = launcher
             launcher.setup_process(ranks)
-        agree(world, self._plan)
+            if world.world_size > 1:
+                self._failures = Failures(world, launcher)  # and they stay on failure: the first one is shown
+                agree(world, self._plan, launcher, self._failures)
+        hook = sys.excepthook
         with ExitStack() as undo:
             undo.callback(self._accelerator.teardown)
             self._accelerator.setup_device(world.device)
@@ -323,6 +329,7 @@ class Fabric:
             self._collectives = self.strategy.collectives = own.fork() if world.world_size > 1 else own
             self._precision.connect(self._collectives)
             undo.pop_all()
+        sys.excepthook = hook  # torch's process group puts one round it, each time, for good
         self._world = world
         self._hooks.launched(world=world)
 
@@ -849,8 +856,10 @@ class Fabric:
 
     def teardown(self) -> None:
         """Give back all that was taken: process group, devices, loggers. May be called again."""
-        world, launcher = self._world, self._launcher
-        self._world = self._launcher = None
+        world, launcher, failures = self._world, self._launcher, self._failures
+        self._world = self._launcher = self._failures = None
+        if failures is not None:
+            failures.end(sys.exc_info()[1])
         with ExitStack() as stack:
             if launcher is not None:
                 stack.callback(launcher.teardown)

@@ -23,13 +23,13 @@ class ProcessInfo:
         local_world_size: The number of processes on this node.
         main_address: Where the store listens: a host name or an address.
         main_port: Where the store listens: a TCP port; with a ``job_id`` the first of those that may be taken.
-        job_id: What this job has in common with no other. With it nobody chose the port: rank 0 takes the first free one
-            from ``main_port`` on, and the others find it by this.
+        job_id: What this job has in common with no other. With it nobody chose the port: rank 0 takes the first free
+            one from ``main_port`` on, and the others find it by this.
         attempt: How often the processes were restarted before.
         agent_store: Whether the store belongs to the process that started the ranks; otherwise rank 0 makes it.
         owner: What started the processes, for messages and for tearing down.
-        how_to_start: How to start another number of processes, for messages; ``{nodes}`` and ``{devices}`` stand for the
-            numbers of nodes and of devices on each.
+        how_to_start: How to start another number of processes, for messages; ``{nodes}`` and ``{devices}`` stand for
+            the numbers of nodes and of devices on each.
     """
 
     global_rank: int = 0

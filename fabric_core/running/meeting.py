@@ -1,9 +1,9 @@
 """Where the ranks of a job meet: the store that one process serves and all others find.
 
-[Note: ports] A scheduler tells a job's ranks no port. So launchers derive one from the job's id, which every rank knows,
-and that port may be in use. Rank 0 takes the first free one of a few that follow each other, and writes the job's id
-into its store. The others try those ports in turn until one of them has the id: neither another program nor another job's
-store is taken for it.
+[Note: ports] A scheduler tells a job's ranks no port. So launchers derive one from the job's id, which all ranks
+know, and that port may be in use. Rank 0 takes the first free one of a few that follow each other, and writes the job's
+id into its store. The others try those ports in turn until one of them has the id: neither another program nor the
+store of another job is taken for it.
 """
 
 import socket
