@@ -25,6 +25,7 @@ from fabric_core.errors import MisuseError
 from fabric_core.running import reporting, seeding
 from fabric_core.running.asynchronous import SaveHandle
 from fabric_core.running.checkpointing import Checkpointing
+from fabric_core.running.failing import Failures
 from fabric_core.running.launching import environment
 from fabric_core.running.processes import Processes
 from fabric_core.running.seeding import RandomState
@@ -140,6 +141,7 @@ class Fabric(Processes, Training):
         )
         self._loggers: list[Logger] = self._chosen.all("logger")
         self._launcher: Launcher | None = None
+        self._failures: Failures | None = None
         self._closing: finalize[..., Any] | None = None
         self._setup = Setup(self._strategy, self._precision, self._wrappers, self._plan.world_size)
         self._built = set(vars(self)) - own

@@ -75,5 +75,22 @@ class Launcher(Plugin, ABC):
         """Called in a process that ``detect`` recognised, once it takes part."""
 
     @behaviour
+    def check_peers(self, info: ProcessInfo) -> None:
+        """Called about every second while this process waits for the others to come.
+
+        Raises:
+            LaunchError: One of them will never come: it has ended.
+        """
+
+    @behaviour
+    def report_failure(self, error: BaseException, rank: int) -> bool:
+        """Called in the rank that failed first, before anything is shown.
+
+        Returns:
+            Whether whoever started the ranks will show the error; otherwise the rank itself does.
+        """
+        return False
+
+    @behaviour
     def teardown(self) -> None:
         """Give back what ``setup_process`` took."""

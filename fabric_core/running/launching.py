@@ -1,13 +1,14 @@
 """From a plan to a world: the one place that reads ``os.environ``."""
 
-import hashlib
 import itertools
 import json
 import os
+import sys
+import time
 from collections.abc import Iterable
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 from torch.distributed import PrefixStore, Store
 
@@ -15,9 +16,17 @@ from fabric_core.choosing.plan import Plan
 from fabric_core.collectives import Collectives
 from fabric_core.contracts import Accelerator, Launcher, ProcessInfo, Strategy, World
 from fabric_core.errors import LaunchError
+from fabric_core.running.failing import Failures
 from fabric_core.running.meeting import meet
 
 __all__ = ["agree", "check_connected", "detect", "environment", "make_world"]
+
+_LOOK: Final = 1.0
+"""How often, in seconds, a waiting rank looks whether the others can still come."""
+_SAY: Final = 30.0
+"""After how many seconds a waiting rank says whom it waits for."""
+_NAMED: Final = 8
+"""How many missing ranks a message names."""
 
 
 def environment() -> dict[str, str]:
@@ -72,30 +81,44 @@ def _store_opener(info: ProcessInfo, timeout: timedelta) -> Any:
     return open_store
 
 
-def agree(world: World, plan: Plan) -> None:
+def agree(world: World, plan: Plan, launcher: Launcher, failures: Failures) -> None:
     """Compare the plan over the ranks, before the first collective.
+
+    What a rank asks of the store doesn't grow with their number: it compares with rank 0, says so if it differs, and
+    waits for the one that came last to have counted all.
 
     Args:
         world: This process.
         plan: This process's plan.
+        launcher: What recognised this process, and may notice that another one will never come.
+        failures: Is told the store.
 
     Raises:
-        LaunchError: Ranks differ; raised on every rank, and names those that differ from rank 0.
+        LaunchError: Ranks differ; raised on every rank, and names those that differ from rank 0. Or one will not come.
     """
-    if world.open_store is None or world.world_size == 1:
+    if world.open_store is None:
         return
-    store = world.open_store()
+    store, own = world.open_store(), world.global_rank
+    failures.meet(store)
     text = json.dumps(
         [[choice.kind, choice.name, choice.distribution, str(choice.options)] for choice in plan.choices]
         + [["processes", str(plan.world_size), "", ""]]
     )
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    store.set(f"plan/{world.global_rank}", f"{digest}\n{text}")
-    others = [store.get(f"plan/{rank}").decode().partition("\n") for rank in range(world.world_size)]
-    first = others[0]
-    differing = [rank for rank, other in enumerate(others) if other[0] != first[0]]
+    if own == 0:
+        store.set("plan", text)
+    store.set(f"came/{own}", "")
+    _wait(store, "plan", world, launcher)
+    first = store.get("plan").decode()
+    if first != text:
+        store.set(f"plan/{own}", text)
+        store.append("differing", f"{own},")
+    if store.add("compared", 1) == world.world_size:
+        store.append("differing", "")
+        store.set("verdict", store.get("differing"))
+    _wait(store, "verdict", world, launcher)
+    differing = sorted(int(rank) for rank in store.get("verdict").decode().split(",") if rank)
     if differing:
-        mine, its = json.loads(first[2]), json.loads(others[differing[0]][2])
+        mine, its = json.loads(first), json.loads(store.get(f"plan/{differing[0]}"))
         changes = [
             f"{_side(here)} on rank 0, {_side(there)} on rank {differing[0]}"
             for here, there in itertools.zip_longest(mine, its)
@@ -108,6 +131,38 @@ def agree(world: World, plan: Plan) -> None:
             instead="the same arguments, variables, plugins and versions on every rank",
             ranks=differing,
         )
+
+
+def _wait(store: Store, key: str, world: World, launcher: Launcher) -> None:
+    """Wait for a key; say after a while who has not come.
+
+    Raises:
+        LaunchError: Somebody will not come, or did not in time.
+    """
+    start = looked = time.monotonic()
+    said = False
+    pause = 0.002  # seconds
+    # No wait of the store's own, which prints a warning each time that it was for nothing.
+    while not store.check([key]):
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+        now = time.monotonic()
+        if now - looked > _LOOK:
+            looked = now
+            launcher.check_peers(world)
+        waited = now - start
+        late = waited > world.timeout.total_seconds()
+        if not late and (said or waited < _SAY):
+            continue
+        said = True
+        missing = [rank for rank in range(world.world_size) if not store.check([f"came/{rank}"])]
+        names = ", ".join(map(str, missing[:_NAMED])) + (", ..." if len(missing) > _NAMED else "")
+        what = (
+            f"rank {world.global_rank} has waited {waited:.0f} s for rank {names or '(none)'} to call fabric.launch()"
+        )
+        if late:
+            raise LaunchError(what, where="fabric.launch()", ranks=missing)
+        print(f"fabric: {what}", file=sys.stderr, flush=True)  # noqa: T201 - in place of a hang without a word
 
 
 def check_connected(collectives: object, world: World, strategy: Strategy) -> None:

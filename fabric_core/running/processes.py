@@ -1,5 +1,6 @@
 """A Fabric's processes: who this one is, how they start and end, and what they say to each other."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -15,6 +16,7 @@ from fabric_core.collectives import Collectives, ProcessInfo, World
 from fabric_core.contracts import Accelerator, Launcher, LaunchOrder, Logger, Precision, Strategy, map_tensors
 from fabric_core.errors import LaunchError, MisuseError, SetupError
 from fabric_core.running import reporting
+from fabric_core.running.failing import Failures
 from fabric_core.running.launching import agree, check_connected, detect, make_world
 
 __all__ = ["Processes"]
@@ -38,6 +40,7 @@ class Processes:
     _world: World | None
     _collectives: Collectives
     _launcher: Launcher | None
+    _failures: Failures | None
     _closing: Any
 
     # Who this process is
@@ -50,7 +53,7 @@ class Processes:
             MisuseError: There will be several processes, and they are not launched yet.
         """
         if self._world is None:
-            if self._plan.world_size > 1:
+            if self._plan.world_size > 1 and detect(self._launchers) is None:
                 raise MisuseError(
                     f"the {self._plan.world_size} processes are not launched yet",
                     where="this call needs them",
@@ -150,9 +153,12 @@ class Processes:
         world = make_world(ranks, self._plan, self._accelerator, _TIMEOUT)
         self._bindings.renew()
         if launcher is not None:
-            self._launcher = launcher  # and it stays on failure: it lets the first rank that failed speak
+            self._launcher = launcher
             launcher.setup_process(ranks)
-        agree(world, self._plan)
+            if world.world_size > 1:
+                self._failures = Failures(world, launcher)  # and they stay on failure: the first one is shown
+                agree(world, self._plan, launcher, self._failures)
+        hook = sys.excepthook
         with ExitStack() as undo:
             undo.callback(self._accelerator.teardown)
             self._accelerator.setup_device(world.device)
@@ -165,6 +171,7 @@ class Processes:
             self._collectives = self._strategy.collectives = shared
             self._precision.connect(self._collectives)
             undo.pop_all()
+        sys.excepthook = hook  # torch's process group puts one round it, each time, for good
         self._world = world
         for logger in self._loggers:
             logger.connect(self._collectives)
@@ -257,7 +264,10 @@ class Processes:
 
     def teardown(self) -> None:
         """Give back all that was taken: process group, devices, loggers. May be called again."""
-        world, launcher = self._world, self._launcher
+        world, launcher, failures = self._world, self._launcher, self._failures
+        self._failures = None
+        if failures is not None:
+            failures.end(sys.exc_info()[1])
         with ExitStack() as stack:
             stack.callback(self._bindings.undo)
             if launcher is not None:

@@ -8,20 +8,16 @@ import signal
 import sys
 import tempfile
 import threading
-import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Literal
 
 import torch
-from torch.distributed import PrefixStore, TCPStore
 
 from fabric_core.contracts import Launcher, LauncherCapabilities, LaunchOrder, PluginOptions, ProcessInfo
 from fabric_core.errors import LaunchError, RankFailedError
+from fabric_plugins.launchers._reports import REPORT, failed, missing_ranks, read_report, write_report
 
 __all__ = ["ElasticLauncher", "ElasticOptions"]
 
@@ -104,7 +100,7 @@ class ElasticLauncher(Launcher):
         return self._start_function(order, order.function)
 
     def setup_process(self, info: ProcessInfo) -> None:
-        """In a rank that this launcher started: share the cores, die with the agent, let the first failure speak."""
+        """In a rank that this launcher started: share the cores, and die with the agent."""
         if info.owner != "elastic":
             return
         _die_with_parent()
@@ -112,18 +108,21 @@ class ElasticLauncher(Launcher):
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // info.local_world_size))
             self._undo.append(lambda: torch.set_num_threads(threads))
-        previous = sys.excepthook
 
-        def report(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
-            _speak(info, value, lambda: previous(kind, value, trace))
+    def check_peers(self, info: ProcessInfo) -> None:
+        """Notice that a rank of this node has ended before it came."""
+        missing = missing_ranks(info)
+        if missing:
+            raise LaunchError(
+                f"rank {', '.join(map(str, missing))} ended before it called fabric.launch(), for which this one waits",
+                where="fabric.launch()",
+                instead="fabric.launch() on every rank",
+                ranks=missing,
+            )
 
-        sys.excepthook = report
-
-        def restore() -> None:
-            if sys.excepthook is report:
-                sys.excepthook = previous
-
-        self._undo.append(restore)
+    def report_failure(self, error: BaseException, rank: int) -> bool:
+        """Leave a report for the agent; of a function it shows the error, where the user called."""
+        return write_report(error, rank)
 
     def teardown(self) -> None:
         """Undo what ``setup_process`` did."""
@@ -140,68 +139,55 @@ class ElasticLauncher(Launcher):
                 instead="put the code into a script, or give a function: fabric.launch(function)",
             )
         sys.stdout.flush()
+        code = 0
         try:
             with contextlib.chdir(_typed_in()):
                 self._run(order, sys.executable, arguments)
         except RankFailedError as error:
             print(error, file=sys.stderr)  # noqa: T201 - the agent's last word, after the ranks' tracebacks
             code = error.fields["exit_code"]
-        else:
-            code = 0
         # The interpreter looks for garbage as it ends, among all that torch made: a third of a second for nothing.
         gc.freeze()
         raise SystemExit(code)
 
     def _start_function(self, order: LaunchOrder, function: Callable[..., Any]) -> Any:
         method = order.start_method or self.options.start_method
-        with tempfile.TemporaryDirectory(prefix="fabric-launch-") as folder, _restored():
+        with tempfile.TemporaryDirectory(prefix="fabric-launch-") as folder:
             result = Path(folder) / "result"
             self._run(order, _run_rank, (function, result, *order.args), method)
-            return pickle.loads(result.read_bytes())  # noqa: S301 - written by our own rank 0
+            # Without a file rank 0 ended by sys.exit(0).
+            return pickle.loads(result.read_bytes()) if result.exists() else None  # noqa: S301 - our own rank 0's
 
     def _run(self, order: LaunchOrder, entry: Any, arguments: Any, start_method: str = "spawn") -> None:
-        from torch.distributed.elastic.multiprocessing.api import (
-            DefaultLogsSpecs,
-            SignalException,
-        )
-        from torch.distributed.elastic.multiprocessing.errors import (
-            ChildFailedError,
-        )
-        from torch.distributed.launcher.api import (
-            LaunchConfig,
-            elastic_launch,
-        )
+        from torch.distributed.elastic.multiprocessing.api import SignalException
 
-        with tempfile.TemporaryDirectory(prefix="fabric-logs-") as logs:
-            config = LaunchConfig(
-                min_nodes=1,
-                max_nodes=1,
-                nproc_per_node=order.processes,
-                run_id=f"{_OURS}{uuid.uuid4().hex}",
-                rdzv_backend="c10d",
-                rdzv_endpoint=f"{_ADDRESS}:0",
-                local_addr=_ADDRESS,
-                max_restarts=0,
-                monitor_interval=0.05,
-                start_method=start_method,
-                shutdown_timeout=self.options.shutdown_timeout,
-                logs_specs=DefaultLogsSpecs(log_dir=logs),
-            )
+        from fabric_plugins.launchers._agent import run_agent
+
+        with tempfile.TemporaryDirectory(prefix="fabric-logs-") as logs, _restored():
+            report = Path(logs) / "failure.json"
+            os.environ[REPORT] = f"{'command' if order.function is None else 'function'}:{report}"
             try:
-                elastic_launch(config, entry)(*arguments)
-            except ChildFailedError as error:
-                rank, failure = error.get_first_failure()
-                code = failure.exitcode
-                how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-                raise RankFailedError(
-                    f"rank {rank} failed first, {how}; the other ranks were ended",
-                    where=f"rank {rank}, process {failure.pid}",
-                    rank=rank,
-                    exit_code=128 - code if code < 0 else code,
-                    trace=failure.message,
-                ) from error
+                failures, gone = run_agent(
+                    entry,
+                    arguments,
+                    processes=order.processes,
+                    run_id=f"{_OURS}{uuid.uuid4().hex}",
+                    address=_ADDRESS,
+                    start_method=start_method,
+                    shutdown_timeout=self.options.shutdown_timeout,
+                    logs=logs,
+                )
+                caught = 0
             except SignalException as error:
-                raise SystemExit(128 + error.sigval) from None
+                failures, gone, caught = {}, [], int(error.sigval)
+            told = read_report(report)
+        if caught == signal.SIGINT and order.function is not None:
+            raise KeyboardInterrupt
+        if caught:
+            raise SystemExit(128 + caught)
+        if failures:
+            # Raised here, and not from torchelastic's error: that one keeps its agent, files and threads alive.
+            raise failed(failures, told, gone)
 
 
 def _typed_in() -> str:
@@ -217,36 +203,25 @@ def _typed_in() -> str:
 
 def _run_rank(function: Callable[..., Any], result: Path, *args: Any) -> None:
     """Run a function in a rank, and leave rank 0's result in a file: a pipe would fill up."""
+    # A forked rank has its agent's handlers, which would wait for the interpreter while a collective waits for others.
+    for name in _SIGNALS:
+        signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+    hook = sys.excepthook
     try:
         value = function(*args)
-    except BaseException as error:
-        ranks = ElasticLauncher().detect(os.environ)
-        if ranks is not None:
-            _speak(ranks, error, partial(traceback.print_exception, error))
-        raise
+    except SystemExit as error:
+        if error.code:
+            raise
+        return
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the caller wants to know
+        if sys.excepthook is hook:  # it failed before it joined
+            write_report(error, int(os.environ["RANK"]))
+        else:  # the first that fails reports, the others say that they follow
+            sys.excepthook(type(error), error, error.__traceback__)
+        # Another error would be written to a file that nobody removes, and shown again.
+        raise SystemExit(1) from None
     if os.environ["RANK"] == "0":
         result.write_bytes(pickle.dumps(value))
-
-
-def _speak(ranks: ProcessInfo, error: BaseException, show: Callable[[], None]) -> None:
-    """Show a failure if it is the first of all ranks; a line where it only follows from another's."""
-    first = ranks.global_rank
-    try:
-        store = TCPStore(ranks.main_address, ranks.main_port, is_master=False, timeout=timedelta(seconds=5))
-        claims = PrefixStore(f"fabric/{ranks.attempt}", store)
-        first = int(claims.compare_set("first-failure", "", str(ranks.global_rank)))
-    except (RuntimeError, ValueError):
-        pass  # The store is gone: whoever made it failed before, or the agent did; better to say too much.
-    if first == ranks.global_rank:
-        print(f"[rank {ranks.global_rank}] failed:", file=sys.stderr)  # noqa: T201 - in place of the interpreter's own
-        show()
-    else:
-        text = str(error).partition("\n")[0]
-        print(  # noqa: T201
-            f"[rank {ranks.global_rank}] ended after rank {first} had failed: {type(error).__name__}: {text}",
-            file=sys.stderr,
-        )
-    sys.stderr.flush()
 
 
 def _die_with_parent() -> None:

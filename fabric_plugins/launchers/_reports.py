@@ -1,0 +1,112 @@
+"""What the agent of the elastic launcher learns of a rank's failure, and what ranks learn of each other's end."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from fabric_core.contracts import ProcessInfo
+from fabric_core.errors import RankFailedError
+
+__all__ = ["REPORT", "failed", "missing_ranks", "read_report", "write_report"]
+
+REPORT: Final = "TORCHELASTIC_FABRIC_REPORT"
+"""The variable that tells a rank how it was started, and the file for its report: ``function:PATH``."""
+_ENDED: Final = (-signal.SIGTERM, -signal.SIGINT)
+"""How the ranks end that the agent ends, which it notices after those that it ends them for."""
+
+
+class RankTraceback(Exception):  # noqa: N818 - it is the traceback of one
+    """The traceback of a rank, shown as the cause of the error that names the rank."""
+
+
+def write_report(error: BaseException, rank: int) -> bool:
+    """Leave a report of the first failure, unless there is one.
+
+    Returns:
+        Whether the agent will show the error.
+    """
+    how, _, path = os.environ.get(REPORT, "").partition(":")
+    if not path:
+        return False
+    kind = type(error)
+    report = {
+        "rank": rank,
+        "type": kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}",
+        "message": str(error),
+        "trace": "".join(traceback.format_exception(error)),
+    }
+    with contextlib.suppress(OSError), Path(path).open("x", encoding="utf-8", errors="replace") as file:
+        json.dump(report, file)
+    return how == "function"
+
+
+def read_report(path: Path) -> Mapping[str, Any] | None:
+    """Give the report of the first failure, if a rank left one."""
+    try:
+        report: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return report
+
+
+def failed(failures: Mapping[int, Any], report: Mapping[str, Any] | None, gone: Sequence[int] = ()) -> RankFailedError:
+    """Make the error of ranks that failed; the first is the one that reported, or that nobody ended."""
+    first = min(failures, key=lambda rank: failures[rank].exitcode in _ENDED)  # of several, the one noticed first
+    if report is not None:
+        first = report["rank"]
+    code = failures[first].exitcode if first in failures else 1
+    how = f"by signal {_signal_name(-code)}" if code < 0 else f"with exit code {code}"
+    where = f"rank {first}" + (f", process {failures[first].pid}" if first in failures else "")
+    if code == 0:
+        how = "by ending before its function had returned"
+    cause = "" if report is None else f": {report['type']}: {report['message']}"
+    before = [str(rank) for rank in gone if rank != first]
+    others = f"rank {', '.join(before)} had ended before, without a failure" if before else "the other ranks were ended"
+    error = RankFailedError(
+        f"rank {first} failed first, {how}{cause}; {others}",
+        where=where,
+        rank=first,
+        exit_code=128 - code if code < 0 else code or 1,
+        exception_type=None if report is None else report["type"],
+        exception_message=None if report is None else report["message"],
+        trace=None if report is None else report["trace"],
+    )
+    if report is not None:
+        error.__cause__ = RankTraceback(f"on rank {first}\n\n{report['trace']}")
+    return error
+
+
+def missing_ranks(info: ProcessInfo) -> list[int]:
+    """Give the ranks of this node whose processes are gone, as far as the system tells (Linux does).
+
+    A rank's process is found by its variables, so that one that was wrapped in another command is found too.
+    """
+    run, proc = os.environ.get("TORCHELASTIC_RUN_ID"), Path("/proc")
+    if not run or not sys.platform.startswith("linux") or os.environ.get(REPORT, "").startswith("function:"):
+        return []
+    here: set[int] = set()
+    for folder in proc.iterdir():
+        if not folder.name.isdecimal():
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            lines = (folder / "environ").read_bytes().split(b"\0")
+            variables = dict(line.partition(b"=")[::2] for line in lines)
+            if variables.get(b"TORCHELASTIC_RUN_ID") == run.encode() and b"RANK" in variables:
+                here.add(int(variables[b"RANK"]))
+    if info.global_rank not in here:  # nothing can be seen
+        return []
+    first = info.global_rank - info.local_rank
+    return [rank for rank in range(first, first + info.local_world_size) if rank not in here]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
