@@ -13,6 +13,7 @@ from fabric_core.choosing.candidates import plan
 from fabric_core.choosing.registry import EXTENSION, GROUPS, Offer, Registry
 from fabric_core.choosing.request import Request, fill, read_environment, read_file
 from fabric_core.choosing.resolve import Plan, shown
+from fabric_core.cli._checkpoint import checkpoint
 from fabric_core.cli._conformance import conformance
 from fabric_core.cli._describe import contract_page, field_type, meanings
 from fabric_core.errors import FabricError, FabricWarning, RequestError, UnknownPluginError
@@ -23,6 +24,7 @@ __all__ = ["main"]
 app = typer.Typer(no_args_is_help=True, help="Look into plugins and plans.", add_completion=False)
 plugins = typer.Typer(no_args_is_help=True, help="The plugins that are installed.")
 app.add_typer(plugins, name="plugins")
+app.add_typer(checkpoint, name="checkpoint")
 app.command()(conformance)
 
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
