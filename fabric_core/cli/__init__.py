@@ -15,6 +15,7 @@ from fabric_core.choosing.offers import Offer
 from fabric_core.choosing.plan import Plan
 from fabric_core.choosing.registry import Registry
 from fabric_core.choosing.request import Request, fill, read_environment, read_file
+from fabric_core.cli._checkpoint import checkpoint
 from fabric_core.cli._conformance import conformance
 from fabric_core.cli._describe import contract_page, field_type, meanings
 from fabric_core.cli._new import new
@@ -264,6 +265,7 @@ def _make_app() -> typer.Typer:
     app = typer.Typer(no_args_is_help=True, help="Look into plugins and plans.", add_completion=False)
     plugins = typer.Typer(no_args_is_help=True, help="The plugins that are installed.")
     app.add_typer(plugins, name="plugins")
+    app.add_typer(checkpoint, name="checkpoint")
     plugins.command("list")(list_plugins)
     plugins.command("show")(show_plugin)
     plugins.command("doctor")(examine_plugins)
