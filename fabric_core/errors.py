@@ -17,7 +17,7 @@ The tree (the builtin that each class also is stands in brackets, so that ``exce
     ├── LaunchError (RuntimeError)          processes could not be started, or don't agree
     │   └── RankFailedError                 a rank failed
     ├── SetupError (RuntimeError)           ``setup`` was given what it can't set up
-    ├── MisuseError (RuntimeError)          a call at the wrong time, or past the strategy
+    ├── MisuseError (RuntimeError)          a call at the wrong time, or one that leaves out the strategy
     └── CheckpointError (RuntimeError)      a checkpoint can't be written, read or applied
         ├── CheckpointKeyError (KeyError)   it lacks an entry that was asked for
         └── NoCheckpointError (FileNotFoundError)   there is none at the path
@@ -163,7 +163,7 @@ class SetupError(FabricError, RuntimeError):
 
 
 class MisuseError(FabricError, RuntimeError):
-    """A call at the wrong time, or past the strategy."""
+    """A call at the wrong time, or one that leaves out the strategy."""
 
 
 class CheckpointError(FabricError, RuntimeError):

@@ -18,7 +18,7 @@ _METHODS = [
     "accelerator", "all_gather", "all_reduce", "autocast", "backward", "barrier", "broadcast", "call", "clip_gradients",
     "device", "global_rank", "init_module", "init_tensor", "is_global_zero", "launch", "load", "load_raw", "local_rank",
     "log", "log_dict", "logger", "loggers", "no_backward_sync", "node_rank", "plan", "precision", "print",
-    "rank_zero_first", "run", "save", "seed_everything", "setup", "setup_dataloaders", "setup_module",
+    "random_state", "rank_zero_first", "run", "save", "seed_everything", "setup", "setup_dataloaders", "setup_module",
     "setup_optimizers", "strategy", "teardown", "to_device", "world", "world_size",
 ]  # fmt: skip
 

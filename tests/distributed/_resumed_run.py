@@ -31,7 +31,7 @@ class Noisy(Dataset[torch.Tensor]):
         return 24
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        noise = torch.rand(4) + float(np.random.rand()) + random.random()
+        noise = torch.rand(4) + float(np.random.rand()) + random.random()  # noqa: NPY002, S311 - what users draw from
         return torch.full((4,), index / 24) + 0.1 * noise
 
 

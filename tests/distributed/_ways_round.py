@@ -5,7 +5,7 @@ rows are all there are, so that it ends where every rank must end.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -89,10 +89,6 @@ class Run:
     def no_sync(self, model: Any, enabled: bool = True) -> AbstractContextManager[Any]:
         """Skip gradient synchronization."""
         return contextlib.nullcontext() if self.fabric is None else self.fabric.no_backward_sync(model, enabled)
-
-    def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """Average over the ranks."""
-        return value if self.fabric is None else self.fabric.all_reduce(value)  # type: ignore[no-any-return]
 
     def common(self, rows: int = 8) -> torch.Tensor:
         """Give rows that are the same on every rank."""
@@ -354,7 +350,7 @@ def closure_of_the_raw_optimizer(run: Run) -> None:
 
 @way
 def raw_step_inside_a_closure(run: Run) -> None:
-    net, _, model, optimizer = usual(run)
+    _, _, model, optimizer = usual(run)
     other = run.net(seed=4)
     second = run.sgd(other)
     run.setup(other, second)
@@ -468,7 +464,8 @@ def thawed_after_setup_and_raw(run: Run) -> None:
 @way
 def raw_model_compiled(run: Run) -> None:
     net, _, _, optimizer = usual(run)
-    run.backward(loss_of(torch.compile(net, backend="eager")(run.x)))
+    compiled: Any = torch.compile(net, backend="eager")
+    run.backward(loss_of(compiled(run.x)))
     optimizer.step()
 
 
@@ -882,9 +879,3 @@ def an_unused_forward(run: Run) -> None:
 
 def _scales(run: Run) -> bool:
     return run.fabric is not None and run.fabric.precision.policy.loss_scaling
-
-
-def rows_in_order() -> Iterator[str]:
-    """Name all scripts."""
-    yield from WAYS
-    yield from RIGHT

@@ -1,4 +1,4 @@
-"""No training goes wrong in silence: what goes round Fabric raises, or ends where plain PyTorch does on all the data."""
+"""No training goes wrong in silence: what goes round Fabric raises, or ends where plain PyTorch does on all data."""
 
 import importlib.util
 import sys
@@ -35,7 +35,7 @@ def _scripts() -> ModuleType:
 
 def _by_columns(net: nn.Module, mesh: DeviceMesh) -> None:
     """Spread the layers over the ranks of a tensor-parallel group; what has others stays whole."""
-    plan = {name: ColwiseParallel(output_layouts=Replicate()) for name in ("body", "head") if hasattr(net, name)}
+    plan: Any = {name: ColwiseParallel(output_layouts=Replicate()) for name in ("body", "head") if hasattr(net, name)}
     parallelize_module(net, mesh["tensor_parallel"], plan)
 
 
@@ -78,7 +78,7 @@ UNSUPPORTED["data-parallel"] = (UNSUPPORTED["fsdp"] | {"penalty_in_the_loss"}) -
 UNSUPPORTED["tensor-parallel"] = frozenset({"penalty_in_the_loss", "gradient_penalty_alone"})
 
 UNSEEN: dict[str, frozenset[str]] = {
-    # PyTorch's DTensor takes the gradients that it redistributes for constants: docs/explanation/where-the-guards-end.md
+    # PyTorch's DTensor takes gradients that it redistributes for constants: docs/explanation/where-the-guards-end.md
     "data-parallel": frozenset({"gradient_penalty"}),
     "tensor-parallel": frozenset({"gradient_penalty"}),
 }
