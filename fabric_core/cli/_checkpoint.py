@@ -130,13 +130,15 @@ def diff(one: _Path, other: _Path, as_json: _AsJson = False) -> None:
 
 def _formats() -> list[tuple[str, Checkpoint]]:
     """Make every format that is installed and not broken."""
+    registry = Registry()
+    priority = {offer.name: offer.auto or 0 for offer in registry.automatic("checkpoint")}
     made = []
-    for offer in Registry().offers("checkpoint"):
+    for offer in registry.offers("checkpoint"):
         preset = offer.load()
         plugin = preset.plugin(preset.plugin.parse_options(preset.options))
         if isinstance(plugin, Checkpoint):
             made.append((offer.name, plugin))
-    return sorted(made, key=lambda one: -one[1].capabilities.priority)
+    return sorted(made, key=lambda one: -priority.get(one[0], 0))
 
 
 def _where(path: str) -> Any:
