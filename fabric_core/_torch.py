@@ -1,19 +1,32 @@
 """Every private or undocumented part of PyTorch that the core uses, with the reason, and what would replace it."""
 
+import sys
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules import module as module_hooks
+from torch.utils import _python_dispatch, _pytree
 
 __all__ = [
+    "DispatchMode",
     "after_backward",
     "backends_of",
     "backward_state",
+    "compile_like",
+    "compiler",
+    "global_hooks",
     "loading_hooks",
+    "original_of",
     "process_groups",
     "set_backward_state",
+    "tree_flatten",
+    "tree_is_leaf",
+    "tree_leaves",
+    "tree_map_only",
+    "tree_unflatten",
 ]
 
 _STATE: Final = "fabric_core.backward"
@@ -35,7 +48,7 @@ def after_backward(function: Callable[[], None]) -> None:
     It is called in a hook of the pass. A strategy's own callbacks, such as DDP's, may be queued after it and before the
     end; so this one queues itself once more, behind them. A public ``queue_callback`` would replace it.
     """
-    queue = torch.autograd.Variable._execution_engine.queue_callback  # type: ignore[attr-defined] # noqa: SLF001
+    queue = torch.autograd.Variable._execution_engine.queue_callback  # noqa: SLF001
     queue(lambda: queue(function))
 
 
@@ -62,3 +75,58 @@ def loading_hooks(module: nn.Module) -> list[Any]:
         kind._load_from_state_dict,  # noqa: SLF001
         *(getattr(hook, "hook", hook) for hook in hooks),
     ]
+
+
+def compiler() -> str:
+    """Name the module that optimizers import when they first step, for a second; a public name would replace it."""
+    return "torch._dynamo"
+
+
+def original_of(module: Any) -> Any:
+    """Give the module inside a compiled one, and anything else as it is; a public way to tell them would replace it."""
+    dynamo = sys.modules.get(compiler())  # where the compiler is not even imported, nothing is compiled
+    compiled = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+    return module._orig_mod if compiled else module  # noqa: SLF001
+
+
+def compile_like(compiled: Any, module: nn.Module) -> nn.Module:
+    """Compile a module with the arguments that another was compiled with; a public list of these would replace it."""
+    return cast("nn.Module", compiled.dynamo_ctx(module))
+
+
+def global_hooks() -> list[int]:
+    """Count the hooks on all modules, by kind; PyTorch only adds them. A public count would replace it."""
+    return [
+        len(hooks)
+        for name, hooks in vars(module_hooks).items()
+        if name.startswith("_global_") and name.endswith("hooks")
+    ]
+
+
+class DispatchMode(_python_dispatch.TorchDispatchMode):
+    """The base of modes that see every operator; a name of it without an underscore would replace it."""
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """List the leaves of a nesting of containers, registered ones too; a public ``pytree`` would replace it."""
+    return _pytree.tree_leaves(tree)
+
+
+def tree_map_only(kind: Any, function: Callable[[Any], Any], tree: Any) -> Any:
+    """Map the leaves of one type; a public ``pytree`` would replace it."""
+    return _pytree.tree_map_only(kind, function, tree)
+
+
+def tree_is_leaf(tree: Any) -> bool:
+    """Say whether a value is no registered container; a public ``pytree`` would replace it."""
+    return _pytree.tree_is_leaf(tree)
+
+
+def tree_flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
+    """Give the leaves and the structure of a nesting; a public ``pytree`` would replace it."""
+    return _pytree.tree_flatten(tree, is_leaf=is_leaf)
+
+
+def tree_unflatten(leaves: list[Any], structure: Any) -> Any:
+    """Give the nesting of a structure with these leaves; a public ``pytree`` would replace it."""
+    return _pytree.tree_unflatten(leaves, structure)

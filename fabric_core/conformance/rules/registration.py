@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 from pydantic import ValidationError
 
+from fabric_core._torch import global_hooks
 from fabric_core.binding import Bindings
 from fabric_core.choosing.registry import Registry
 from fabric_core.conformance.bench import Bench, Place
@@ -39,7 +40,6 @@ _UNKNOWN: Final = "no_such_option_of_any_plugin"
 def _surroundings() -> dict[str, Any]:
     """Look at what a plugin must leave alone."""
     import torch.distributed as dist
-    from torch.nn.modules import module
 
     return {
         "environment variables": dict(os.environ),
@@ -50,11 +50,7 @@ def _surroundings() -> dict[str, Any]:
         "grad mode": torch.is_grad_enabled(),
         "the process group": dist.is_available() and dist.is_initialized(),
         "started devices": torch.cuda.is_initialized(),
-        "hooks on all modules": [
-            len(getattr(module, name))
-            for name in vars(module)
-            if name.startswith("_global_") and name.endswith("hooks")
-        ],
+        "hooks on all modules": global_hooks(),
         "warning filters": len(warnings.filters),
         "the folder": os.getcwd(),  # noqa: PTH109 - as text, to compare
     }

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from fabric_core._torch import global_hooks
 from fabric_core.conformance import cases
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Training, distance
@@ -62,7 +63,6 @@ def _torn_twice(bench: Bench) -> None:
 
 def _look() -> dict[str, Any]:
     import torch.distributed as dist
-    from torch.nn.modules import module
 
     return {
         "the process group": dist.is_initialized(),
@@ -70,11 +70,7 @@ def _look() -> dict[str, Any]:
         "the default type": torch.get_default_dtype(),
         "the default device": torch.get_default_device(),
         "threads": sorted(one.name for one in threading.enumerate()),
-        "hooks on all modules": [
-            len(getattr(module, name))
-            for name in vars(module)
-            if name.startswith("_global_") and name.endswith("hooks")
-        ],
+        "hooks on all modules": global_hooks(),
         "grad mode": torch.is_grad_enabled(),
     }
 

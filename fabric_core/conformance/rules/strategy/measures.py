@@ -174,7 +174,7 @@ def _stepped(fabric: Any, model: nn.Module, stepper: Any, before: Weights) -> di
 def local(model: nn.Module) -> dict[str, Any]:
     """Give the gradients without a collective: inside the context ranks may have none."""
     return {
-        name: None if one.grad is None else getattr(one.grad, "_local_tensor", one.grad).detach().clone().cpu()
+        name: None if one.grad is None else local_part(one.grad).detach().clone().cpu()
         for name, one in model.named_parameters()
     }
 
@@ -200,3 +200,10 @@ def check_mean(bench: Bench, mode: str) -> None:
     for rank, (got, _, mean) in enumerate(bench.run(one_pass, mode)):
         if not gap(got, mean) <= EXACT:
             raise Broken(f"rank {rank}'s gradients are off the mean by {gap(got, mean):.3g}")
+
+
+def local_part(tensor: Any) -> Any:
+    """Give this rank's own part of a DTensor, in its memory; any other tensor as it is."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
