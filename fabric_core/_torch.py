@@ -24,7 +24,6 @@ __all__ = [
     "set_backward_state",
     "tree_flatten",
     "tree_is_leaf",
-    "tree_leaves",
     "tree_map_only",
     "tree_unflatten",
 ]
@@ -55,14 +54,17 @@ def after_backward(function: Callable[[], None]) -> None:
 def backward_state() -> Any:
     """Give what this thread, or the one whose backward pass an engine's thread computes, has set; else ``None``.
 
-    Python's own thread-local values and contexts do not reach the engine's threads.
+    Python's own thread-local values and contexts do not reach the engine's threads. Contexts that do would replace it.
     """
     tls = torch._C  # noqa: SLF001
     return tls._get_obj_in_tls(_STATE) if tls._is_key_in_tls(_STATE) else None  # noqa: SLF001
 
 
 def set_backward_state(state: Any) -> None:
-    """Set a value for this thread, and for the engine's threads while they compute its backward passes."""
+    """Set a value for this thread, and for the engine's threads while they compute its backward passes.
+
+    Contexts that reach them would replace it.
+    """
     torch._C._stash_obj_in_tls(_STATE, state)  # noqa: SLF001
 
 
@@ -103,13 +105,8 @@ def global_hooks() -> list[int]:
     ]
 
 
-class DispatchMode(_python_dispatch.TorchDispatchMode):
+class DispatchMode(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The base of modes that see every operator; a name of it without an underscore would replace it."""
-
-
-def tree_leaves(tree: Any) -> list[Any]:
-    """List the leaves of a nesting of containers, registered ones too; a public ``pytree`` would replace it."""
-    return _pytree.tree_leaves(tree)
 
 
 def tree_map_only(kind: Any, function: Callable[[Any], Any], tree: Any) -> Any:

@@ -67,7 +67,10 @@ def unsynchronized(unit: Any) -> list[torch.Tensor]:
 
 
 def clear_unsynchronized(unit: Any, held: set[int]) -> None:
-    """Clear such gradients of the parameters with these identities, gathered or not."""
+    """Clear such gradients of the parameters with these identities, gathered or not.
+
+    A public accessor would replace it.
+    """
     for one in _parameters(unit):
         whole = _whole(one)
         if id(one.sharded_param) in held or id(whole) in held:
