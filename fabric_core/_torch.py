@@ -1,19 +1,31 @@
 """Every private or undocumented part of PyTorch that the core uses, with the reason, and what would replace it."""
 
+import sys
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules import module as module_hooks
+from torch.utils import _python_dispatch, _pytree
 
 __all__ = [
+    "DispatchMode",
     "after_backward",
     "backends_of",
     "backward_state",
+    "compile_like",
+    "compiler",
+    "global_hooks",
     "loading_hooks",
+    "original_of",
     "process_groups",
     "set_backward_state",
+    "tree_flatten",
+    "tree_is_leaf",
+    "tree_map_only",
+    "tree_unflatten",
 ]
 
 _STATE: Final = "fabric_core.backward"
@@ -42,14 +54,17 @@ def after_backward(function: Callable[[], None]) -> None:
 def backward_state() -> Any:
     """Give what this thread, or the one whose backward pass an engine's thread computes, has set; else ``None``.
 
-    Python's own thread-local values and contexts do not reach the engine's threads.
+    Python's own thread-local values and contexts do not reach the engine's threads. Contexts that do would replace it.
     """
     tls = torch._C  # noqa: SLF001
     return tls._get_obj_in_tls(_STATE) if tls._is_key_in_tls(_STATE) else None  # noqa: SLF001
 
 
 def set_backward_state(state: Any) -> None:
-    """Set a value for this thread, and for the engine's threads while they compute its backward passes."""
+    """Set a value for this thread, and for the engine's threads while they compute its backward passes.
+
+    Contexts that reach them would replace it.
+    """
     torch._C._stash_obj_in_tls(_STATE, state)  # noqa: SLF001
 
 
@@ -62,3 +77,53 @@ def loading_hooks(module: nn.Module) -> list[Any]:
         kind._load_from_state_dict,  # noqa: SLF001
         *(getattr(hook, "hook", hook) for hook in hooks),
     ]
+
+
+def compiler() -> str:
+    """Name the module that optimizers import when they first step, for a second; a public name would replace it."""
+    return "torch._dynamo"
+
+
+def original_of(module: Any) -> Any:
+    """Give the module inside a compiled one, and anything else as it is; a public way to tell them would replace it."""
+    dynamo = sys.modules.get(compiler())  # where the compiler is not even imported, nothing is compiled
+    compiled = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+    return module._orig_mod if compiled else module  # noqa: SLF001
+
+
+def compile_like(compiled: Any, module: nn.Module) -> nn.Module:
+    """Compile a module with the arguments that another was compiled with; a public list of these would replace it."""
+    return cast("nn.Module", compiled.dynamo_ctx(module))
+
+
+def global_hooks() -> list[int]:
+    """Count the hooks on all modules, by kind; PyTorch only adds them. A public count would replace it."""
+    return [
+        len(hooks)
+        for name, hooks in vars(module_hooks).items()
+        if name.startswith("_global_") and name.endswith("hooks")
+    ]
+
+
+class DispatchMode(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The base of modes that see every operator; a name of it without an underscore would replace it."""
+
+
+def tree_map_only(kind: Any, function: Callable[[Any], Any], tree: Any) -> Any:
+    """Map the leaves of one type; a public ``pytree`` would replace it."""
+    return _pytree.tree_map_only(kind, function, tree)
+
+
+def tree_is_leaf(tree: Any) -> bool:
+    """Say whether a value is no registered container; a public ``pytree`` would replace it."""
+    return _pytree.tree_is_leaf(tree)
+
+
+def tree_flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
+    """Give the leaves and the structure of a nesting; a public ``pytree`` would replace it."""
+    return _pytree.tree_flatten(tree, is_leaf=is_leaf)
+
+
+def tree_unflatten(leaves: list[Any], structure: Any) -> Any:
+    """Give the nesting of a structure with these leaves; a public ``pytree`` would replace it."""
+    return _pytree.tree_unflatten(leaves, structure)

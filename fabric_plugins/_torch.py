@@ -1,11 +1,31 @@
 """Every private or undocumented part of PyTorch that the plugins use, with the reason, and what would replace it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.utils import _pytree
 
-__all__ = ["clear_unsynchronized", "reduction_finished", "storage_info", "unsynchronized"]
+__all__ = [
+    "apply_to_tensors",
+    "attention_operators",
+    "checkpoint_activations",
+    "clear_groups",
+    "clear_unsynchronized",
+    "found_inf",
+    "initializers",
+    "leave_reducer",
+    "loss_scale",
+    "reduction_finished",
+    "set_found_inf",
+    "storage_info",
+    "tree_map_only",
+    "unsynchronized",
+    "was_written",
+]
 
 
 def reduction_finished(reducer: Any) -> bool:
@@ -47,7 +67,10 @@ def unsynchronized(unit: Any) -> list[torch.Tensor]:
 
 
 def clear_unsynchronized(unit: Any, held: set[int]) -> None:
-    """Clear such gradients of the parameters with these identities, gathered or not."""
+    """Clear such gradients of the parameters with these identities, gathered or not.
+
+    A public accessor would replace it.
+    """
     for one in _parameters(unit):
         whole = _whole(one)
         if id(one.sharded_param) in held or id(whole) in held:
@@ -65,3 +88,87 @@ def storage_info() -> Any:
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
     return _StorageInfo
+
+
+def tree_map_only(kind: Any, function: Callable[[Any], Any], tree: Any) -> Any:
+    """Map the leaves of one type in a nesting of containers; a public ``pytree`` would replace it."""
+    return _pytree.tree_map_only(kind, function, tree)
+
+
+def apply_to_tensors(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace the tensors of a module in place; a ``Module.to`` that passes over meta tensors would replace it."""
+    module._apply(function)  # type: ignore[no-untyped-call] # noqa: SLF001
+
+
+def was_written(tensor: torch.Tensor) -> bool:
+    """Say whether anything wrote to a new tensor in place; PyTorch's notes on autograd name the counter.
+
+    A public counter would replace it.
+    """
+    return tensor._version > 0  # noqa: SLF001
+
+
+def initializers(module: nn.Module) -> list[Callable[[], Any]]:
+    """List the methods that make a module's own values; the second name is that of ``nn.MultiheadAttention``.
+
+    ``reset_parameters`` there too would replace it.
+    """
+    found = (getattr(module, name, None) for name in ("reset_parameters", "_reset_parameters"))
+    return [one for one in found if callable(one)]
+
+
+def clear_groups(mesh: Any) -> None:
+    """Make a mesh forget the process groups that it is made of, and so their threads and connections.
+
+    DTensor keeps each mesh for good, with how it divided what. A public end of a mesh would replace it.
+    """
+    mesh._pg_registry.clear()  # noqa: SLF001
+
+
+def leave_reducer(replicated: Any) -> None:
+    """Take a wrapper of ``DistributedDataParallel`` off its process group; a public end of it would replace it."""
+    del replicated.reducer, replicated.logger
+
+
+def checkpoint_activations(module: nn.Module, **arguments: Any) -> None:
+    """Make a module compute its activations again in ``backward``, by hooks: its class and its names stay.
+
+    ``torch.utils.checkpoint`` does it to a call, and PyTorch's wrapper changes names. A public name would replace it.
+    """
+    from torch.distributed._composable.checkpoint_activation import checkpoint
+
+    checkpoint(module, **arguments)
+
+
+def attention_operators() -> list[Any]:
+    """List the operators that compute scaled dot-product attention; public names of them would replace it."""
+    aten = torch.ops.aten
+    return [
+        aten._scaled_dot_product_flash_attention.default,  # noqa: SLF001
+        aten._scaled_dot_product_efficient_attention.default,  # noqa: SLF001
+        aten._scaled_dot_product_flash_attention_for_cpu.default,  # noqa: SLF001
+        aten._scaled_dot_product_cudnn_attention.default,  # noqa: SLF001
+    ]
+
+
+def loss_scale(scaler: GradScaler) -> torch.Tensor | None:
+    """Give a scaler's scale as it lies on the device, ``None`` before its first loss.
+
+    ``get_scale`` waits for the device. A public tensor would replace it.
+    """
+    return scaler._scale  # type: ignore[no-any-return, unused-ignore] # noqa: SLF001
+
+
+def found_inf(scaler: GradScaler, optimizer: Optimizer) -> list[torch.Tensor]:
+    """List what a scaler found in an optimizer's gradients, one for each device; a public list would replace it."""
+    return list(scaler._found_inf_per_device(optimizer).values())  # noqa: SLF001
+
+
+def set_found_inf(scaler: GradScaler, found: torch.Tensor | None) -> None:
+    """Make a scaler forget what it found, or know of one thing that others found, for its next ``update``.
+
+    It would be replaced by an ``update`` that takes what was found on all ranks.
+    """
+    scaler._per_optimizer_states.clear()  # noqa: SLF001
+    if found is not None:
+        scaler._per_optimizer_states[0]["found_inf_per_device"] = {found.device: found}  # noqa: SLF001

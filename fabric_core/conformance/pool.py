@@ -17,6 +17,8 @@ from typing import Any, Final, Self
 
 from torch.distributed import TCPStore
 
+from fabric_core._torch import compiler
+
 __all__ = ["VARIABLES", "RankHang", "RankPool", "RankRaised"]
 
 VARIABLES: Final = (
@@ -130,8 +132,8 @@ class RankPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        # Optimizers import torch._dynamo when they first step: a second for each rank of each pool.
-        context.set_forkserver_preload(["torch", "torch._dynamo", "fabric_core.fabric", "fabric_core.conformance"])
+        # Optimizers import it when they first step: a second for each rank of each pool.
+        context.set_forkserver_preload(["torch", compiler(), "fabric_core.fabric", "fabric_core.conformance"])
         # An IPv4 socket of our own: on a dual one PyTorch looks up the name of each mapped address that connects, and
         # a resolver that doesn't know it may take seconds.
         listener = socket.create_server((_ADDRESS, 0), backlog=128)

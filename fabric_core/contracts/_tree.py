@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.utils import _pytree
+
+from fabric_core._torch import tree_flatten, tree_is_leaf, tree_unflatten
 
 __all__ = ["map_tree"]
 
@@ -65,11 +66,11 @@ def _map_object(data: Any, function: Callable[[torch.Tensor], Any], objects: Cal
             return mapped
     # An unregistered container is a leaf of pytree, whose registry has no public face in Python. Registered ones come
     # first, for they know best how they are made (those of transformers are dataclasses and dicts at once).
-    if not _pytree.tree_is_leaf(data):
-        old, structure = _pytree.tree_flatten(data, is_leaf=lambda value: value is not data)
+    if not tree_is_leaf(data):
+        old, structure = tree_flatten(data, is_leaf=lambda value: value is not data)
         new = [map_tree(leaf, function, objects) for leaf in old]
         same = all(after is before for after, before in zip(new, old, strict=True))
-        return data if same else _pytree.tree_unflatten(new, structure)
+        return data if same else tree_unflatten(new, structure)
     if isinstance(data, dict | UserDict):
         return _map_mapping(data, function, objects)
     if dataclasses.is_dataclass(data) and not isinstance(data, type):

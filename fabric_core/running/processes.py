@@ -8,8 +8,8 @@ from typing import Any, Final, Self
 from weakref import finalize
 
 import torch
-from torch.utils._pytree import tree_map_only
 
+from fabric_core._torch import tree_map_only
 from fabric_core.choosing.plan import Plan
 from fabric_core.choosing.resolve import start_clash
 from fabric_core.collectives import Collectives, ProcessInfo, World

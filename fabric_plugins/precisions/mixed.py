@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from fabric_core.contracts import Collectives, PluginOptions, Precision, PrecisionPolicy, Preset
 from fabric_core.errors import MisuseError
+from fabric_plugins._torch import found_inf, loss_scale, set_found_inf
 
 __all__ = [
     "BFLOAT16_ALIAS",
@@ -302,11 +303,11 @@ class _Scaler(GradScaler):
 
     def unscale_and_check(self, optimizer: Optimizer) -> torch.Tensor:
         """Divide the gradients by the scale, and give what was found in them, as a scalar."""
-        self._per_optimizer_states.clear()
+        set_found_inf(self, None)
         self.unscale_(optimizer)
         scale = self._scale_tensor()
         # Where the scale is, whatever this rank's gradients are: the ranks must agree on the device to compare.
-        found: list[torch.Tensor] = [one.to(scale.device) for one in self._found_inf_per_device(optimizer).values()]
+        found: list[torch.Tensor] = [one.to(scale.device) for one in found_inf(self, optimizer)]
         if len(found) == 1:
             return found[0]
         return torch.stack(found).amax() if found else torch.full_like(scale, _NO_GRADIENTS)
@@ -325,10 +326,7 @@ class _Scaler(GradScaler):
         """Update the scale after an iteration."""
         self._count()
         scale = self._scale_tensor()
-        self._per_optimizer_states.clear()
-        self._per_optimizer_states[0]["found_inf_per_device"] = {
-            scale.device: torch.full_like(scale, float(overflowed)),
-        }
+        set_found_inf(self, torch.full_like(scale, float(overflowed)))
         self.update()
         self._before_growth = None
 
@@ -351,10 +349,11 @@ class _Scaler(GradScaler):
 
     def current_scale(self) -> torch.Tensor | None:
         """Give the scale as a scalar of its own; ``None`` before the first loss."""
-        return None if self._scale is None else self._scale.clone()
+        scale = loss_scale(self)
+        return None if scale is None else scale.clone()
 
     def _scale_tensor(self) -> torch.Tensor:
-        scale: torch.Tensor | None = self._scale
+        scale = loss_scale(self)
         if scale is None:
             raise AssertionError("no loss was scaled yet")
         return scale

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fabric_core.errors import MisuseError
-from fabric_plugins._torch import reduction_finished
+from fabric_plugins._torch import leave_reducer, reduction_finished
 
 __all__ = ["Frozen", "Known", "Replicated"]
 
@@ -38,7 +38,7 @@ class Replicated(DistributedDataParallel):
 
     def leave(self) -> None:
         """Let go of the process group; from now on there is nobody to average with."""
-        del self.reducer, self.logger
+        leave_reducer(self)
         self.left = True
 
     def averaged(self, complete: bool) -> bool:

@@ -140,7 +140,7 @@ def _always(_complete: bool) -> bool:
 
 @contextmanager
 def _unsynchronised(module: Any, *, enabled: bool) -> Iterator[None]:
-    if not (enabled and hasattr(module, "require_backward_grad_sync")):
+    if not (enabled and hasattr(module, "no_sync")):
         yield
         return
     with module.no_sync():

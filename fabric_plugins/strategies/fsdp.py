@@ -8,6 +8,7 @@ from torch import nn
 
 from fabric_core.contracts import Collectives, PrecisionPolicy, Preset, StrategyCapabilities, World
 from fabric_core.errors import OptionError
+from fabric_plugins._torch import checkpoint_activations
 from fabric_plugins.strategies._distributed import DistributedOptions
 from fabric_plugins.strategies._sharding import (
     ModulePolicy,
@@ -91,7 +92,7 @@ class FSDPStrategy(ShardedStrategy):
         for one in choose_modules(
             user, self.options.activation_checkpointing_policy, option="activation_checkpointing_policy"
         ):
-            _recompute(one)
+            checkpoint_activations(one)
         offload: OffloadPolicy = OffloadPolicy()
         if self.options.cpu_offload:
             offload = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available())
@@ -120,13 +121,6 @@ class FSDPStrategy(ShardedStrategy):
             # Whatever the precision says of inputs: without autocast, a unit computes in the type that it is given.
             cast_forward_inputs=True,
         )
-
-
-def _recompute(module: nn.Module) -> None:
-    """Checkpoint a module's activations, by hooks: its name and its parameters' names stay."""
-    from torch.distributed._composable.checkpoint_activation import checkpoint
-
-    checkpoint(module)
 
 
 FSDP_CPU_OFFLOAD = Preset.of(FSDPStrategy, cpu_offload=True)

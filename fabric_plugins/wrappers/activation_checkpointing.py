@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import nn
 
 from fabric_core.contracts import Wrapper, WrapperCapabilities
+from fabric_plugins._torch import attention_operators, checkpoint_activations
 from fabric_plugins.wrappers._blocks import BlockOptions, find_blocks
 
 __all__ = ["ActivationCheckpointingOptions", "ActivationCheckpointingWrapper"]
@@ -31,12 +32,10 @@ class ActivationCheckpointingWrapper(Wrapper):
 
     def wrap_module(self, module: nn.Module) -> nn.Module:
         """Hang the checkpointing on the blocks."""
-        from torch.distributed._composable.checkpoint_activation import checkpoint
-
         arguments = {"context_fn": _selective()} if self.options.selective else {}
         blocks = find_blocks(module, self.options.blocks, "wrappers=['activation_checkpointing']")
         for block in blocks[:: self.options.every]:
-            checkpoint(block, **arguments)
+            checkpoint_activations(block, **arguments)
         return module
 
 
@@ -52,9 +51,6 @@ def _selective() -> Any:
             aten.bmm.default,
             aten.baddbmm.default,
             aten.convolution.default,
-            aten._scaled_dot_product_flash_attention.default,  # noqa: SLF001 - their only names
-            aten._scaled_dot_product_efficient_attention.default,  # noqa: SLF001
-            aten._scaled_dot_product_flash_attention_for_cpu.default,  # noqa: SLF001
-            aten._scaled_dot_product_cudnn_attention.default,  # noqa: SLF001
+            *attention_operators(),
         ],
     )

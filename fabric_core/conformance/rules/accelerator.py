@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fabric_core._torch import DispatchMode
 from fabric_core.conformance import cases, snapshot
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.rule import Broken, Level, Table
@@ -18,7 +18,7 @@ _MEMORY: Final = ("allocated", "peak", "total")
 _START_METHODS: Final = frozenset({"spawn", "fork", "forkserver"})
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(DispatchMode):
     """Records tensor operations: no question about devices needs one."""
 
     def __init__(self) -> None:

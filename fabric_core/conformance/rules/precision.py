@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.utils import _pytree
 
+from fabric_core._torch import tree_flatten, tree_map_only
 from fabric_core.conformance import cases, snapshot
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.rule import Broken, Table
@@ -126,12 +126,12 @@ def _is_float(leaf: Any) -> bool:
 
 def _flat(data: Any) -> tuple[list[Any], Any]:
     # The kit's dataclass is no registered container; it is opened by hand.
-    opened = _pytree.tree_map_only(cases.Record, lambda one: {"value": _open(one.value), "label": one.label}, data)
-    return _pytree.tree_flatten(opened)
+    opened = tree_map_only(cases.Record, lambda one: {"value": _open(one.value), "label": one.label}, data)
+    return tree_flatten(opened)
 
 
 def _open(data: Any) -> Any:
-    return _pytree.tree_map_only(cases.Record, lambda one: {"value": _open(one.value), "label": one.label}, data)
+    return tree_map_only(cases.Record, lambda one: {"value": _open(one.value), "label": one.label}, data)
 
 
 def _conversion(

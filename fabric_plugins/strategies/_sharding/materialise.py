@@ -2,21 +2,18 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from fabric_core.contracts import Collectives
 from fabric_core.errors import SetupError
+from fabric_plugins._torch import apply_to_tensors, initializers, tree_map_only, was_written
 from fabric_plugins.strategies._sharding.tensors import distribute, layout
 
 __all__ = ["check_materialisable", "materialise", "move_to"]
-
-_RESET: Final = ("reset_parameters", "_reset_parameters")
-"""How a module makes its own values; PyTorch's ``MultiheadAttention`` has the second name."""
 
 
 def check_materialisable(module: nn.Module) -> None:
@@ -38,8 +35,7 @@ def check_materialisable(module: nn.Module) -> None:
 
 def move_to(module: nn.Module, device: torch.device) -> None:
     """Move what has values; what is on the meta device gets its values on the device."""
-    apply: Any = module._apply  # noqa: SLF001 - `to` does this too, and refuses meta tensors
-    apply(lambda one: one if one.is_meta else one.to(device))
+    apply_to_tensors(module, lambda one: one if one.is_meta else one.to(device))
 
 
 def materialise(module: nn.Module, device: torch.device, *, kept_on: torch.device, group: Collectives) -> None:
@@ -104,7 +100,7 @@ def _is_unset(tensor: torch.Tensor) -> bool:
     """Say whether room was not filled, or in part; there is no integer that nobody would write."""
     if tensor.is_floating_point() or tensor.is_complex():
         return bool(tensor.detach().isnan().any())
-    return tensor.numel() > 0 and tensor._version == 0  # noqa: SLF001 - PyTorch documents it in its notes on autograd
+    return tensor.numel() > 0 and not was_written(tensor)
 
 
 class _FullTensorInit(TorchFunctionMode):
@@ -163,8 +159,4 @@ def _on_meta(module: nn.Module) -> list[str]:
 
 
 def _reset_of(module: nn.Module) -> Callable[[], Any] | None:
-    for name in _RESET:
-        reset = getattr(module, name, None)
-        if callable(reset):
-            return reset  # type: ignore[no-any-return]
-    return None
+    return next(iter(initializers(module)), None)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from fabric_core.contracts import replace_parameters
 from fabric_core.errors import MisuseError, SetupError
-from fabric_plugins._torch import clear_unsynchronized, unsynchronized
+from fabric_plugins._torch import clear_groups, clear_unsynchronized, unsynchronized
 from fabric_plugins.strategies._distributed import DistributedStrategy
 from fabric_plugins.strategies._sharding.tensors import (
     divided,
@@ -44,9 +44,8 @@ class ShardedStrategy(DistributedStrategy):
 
     def teardown(self) -> None:
         """Let go of the groups that the parameters' mesh is made of, then leave."""
-        # DTensor remembers how it divided what, for good, and with it each mesh, which owns its groups and so their
-        # threads and connections. There is no public way to make either forget.
-        getattr(self._mesh, "_pg_registry", {}).clear()
+        if self._mesh is not None:
+            clear_groups(self._mesh)
         self._mesh = None
         super().teardown()
 

@@ -12,9 +12,9 @@ from torch import nn
 
 pytest.importorskip("deepspeed")
 
-from fabric_core import Fabric  # noqa: E402
-from fabric_core.conformance import RankPool  # noqa: E402
-from fabric_core.errors import RequestError, SetupError  # noqa: E402
+from fabric_core import Fabric
+from fabric_core.conformance import RankPool
+from fabric_core.errors import RequestError, SetupError
 
 STAGES = ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
 

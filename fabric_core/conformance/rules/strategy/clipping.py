@@ -9,7 +9,16 @@ from fabric_core.conformance import cases
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Clipping, Training
 from fabric_core.conformance.rule import Broken, Table
-from fabric_core.conformance.rules.strategy.measures import ALWAYS, EXACT, How, gap, gradients, loss_of, set_up
+from fabric_core.conformance.rules.strategy.measures import (
+    ALWAYS,
+    EXACT,
+    How,
+    gap,
+    gradients,
+    local_part,
+    loss_of,
+    set_up,
+)
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -33,7 +42,7 @@ def _clip(place: Place, clipping: Clipping, by: str) -> dict[str, Any]:
         fabric.backward(loss_of(fabric, wrapped, How(), case, x, y))
         if by == "infinity" and fabric.global_rank == fabric.world_size - 1:
             gradient: Any = next(one.grad for one in model.parameters() if one.grad is not None)
-            getattr(gradient, "_local_tensor", gradient).view(-1)[:1] = float("inf")
+            local_part(gradient).view(-1)[:1] = float("inf")
         norm: Any = None
         try:
             if by == "value":

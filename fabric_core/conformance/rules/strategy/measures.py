@@ -174,7 +174,7 @@ def _stepped(fabric: Any, model: nn.Module, stepper: Any, before: Weights) -> di
 def local(model: nn.Module) -> dict[str, Any]:
     """Give the gradients without a collective: inside the context ranks may have none."""
     return {
-        name: None if one.grad is None else getattr(one.grad, "_local_tensor", one.grad).detach().clone().cpu()
+        name: None if one.grad is None else local_part(one.grad).detach().clone().cpu()
         for name, one in model.named_parameters()
     }
 
@@ -207,3 +207,10 @@ def refused(error: Exception) -> str:
     text = str(error)
     alone = any(sign in text for sign in ("onnection closed by peer", "onnection reset", "imed out"))
     return f"{'lost' if alone else 'refused'}: {type(error).__name__}: {text}"
+
+
+def local_part(tensor: Any) -> Any:
+    """Give this rank's own part of a DTensor, in its memory; any other tensor as it is."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -14,6 +14,7 @@ from fabric_core.conformance.rules.strategy.measures import (
     SEVERAL,
     How,
     check_training,
+    local_part,
     loss_of,
     set_up,
     train,
@@ -78,7 +79,7 @@ def _shape(place: Place) -> dict[str, Any]:
             "output": max((one - plain(x.cpu(), scale=2.0).detach()).abs().max().item() for one in (quiet, loud)),
             "modes": [one.training for one in model.modules()] == [one.training for one in plain.modules()],
             "random": torch.equal(state, torch.get_rng_state()),
-            "local": sum(getattr(one, "_local_tensor", one).numel() for one in model.parameters()),
+            "local": sum(local_part(one).numel() for one in model.parameters()),
             "whole": sum(one.numel() for one in plain.parameters()),
         }
 

@@ -19,6 +19,7 @@ from fabric_core.conformance.rules.strategy.measures import (
     SEVERAL,
     How,
     full,
+    local_part,
     loss_of,
     set_up,
     whole,
@@ -279,4 +280,4 @@ def _part_sizes(place: Place) -> tuple[int, int]:
         model, _, _ = set_up(fabric, Training(width=4), How())
         state = fabric.strategy.module_state(model, False)
         total = sum(one.numel() for one in cases.build(Training(width=4)).parameters())
-        return sum(getattr(one, "_local_tensor", one).numel() for one in state.values()), total
+        return sum(local_part(one).numel() for one in state.values()), total
