@@ -2,7 +2,6 @@
 
 import os
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +12,7 @@ import torch
 
 from fabric_core.conformance.pool import RankHang, RankPool, RankRaised
 from fabric_core.conformance.rule import Broken
+from fabric_core.conformance.snapshot import restored
 from fabric_core.conformance.subject import Subject
 from fabric_core.contracts import Plugin
 from fabric_core.fabric import Fabric
@@ -88,6 +88,22 @@ class Bench:
         """
         return _run(self._pool(self.world_size), Place(self.subject, self.device), function, args)
 
+    def run_apart(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Run as ``run`` does, in ranks that nothing was run in before, and that nothing is run in after.
+
+        So what a plugin leaves neither hides itself nor poisons what is measured later.
+        """
+        self._end(self.world_size)
+        try:
+            return self.run(function, *args)
+        finally:
+            self._end(self.world_size)
+
+    def _end(self, world_size: int) -> None:
+        pool = self._pools.get(world_size)
+        if pool is not None:
+            pool.close()
+
     def fresh(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run ``function(place, *args)`` in a new process that has only PyTorch and the core imported.
 
@@ -134,6 +150,9 @@ class _Inside(Bench):
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         return [_measure(function, self._place, args)]
 
+    def run_apart(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        raise AssertionError(f"{function.__name__} needs the driver: rule(..., inside=False)")
+
     def fresh(self, function: Callable[..., Any], *args: Any) -> Any:
         raise AssertionError(f"{function.__name__} needs the driver: rule(..., inside=False)")
 
@@ -175,27 +194,12 @@ def _run(pool: RankPool, place: "Place", function: Callable[..., Any], args: tup
 
 def _measure(function: Callable[..., Any], place: "Place", args: tuple[Any, ...]) -> Any:
     """Run a measurement in a rank, and clear away what a wrong plugin left, so that the next one starts clean."""
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    matmul = torch.get_float32_matmul_precision()
-    try:
-        with warnings.catch_warnings():
-            # Every rank would print them again.
-            warnings.simplefilter("ignore")
+    with restored():
+        try:
             return function(place, *args)
-    finally:
-        import torch.distributed as dist
-
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-        torch.set_default_dtype(dtype)
-        torch.set_default_device(None)
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(matmul)
-        torch.set_grad_enabled(True)
-        # Otherwise the measurements of one plugin use up how often a function may be compiled again.
-        torch.compiler.reset()
-        for device_type in ("cpu", "cuda"):
-            torch.set_autocast_enabled(device_type, False)
+        finally:
+            # Otherwise the measurements of one plugin use up how often a function may be compiled again.
+            torch.compiler.reset()
 
 
 @cache
@@ -245,13 +249,14 @@ class Place:
             group.shutdown()
 
     @contextmanager
-    def fabric(self, **parts: Plugin) -> Iterator[Fabric]:
+    def fabric(self, *, nodes: int = 1, **parts: Plugin) -> Iterator[Fabric]:
         """Build a ``Fabric`` and launch it; torn down at the end.
 
         Args:
+            nodes: On how many nodes the ranks are, equally many on each.
             parts: Plugins by their kind, in the place of the kit's references.
         """
-        fabric = self.unlaunched(**parts)
+        fabric = self.unlaunched(nodes=nodes, **parts)
         with fabric:
             fabric.launch()
             self._meet()
@@ -267,7 +272,13 @@ class Place:
             store.set(f"kit/met/{meeting}", "")
         store.wait([f"kit/met/{meeting}"])
 
-    def unlaunched(self, **parts: Plugin) -> Fabric:
+    def store(self) -> Any:
+        """Give a store that the ranks share, apart from every other one's keys."""
+        import torch.distributed as dist
+
+        return dist.PrefixStore("kit/given", _store(int(os.environ["MASTER_PORT"])))
+
+    def unlaunched(self, *, nodes: int = 1, **parts: Plugin) -> Fabric:
         """Build a ``Fabric``."""
         from fabric_core.conformance import references as kit
 
@@ -277,7 +288,8 @@ class Place:
             accelerator=parts.pop("accelerator", None) or self.device or kit.Host(),
             strategy=parts.pop("strategy", None) or (kit.Averaging() if self.world_size > 1 else kit.Alone()),
             precision=parts.pop("precision", None) or kit.Full(),
-            devices=self.world_size,
+            devices=self.world_size // nodes,
+            num_nodes=nodes,
             wrappers=None if wrapper is None else [wrapper],
             loggers=None if logger is None else [logger],
             plugins=[parts.pop("launcher", None) or kit.Surroundings(), parts.pop("checkpoint", None) or kit.OneFile()],

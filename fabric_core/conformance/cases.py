@@ -49,7 +49,8 @@ class Training:
         rows: How many rows each of the ``PARTS`` parts of a batch has.
         steps: How many optimizer steps.
         accumulate: Over how many backward passes a step's gradients are gathered.
-        optimizer: ``"sgd"``, ``"momentum"`` or ``"adam"``.
+        optimizer: ``"sgd"``, ``"momentum"``, ``"adam"``, or ``"decay"``: with decay and Nesterov's momentum, its groups
+            in another order than the model's parameters.
         frozen: The first layer isn't trained.
         tied: Two layers share a weight.
         buffers: The model has buffers, one of integers.
@@ -149,12 +150,15 @@ def optimizers_for(case: Training, parameters: Any) -> list[torch.optim.Optimize
 def _groups(case: Training, parameters: Any) -> list[dict[str, Any]]:
     first, *others = [parameter for parameter in parameters if parameter.requires_grad]
     rate = 0.02 if case.optimizer == "adam" else 0.1
-    return [{"params": [first], "lr": rate / 2}, {"params": others, "lr": rate}]
+    groups = [{"params": [first], "lr": rate / 2}, {"params": others, "lr": rate}]
+    return groups[::-1] if case.optimizer == "decay" else groups
 
 
 def _optimizer(case: Training, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if case.optimizer == "adam":
         return torch.optim.AdamW(groups)
+    if case.optimizer == "decay":
+        return torch.optim.SGD(groups, momentum=0.9, weight_decay=0.1, nesterov=True)
     return torch.optim.SGD(groups, momentum=0.9 if case.optimizer == "momentum" else 0.0)
 
 
@@ -203,8 +207,12 @@ def distance(one: Weights, other: Weights) -> float:
     """The largest absolute difference of two states; infinite where names or shapes differ."""
     if set(one) != set(other) or any(one[name].shape != other[name].shape for name in one):
         return float("inf")
-    gaps = [(one[name].double() - other[name].double()).abs().max().item() for name in one if one[name].numel()]
+    gaps = [(_wide(one[name]) - _wide(other[name])).abs().max().item() for name in one if one[name].numel()]
     return max((gap if gap == gap else float("inf") for gap in gaps), default=0.0)  # noqa: PLR0124 - not a number
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def trainings(**fixed: Any) -> "Callable[[], SearchStrategy[Training]]":
@@ -220,7 +228,7 @@ def trainings(**fixed: Any) -> "Callable[[], SearchStrategy[Training]]":
             "rows": st.integers(1, 3),
             "steps": st.integers(1, 4),
             "accumulate": st.just(1),
-            "optimizer": st.sampled_from(["sgd", "momentum", "adam"]),
+            "optimizer": st.sampled_from(["sgd", "momentum", "adam", "decay"]),
             "frozen": st.booleans(),
             "tied": st.booleans(),
             "buffers": st.booleans(),

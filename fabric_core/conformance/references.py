@@ -232,6 +232,12 @@ class Sharding(Averaging):
         fully_shard(module, mesh=init_device_mesh(self.world.device.type, (self.world.world_size,)))
         return module
 
+    def backward(self, loss: torch.Tensor, module: nn.Module | None, arguments: Mapping[str, Any]) -> None:
+        """Run the backward pass, which synchronizes by itself; it knows no shards by name."""
+        if arguments.get("inputs") is not None:
+            raise MisuseError("shards can't be named as inputs of a backward pass")
+        loss.backward(**arguments)
+
     @contextmanager
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
         """Turn the reduction of gradients off."""

@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fabric_core.conformance import cases
+from fabric_core.conformance import cases, snapshot
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.rule import Broken, Level, Table
 from fabric_core.errors import DeviceError
@@ -438,22 +438,11 @@ def _flops(bench: Bench) -> None:
 def _setting_up(place: Place) -> list[str]:
     plugin = place.plugin()
     device = plugin.devices(plugin.parse_devices(1))[0]
-    before = _state()
+    before = snapshot.take()
     plugin.setup_device(device)
-    changed = [name for name, value in _state().items() if value != before[name]]
+    changed = [name for name in snapshot.differences(before) if name not in {"started devices", "threads"}]
     plugin.teardown()
     return changed
-
-
-def _state() -> dict[str, Any]:
-    return {
-        "the default type": torch.get_default_dtype(),
-        "the default device": torch.get_default_device(),
-        "grad mode": torch.is_grad_enabled(),
-        "the random state": torch.get_rng_state().tolist(),
-        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "autocast": torch.is_autocast_enabled("cpu"),
-    }
 
 
 @TABLE.rule(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from fabric_core.conformance import cases
+from fabric_core.conformance import cases, snapshot
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.rule import Broken, Table
 from fabric_core.contracts import PrecisionPolicy
@@ -22,21 +22,6 @@ _CASE: Final = cases.Training(steps=4, rows=2, buffers=True)
 _TWO: Final = 2
 _LARGE: Final = 64.0
 """A rate so large that a step is longer than the parameters, whose rounding then doesn't hide it."""
-
-
-def _modes() -> dict[str, Any]:
-    return {
-        "the default type": torch.get_default_dtype(),
-        "the default device": torch.get_default_device(),
-        "grad mode": torch.is_grad_enabled(),
-        "autocast": [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")],
-        "autocast's type": [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")],
-        "matmul precision": torch.get_float32_matmul_precision(),
-    }
-
-
-def _differences(before: dict[str, Any]) -> list[str]:
-    return [name for name, value in _modes().items() if value != before[name]]
 
 
 @TABLE.rule(
@@ -266,13 +251,13 @@ def _forward(place: Place, fails: bool) -> dict[str, Any]:
         wrapped = fabric.setup(model)
         x, _ = next(cases.batches(_CASE, torch.float32))
         x = x.to(fabric.device)
-        before = _modes()
+        before = snapshot.take()
         if fails:
             with contextlib.suppress(TypeError):
                 wrapped(x, scale=None)
-            return {"left": _differences(before)}
+            return {"left": snapshot.differences(before)}
         y = wrapped(x)
-        return {"inside": model.seen[0], "out": y.dtype, "left": _differences(before)}
+        return {"inside": model.seen[0], "out": y.dtype, "left": snapshot.differences(before)}
 
 
 def _inside(policy: PrecisionPolicy) -> torch.dtype:
@@ -332,7 +317,7 @@ def _leaves_nothing_on_errors(bench: Bench) -> None:
 
 def _nest(place: Place, device_type: str) -> list[str]:
     plugin = place.plugin()
-    before = _modes()
+    before = snapshot.take()
     first, second = plugin.forward_context(device_type), plugin.forward_context(device_type)
     if (first is None) != (second is None):
         return ["None only sometimes"]
@@ -341,12 +326,12 @@ def _nest(place: Place, device_type: str) -> list[str]:
     if first is second:
         return ["the same context twice"]
     with first:
-        inside = _modes()
+        inside = snapshot.take()
         with second:
             pass
-        if _differences(inside):
+        if snapshot.differences(inside):
             return ["the end of an inner context ends the outer one"]
-    return _differences(before)
+    return snapshot.differences(before)
 
 
 @TABLE.rule(
@@ -361,12 +346,13 @@ def _contexts_nest(bench: Bench) -> None:
         raise Broken(", ".join(faults))
 
 
-def _autocast(place: Place) -> tuple[bool, torch.dtype, dict[str, Any], dict[str, Any]]:
+def _autocast(place: Place) -> tuple[bool, torch.dtype, list[str]]:
     plugin = place.plugin()
-    outside = _modes()
+    outside = snapshot.take()
     context = plugin.forward_context("cpu")
     with contextlib.nullcontext() if context is None else context:
-        return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), outside, _modes()
+        other = [name for name in snapshot.differences(outside) if not name.startswith("autocast")]
+        return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), other
 
 
 @TABLE.rule(
@@ -377,11 +363,10 @@ def _autocast(place: Place) -> tuple[bool, torch.dtype, dict[str, Any], dict[str
     needs=("autocast",),
 )
 def _autocasts(bench: Bench) -> None:
-    enabled, dtype, outside, inside = bench.run(_autocast)[0]
+    enabled, dtype, other = bench.run(_autocast)[0]
     expected = bench.plugin().policy.compute_dtype
     if not enabled or dtype != expected:
         raise Broken(f"autocast is {'on' if enabled else 'off'} with {dtype}, and the policy means {expected}")
-    other = [name for name in outside if not name.startswith("autocast") and inside[name] != outside[name]]
     if other:
         raise Broken(f"it changes {', '.join(other)} too")
 
@@ -394,14 +379,15 @@ def _autocasts(bench: Bench) -> None:
     lacks=("autocast",),
 )
 def _does_not_autocast(bench: Bench) -> None:
-    enabled, dtype, _, _ = bench.run(_autocast)[0]
+    enabled, dtype, _ = bench.run(_autocast)[0]
     if enabled:
         raise Broken(f"the forward context autocasts to {dtype}")
 
 
 def _make(place: Place, fails: bool) -> tuple[torch.dtype, torch.dtype, list[str]]:
     plugin = place.plugin()
-    before = _modes()
+    random = torch.get_rng_state()
+    before = snapshot.take()
     context = plugin.init_context()
     made = nn.Linear(1, 1)
     counted = torch.zeros(1, dtype=torch.int64)
@@ -410,7 +396,8 @@ def _make(place: Place, fails: bool) -> tuple[torch.dtype, torch.dtype, list[str
         counted = torch.tensor([1, 2])
         if fails:
             raise ZeroDivisionError
-    return made.weight.dtype, counted.dtype, _differences(before)
+    torch.set_rng_state(random)  # the layers drew from it
+    return made.weight.dtype, counted.dtype, snapshot.differences(before)
 
 
 @TABLE.rule(
@@ -724,7 +711,7 @@ def _state(bench: Bench) -> None:
 
 def _train(place: Place, case: cases.Training) -> tuple[cases.Weights, tuple[int, ...], list[str]]:
     """Train; give the parameters, which steps left them as they were, and which settings are changed."""
-    before = _modes()
+    before = snapshot.take()
     skipped = []
     with place.fabric() as fabric:
         model = cases.build(case, torch.float32)
@@ -738,7 +725,7 @@ def _train(place: Place, case: cases.Training) -> tuple[cases.Weights, tuple[int
             if cases.distance(old, cases.copied(model)) == 0:
                 skipped.append(index)
         trained = {name: tensor.double().cpu() for name, tensor in cases.copied(model).items()}
-    return trained, tuple(skipped), _differences(before)
+    return trained, tuple(skipped), snapshot.differences(before)
 
 
 @TABLE.rule(
@@ -760,12 +747,13 @@ def _trains(bench: Bench, case: cases.Training) -> None:
 
 @TABLE.rule(
     "PRE-234",
-    "After a training and its teardown PyTorch's settings are as before.",
+    "After a training and its teardown the process is as before: PyTorch's settings, random numbers, hooks, variables.",
     reason="Another Fabric in the same process may ask for another precision.",
     advice="change settings inside contexts alone",
+    inside=False,
 )
 def _leaves_settings(bench: Bench) -> None:
-    _, _, left = bench.run(_train, _CASE)[0]
+    _, _, left = bench.run_apart(_train, _CASE)[0]
     if left:
         raise Broken(f"{', '.join(left)} is changed")
 

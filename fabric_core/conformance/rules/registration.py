@@ -8,8 +8,6 @@ import pickle
 import re
 import subprocess
 import sys
-import threading
-import warnings
 from functools import lru_cache
 from importlib import import_module
 from typing import Any, Final
@@ -19,6 +17,7 @@ from pydantic import ValidationError
 
 from fabric_core.binding import Bindings
 from fabric_core.choosing.registry import Registry
+from fabric_core.conformance import snapshot
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.rule import Broken, Level, Table
 from fabric_core.contracts import API_WINDOW, PluginOptions
@@ -34,35 +33,6 @@ _IMPORT: Final = 60.0
 """How many seconds an import in a new interpreter may take; ``FABRIC_TIMEOUT_SCALE`` multiplies it."""
 
 _UNKNOWN: Final = "no_such_option_of_any_plugin"
-
-
-def _surroundings() -> dict[str, Any]:
-    """Look at what a plugin must leave alone."""
-    import torch.distributed as dist
-    from torch.nn.modules import module
-
-    return {
-        "environment variables": dict(os.environ),
-        "threads": sorted(thread.name for thread in threading.enumerate()),
-        "the default type": torch.get_default_dtype(),
-        "the number of threads": torch.get_num_threads(),
-        "the random state": torch.get_rng_state().tolist(),
-        "grad mode": torch.is_grad_enabled(),
-        "the process group": dist.is_available() and dist.is_initialized(),
-        "started devices": torch.cuda.is_initialized(),
-        "hooks on all modules": [
-            len(getattr(module, name))
-            for name in vars(module)
-            if name.startswith("_global_") and name.endswith("hooks")
-        ],
-        "warning filters": len(warnings.filters),
-        "the folder": os.getcwd(),  # noqa: PTH109 - as text, to compare
-    }
-
-
-def _changed(before: dict[str, Any]) -> list[str]:
-    after = _surroundings()
-    return [name for name in before if before[name] != after[name]]
 
 
 @lru_cache(maxsize=64)
@@ -88,11 +58,11 @@ def _imported(module: str) -> tuple[list[str], int, str]:
 
 def report_import(module: str) -> None:
     """Do the importing for ``_imported``, and print what was seen as JSON."""
-    before, known = _surroundings(), set(sys.modules)
+    before, known = snapshot.take(), set(sys.modules)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         import_module(module)
-    json.dump([_changed(before), len(set(sys.modules) - known), printed.getvalue()], sys.stdout)
+    json.dump([snapshot.differences(before), len(set(sys.modules) - known), printed.getvalue()], sys.stdout)
 
 
 def _import(bench: Bench) -> tuple[list[str], int, str]:
@@ -275,9 +245,9 @@ def _two_ways_to_make(bench: Bench) -> None:
 
 def _make(place: Place) -> list[str]:
     place.subject.load()
-    before = _surroundings()
+    before = snapshot.take()
     place.plugin()
-    return _changed(before)
+    return snapshot.differences(before)
 
 
 @TABLE.rule(

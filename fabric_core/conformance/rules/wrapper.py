@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from fabric_core.conformance import cases
+from fabric_core.conformance import cases, snapshot
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Training, distance
 from fabric_core.conformance.rule import Broken, Level, Table
@@ -212,22 +212,13 @@ def _loaders(bench: Bench) -> None:
 
 
 def _leaves(place: Place) -> list[str]:
-    def look() -> dict[str, Any]:
-        return {
-            "the default type": torch.get_default_dtype(),
-            "the default device": torch.get_default_device(),
-            "grad mode": torch.is_grad_enabled(),
-            "autocast": torch.is_autocast_enabled("cpu"),
-            "the random state": torch.get_rng_state().tolist(),
-        }
-
     with place.fabric() as fabric:
         model = cases.build(Training())
-        before = look()
+        before = snapshot.take()
         wrapped = fabric.setup(model)
         with contextlib.suppress(Exception):  # a compiler makes another one of the TypeError
             wrapped(next(cases.batches(Training()))[0].to(fabric.device), scale=None)
-        return [name for name, value in look().items() if value != before[name]]
+        return snapshot.differences(before)
 
 
 @TABLE.rule(

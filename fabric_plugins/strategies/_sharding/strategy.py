@@ -104,6 +104,20 @@ class ShardedStrategy(DistributedStrategy):
             found.update({old: after[name] for name, old in before.items() if after[name] is not old})
         return found
 
+    def backward(self, loss: torch.Tensor, module: nn.Module | None, arguments: Mapping[str, Any]) -> None:
+        """Run the backward pass.
+
+        Raises:
+            MisuseError: Some parameters alone were asked for.
+        """
+        if arguments.get("inputs") is not None:
+            raise MisuseError(
+                "sharded parameters can't be named as inputs of a backward pass: what forward ran on were whole ones",
+                where="fabric.backward(inputs=)",
+                instead="requires_grad_(False) on the other parameters before the forward pass",
+            )
+        super().backward(loss, module, arguments)
+
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
         """Step on shards ([Note: whole units]).
 

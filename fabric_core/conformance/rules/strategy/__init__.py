@@ -8,9 +8,11 @@ from fabric_core.conformance.rules.strategy import (
     collectives,
     gradients,
     life,
+    models,
     modules,
     optimizers,
     scripts,
+    sequences,
     state,
     types,
 )
@@ -21,7 +23,19 @@ TABLE: Final[tuple[Rule, ...]] = tuple(
     sorted(
         (
             rule
-            for part in (gradients, modules, optimizers, clipping, collectives, state, types, life, scripts)
+            for part in (
+                gradients,
+                models,
+                modules,
+                optimizers,
+                clipping,
+                collectives,
+                state,
+                types,
+                life,
+                sequences,
+                scripts,
+            )
             for rule in part.TABLE
         ),
         key=lambda rule: rule.id,

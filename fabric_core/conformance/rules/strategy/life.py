@@ -2,14 +2,13 @@
 
 import gc
 import os
-import threading
 import weakref
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import nn
 
-from fabric_core.conformance import cases
+from fabric_core.conformance import cases, snapshot
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Training, distance
 from fabric_core.conformance.rule import Broken, Table
@@ -60,35 +59,15 @@ def _torn_twice(bench: Bench) -> None:
     bench.run(_tear, "twice")
 
 
-def _look() -> dict[str, Any]:
-    import torch.distributed as dist
-    from torch.nn.modules import module
-
-    return {
-        "the process group": dist.is_initialized(),
-        "environment variables": dict(os.environ),
-        "the default type": torch.get_default_dtype(),
-        "the default device": torch.get_default_device(),
-        "threads": sorted(one.name for one in threading.enumerate()),
-        "hooks on all modules": [
-            len(getattr(module, name))
-            for name in vars(module)
-            if name.startswith("_global_") and name.endswith("hooks")
-        ],
-        "grad mode": torch.is_grad_enabled(),
-    }
-
-
 def _leak(place: Place) -> list[str]:
-    case, before = Training(), _look()
+    case, before = Training(), snapshot.take()
     x, y = next(cases.batches(case))
     with place.fabric() as fabric:
         model, wrapped, (stepper,) = set_up(fabric, case, How())
         fabric.backward(loss_of(fabric, wrapped, How(), case, x, y))
         stepper.step()
         sharded, device = fabric.strategy.capabilities.sharded, fabric.device
-    after = _look()
-    left = [name for name in before if before[name] != after[name]]
+    left = snapshot.differences(before)
     if not sharded:
         own = plain_gradients(case, x, y, cases.copied(model))
         model.zero_grad()
@@ -103,14 +82,14 @@ def _leak(place: Place) -> list[str]:
 
 @TABLE.rule(
     "STR-392",
-    "After `teardown` nothing is left: no process group, hook, thread or environment variable, no setting changed, and "
-    "no model kept.",
+    "After `teardown` nothing is left: no process group, hook, thread or environment variable, no setting, random"
+    " number or function changed, and no model kept.",
     reason="Another Fabric, or a plain script, goes on in the same process.",
     advice="undo in teardown what connect and setup did; take hooks off parameters, and forget modules",
     world_sizes=ALWAYS,
 )
 def _leaves_nothing(bench: Bench) -> None:
-    for rank, left in enumerate(bench.run(_leak)):
+    for rank, left in enumerate(bench.run_apart(_leak)):
         if left:
             raise Broken(f"rank {rank} leaves {', '.join(left)} changed")
 
@@ -162,10 +141,10 @@ def _leaves_others(bench: Bench) -> None:
             raise Broken(f"rank {rank}: the group is {'gone' if not alive else 'broken'}")
 
 
-def _one_fails(place: Place) -> str:
-    """The last rank raises in the middle of a training; the others must not wait for ever."""
+def _one_fails(place: Place, which: int) -> str:
+    """One rank raises in the middle of a training; the others must not wait for ever."""
     try:
-        _leave_early(place)
+        _leave_early(place, which)
     except Exception as error:  # noqa: BLE001 - any will do: the rank came to an end
         outcome = type(error).__name__
     else:
@@ -175,12 +154,12 @@ def _one_fails(place: Place) -> str:
     return outcome
 
 
-def _leave_early(place: Place) -> None:
+def _leave_early(place: Place, which: int) -> None:
     case = Training()
     with place.fabric() as fabric:
         _, wrapped, (stepper,) = set_up(fabric, case, How())
         for index, (x, y) in enumerate(cases.batches(case, steps=4)):
-            if index == 1 and place.rank == place.world_size - 1:
+            if index == 1 and place.rank == which:
                 raise ZeroDivisionError
             fabric.backward(loss_of(fabric, wrapped, How(), case, x, y))
             stepper.step()
@@ -197,6 +176,7 @@ def _leave_early(place: Place) -> None:
     world_sizes=SEVERAL,
 )
 def _errors_surface(bench: Bench) -> None:
-    for rank, outcome in enumerate(bench.run(_one_fails)):
-        if outcome == "went on":
-            raise Broken(f"rank {rank} went on as if nothing had happened")
+    for which in reversed(range(bench.world_size)):
+        for rank, outcome in enumerate(bench.run(_one_fails, which)):
+            if outcome == "went on":
+                raise Broken(f"rank {which} raised, and rank {rank} went on as if nothing had happened")

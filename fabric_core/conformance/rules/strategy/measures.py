@@ -200,3 +200,10 @@ def check_mean(bench: Bench, mode: str) -> None:
     for rank, (got, _, mean) in enumerate(bench.run(one_pass, mode)):
         if not gap(got, mean) <= EXACT:
             raise Broken(f"rank {rank}'s gradients are off the mean by {gap(got, mean):.3g}")
+
+
+def refused(error: Exception) -> str:
+    """Say how a rank came to an error: by its own refusal, or as one that others left alone."""
+    text = str(error)
+    alone = any(sign in text for sign in ("onnection closed by peer", "onnection reset", "imed out"))
+    return f"{'lost' if alone else 'refused'}: {type(error).__name__}: {text}"
