@@ -12,6 +12,7 @@ from fabric_core.conformance.rules.strategy import (
     modules,
     optimizers,
     scripts,
+    sequences,
     state,
     types,
 )
@@ -22,7 +23,19 @@ TABLE: Final[tuple[Rule, ...]] = tuple(
     sorted(
         (
             rule
-            for part in (gradients, models, modules, optimizers, clipping, collectives, state, types, life, scripts)
+            for part in (
+                gradients,
+                models,
+                modules,
+                optimizers,
+                clipping,
+                collectives,
+                state,
+                types,
+                life,
+                sequences,
+                scripts,
+            )
             for rule in part.TABLE
         ),
         key=lambda rule: rule.id,

@@ -214,10 +214,18 @@ def _gradients_flow(bench: Bench) -> None:
 def _messages() -> "SearchStrategy[Message]":
     from hypothesis import strategies as st
 
-    leaf = st.none() | st.booleans() | st.integers(-9, 9) | st.text("ab", max_size=3) | st.binary(max_size=3)
+    leaf = (
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.text("ab", max_size=3)
+        | st.binary(max_size=3)
+        | st.floats(allow_nan=False)
+    )
 
     def grow(inner: "SearchStrategy[Any]") -> "SearchStrategy[Any]":
-        return st.lists(inner, max_size=2) | st.dictionaries(st.text("k"), inner, max_size=2)
+        keys = st.text("k") | st.integers(0, 3) | st.tuples(st.booleans())
+        return st.lists(inner, max_size=2) | st.dictionaries(keys, inner, max_size=2) | st.tuples(inner, inner)
 
     content = st.recursive(leaf, grow, max_leaves=3)
     return st.builds(Message, content, st.integers(0, 1))
@@ -239,12 +247,15 @@ def _broadcast(place: Place, message: Message) -> Any:
     world_sizes=ALWAYS,
     examples=_messages,
     count=4,
-    first=(Message({"key": [1, None, b"x"]}, 1),),
+    first=(
+        Message({"key": [1, None, b"x"]}, 1),
+        Message({1: (2**70, -0.1), (True,): "y" * 100_000}, 0),
+    ),
 )
 def _broadcasts(bench: Bench, message: Message) -> None:
     src = message.src % bench.world_size
     for rank, (got, tensor) in enumerate(bench.run(_broadcast, message)):
-        if got != message.content or tensor != [float(src)] * 2:
+        if repr(got) != repr(message.content) or tensor != [float(src)] * 2:
             raise Broken(f"rank {rank} has {got!r} and {tensor}, and rank {src} sent {message.content!r}")
 
 
@@ -259,13 +270,17 @@ def _no_such_rank(bench: Bench) -> None:
     _check_refused(bench, "src")
 
 
-def _wait(place: Place) -> tuple[float, float]:
+def _wait(place: Place) -> list[tuple[float, float]]:
+    """Let each rank be late once; give for each time when this one came, and when it went on."""
+    seen = []
     with place.fabric() as fabric:
-        fabric.strategy.barrier(None)
-        time.sleep(0.3 * place.rank)
-        arrived = time.monotonic()
-        fabric.strategy.barrier("the kit's")
-        return arrived, time.monotonic()
+        for late in range(place.world_size):
+            fabric.strategy.barrier(None)
+            time.sleep(0.3 * (place.rank == late))
+            arrived = time.monotonic()
+            fabric.strategy.barrier("the kit's")
+            seen.append((arrived, time.monotonic()))
+    return seen
 
 
 @TABLE.rule(
@@ -276,11 +291,11 @@ def _wait(place: Place) -> tuple[float, float]:
     world_sizes=SEVERAL,
 )
 def _barrier(bench: Bench) -> None:
-    seen = bench.run(_wait)
-    last = max(arrived for arrived, _ in seen)
-    early = [rank for rank, (_, left) in enumerate(seen) if left < last]
-    if early:
-        raise Broken(f"rank {early[0]} went on before the last one came")
+    for late, seen in enumerate(zip(*bench.run(_wait), strict=True)):
+        last = max(arrived for arrived, _ in seen)
+        early = [rank for rank, (_, left) in enumerate(seen) if left < last]
+        if early:
+            raise Broken(f"rank {early[0]} went on before rank {late} came")
 
 
 def _in_group(place: Place) -> tuple[float, int] | None:

@@ -141,10 +141,10 @@ def _leaves_others(bench: Bench) -> None:
             raise Broken(f"rank {rank}: the group is {'gone' if not alive else 'broken'}")
 
 
-def _one_fails(place: Place) -> str:
-    """The last rank raises in the middle of a training; the others must not wait for ever."""
+def _one_fails(place: Place, which: int) -> str:
+    """One rank raises in the middle of a training; the others must not wait for ever."""
     try:
-        _leave_early(place)
+        _leave_early(place, which)
     except Exception as error:  # noqa: BLE001 - any will do: the rank came to an end
         outcome = type(error).__name__
     else:
@@ -154,12 +154,12 @@ def _one_fails(place: Place) -> str:
     return outcome
 
 
-def _leave_early(place: Place) -> None:
+def _leave_early(place: Place, which: int) -> None:
     case = Training()
     with place.fabric() as fabric:
         _, wrapped, (stepper,) = set_up(fabric, case, How())
         for index, (x, y) in enumerate(cases.batches(case, steps=4)):
-            if index == 1 and place.rank == place.world_size - 1:
+            if index == 1 and place.rank == which:
                 raise ZeroDivisionError
             fabric.backward(loss_of(fabric, wrapped, How(), case, x, y))
             stepper.step()
@@ -176,6 +176,7 @@ def _leave_early(place: Place) -> None:
     world_sizes=SEVERAL,
 )
 def _errors_surface(bench: Bench) -> None:
-    for rank, outcome in enumerate(bench.run(_one_fails)):
-        if outcome == "went on":
-            raise Broken(f"rank {rank} went on as if nothing had happened")
+    for which in reversed(range(bench.world_size)):
+        for rank, outcome in enumerate(bench.run(_one_fails, which)):
+            if outcome == "went on":
+                raise Broken(f"rank {which} raised, and rank {rank} went on as if nothing had happened")

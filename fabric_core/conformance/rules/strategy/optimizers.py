@@ -86,14 +86,16 @@ def _one_optimizer(bench: Bench) -> None:
         raise Broken("two optimizers train one model")
 
 
-def _closure(place: Place) -> tuple[float, float, bool]:
+def _closure(place: Place) -> tuple[float, float, bool, int]:
     """Step with a closure, and run a graph backward twice."""
     case = Training(optimizer="sgd")
     with place.fabric() as fabric:
         model, wrapped, (stepper,) = set_up(fabric, case, How())
         (x, y), _ = cases.batches(case)
+        calls = []
 
         def closure() -> torch.Tensor:
+            calls.append(1)
             stepper.zero_grad()
             loss = loss_of(fabric, wrapped, How(), case, x, y)
             fabric.backward(loss)
@@ -106,18 +108,21 @@ def _closure(place: Place) -> tuple[float, float, bool]:
         nn.functional.mse_loss(plain(x), y).backward()
         optimizer.step()
         off = distance(whole(fabric, model), cases.copied(plain))
-        return off, float("nan") if result is None else float(result.detach()), isinstance(result, torch.Tensor)
+        value = float("nan") if result is None else float(result.detach())
+        return off, value, isinstance(result, torch.Tensor), len(calls)
 
 
 @TABLE.rule(
     "STR-330",
-    "A step with a closure runs it, steps, and returns what it returned.",
+    "A step with a closure runs it as often as the optimizer asks, steps, and returns what it returned.",
     reason="It is the contract of torch.optim.Optimizer.step.",
     advice="return optimizer.step(closure)",
     world_sizes=ALWAYS,
 )
 def _closures(bench: Bench) -> None:
-    for rank, (off, value, is_tensor) in enumerate(bench.run(_closure)):
+    for rank, (off, value, is_tensor, calls) in enumerate(bench.run(_closure)):
+        if calls != 1:
+            raise Broken(f"rank {rank}: SGD asks once, and the closure ran {calls} times")
         if not is_tensor or not value >= 0:
             raise Broken(f"rank {rank}: step(closure) returns {value}")
         if not off <= EXACT:
