@@ -19,7 +19,7 @@ from typing import Any, Final, cast
 import pluggy
 
 from fabric_core.collectives import Collectives
-from fabric_core.contracts import LifeCycle, Plugin
+from fabric_core.contracts import FabricActs, LifeCycle
 from fabric_core.contracts._spec import BOUND, Bound, behaviours, bound_of, signature_fault
 from fabric_core.errors import MisuseError, QuarantinedError, RequestError
 from fabric_core.kinds import KINDS, Count
@@ -29,11 +29,14 @@ __all__ = ["Bindings", "Trace", "around", "check_extension", "life_cycle"]
 
 _MARK: Final = "fabric_around"
 
-_CONTRACTS: Final[Mapping[str, type[Any]]] = {
-    **{kind.name: kind.contract for kind in KINDS.values()},
-    Collectives.kind: Collectives,
-}
-"""What may be wrapped: the contract of each kind, and collectives, which a strategy makes."""
+_BESIDE: Final[Mapping[str, type[Any]]] = {Collectives.kind: Collectives, FabricActs.kind: FabricActs}
+"""What may be wrapped beside plugins: collectives, which a strategy makes, and the façade's own acts."""
+
+
+def _contract(kind: str) -> type[Any] | None:
+    """Give what specifies the behaviours of a kind, or of what may be wrapped beside plugins."""
+    return KINDS[kind].contract if kind in KINDS else _BESIDE.get(kind)
+
 
 Trace = Callable[[str, float, BaseException | None], None]
 """Takes what was called (``kind.behaviour``), how many seconds it took, and what it raised."""
@@ -43,8 +46,8 @@ class _Around:
     """Marks methods of an extension that wrap a behaviour: ``@around.strategy``, ``@around.precision``, ..."""
 
     def __getattr__(self, kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        if kind not in _CONTRACTS:
-            raise AttributeError(f"there is no kind {kind!r} to wrap; there are: {', '.join(_CONTRACTS)}")
+        if _contract(kind) is None:
+            raise AttributeError(f"there is no kind {kind!r} to wrap; there are: {', '.join([*KINDS, *_BESIDE])}")
 
         def mark(function: Callable[..., Any]) -> Callable[..., Any]:
             setattr(function, _MARK, kind)
@@ -118,7 +121,7 @@ def check_extension(extension: object) -> None:
 
 def _check_wrapper(extension: object, name: str, kind: str) -> None:
     method = getattr(type(extension), name)
-    known = behaviours(_CONTRACTS[kind])
+    known = behaviours(cast("Any", _contract(kind)))
     where = f"{type(extension).__module__}.{type(extension).__qualname__}.{name}"
     if name not in known:
         near = get_close_matches(name, known, n=1)
@@ -167,7 +170,7 @@ class Bindings:
         self._extensions = extensions
         self._trace = trace
         self._owners: list[Any] = []
-        self._released: list[Plugin] = []
+        self._released: list[Any] = []
 
     def bind(self, owner: Any) -> None:
         """Bind the behaviours of a plugin, on the plugin itself.
@@ -177,7 +180,7 @@ class Bindings:
             MisuseError: It belongs to another living ``Fabric``.
         """
         _check_signatures(owner)
-        contract, single = _CONTRACTS[owner.kind], _is_single(owner)
+        contract, single = cast("Any", _contract(owner.kind)), _is_single(owner)
         names = behaviours(contract)
         wrapping = [one for one in self._extensions if any(_wraps(one, name) == owner.kind for name in names)]
         if not (single or wrapping or self._trace) or not self._claim(owner, alone=bool(wrapping)):
@@ -243,7 +246,7 @@ class Bindings:
         """Let go of every plugin, each as it was."""
         while self._owners:
             owner = self._owners.pop()
-            if owner.kind in KINDS:
+            if owner.kind != Collectives.kind:  # those are closed now
                 self._released.append(owner)
             bound = bound_of(owner)
             if bound is not None and bound.living() is self:
@@ -262,7 +265,7 @@ def _unbind(owner: Any) -> None:
 
 
 def _check_signatures(owner: Any) -> None:
-    fault = signature_fault(_CONTRACTS[owner.kind], type(owner))
+    fault = signature_fault(cast("Any", _contract(owner.kind)), type(owner))
     if fault is not None:
         got, expected = fault
         raise QuarantinedError(

@@ -30,6 +30,7 @@ from fabric_core.running.launching import environment
 from fabric_core.running.processes import Processes
 from fabric_core.running.seeding import RandomState
 from fabric_core.wrapping import (
+    Acts,
     FabricDataLoader,
     Setup,
     Training,
@@ -146,10 +147,14 @@ class Fabric(Processes, Training):
         self._launcher: Launcher | None = None
         self._failures: Failures | None = None
         self._closing: finalize[..., Any] | None = None
-        self._setup = Setup(self._strategy, self._precision, self._wrappers, self._plan.world_size)
+        self._acts = Acts(self)
+        self._bindings.bind(self._acts)
+        around_step = "step" in vars(self._acts) or self._hooks.stepped.get_hookimpls()
+        act = self._acts.step if around_step else None
+        self._setup = Setup(self._strategy, self._precision, self._wrappers, self._plan.world_size, act)
         self._built = set(vars(self)) - own
         try:
-            self._hooks.configured(plan=self._plan)
+            self._hooks.configured(fabric=self, plan=self._plan)
         except BaseException:
             self._bindings.undo()
             raise
@@ -257,10 +262,9 @@ class Fabric(Processes, Training):
             CheckpointError: It can't be written, or holds what could not be read again; on every rank. What lay there
                 before is still there.
         """
-        return self._checkpointing.save(
-            path, state, self._connected(), lambda where: self._hooks.checkpoint_saved(path=where),
-            filter=filter, asynchronous=asynchronous, format=format, keep=keep, score=score,
-        )  # fmt: skip
+        options = {"filter": filter, "asynchronous": asynchronous, "format": format, "keep": keep, "score": score}
+        handle: SaveHandle | None = self._acts.save(path, state, options)
+        return handle
 
     def load(
         self,
@@ -286,7 +290,7 @@ class Fabric(Processes, Training):
             CheckpointError: There is no checkpoint, or it can't be read or doesn't fit; on every rank, and nothing has
                 changed.
         """
-        return self._checkpointing.load(path, state, self._connected(), strict=strict, weights_only=weights_only)[1]
+        return self._acts.load(path, state, {"strict": strict, "weights_only": weights_only})
 
     def load_raw(
         self, path: str | os.PathLike[str], obj: Any, strict: bool = True, *, weights_only: bool | None = None

@@ -18,6 +18,7 @@ from fabric_core.contracts._spec import (
     Preset,
 )
 from fabric_core.contracts.accelerator import Accelerator, DeviceSpec, parse_device_indices
+from fabric_core.contracts.acts import FabricActs
 from fabric_core.contracts.agreement import Agreement
 from fabric_core.contracts.capabilities import (
     AcceleratorCapabilities,
@@ -53,6 +54,7 @@ __all__ = [
     "CheckpointCapabilities",
     "Collectives",
     "DeviceSpec",
+    "FabricActs",
     "LaunchOrder",
     "Launcher",
     "LauncherCapabilities",

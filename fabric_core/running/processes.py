@@ -178,7 +178,7 @@ class Processes:
         if self._loggers and world.is_global_zero:
             # At the end of the script, or of this object's life, where nothing else does it.
             self._closing = finalize(self, reporting.finalize, self._loggers)
-        self._hooks.launched(world=world)
+        self._hooks.launched(fabric=self, world=world)
 
     # Between ranks
 
@@ -287,23 +287,23 @@ class Processes:
                     self._world = self._launcher = None
                     del self._strategy.collectives
         if world is not None:
-            self._hooks.torn_down()
+            self._hooks.torn_down(fabric=self)
 
     def __enter__(self) -> Self:
         """Tear down at the end of a ``with`` block."""
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        """Tear down."""
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Tear down, and tell who listens where an exception leaves the block."""
+        if error is not None:
+            self._hooks.failed(fabric=self, error=error)
         self.teardown()
 
 
 def _launched(fabric: Processes, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run a function in a rank that was started for it."""
-    try:
+    with fabric:
         return fabric.launch(function, *args, **kwargs)
-    finally:
-        fabric.teardown()
 
 
 def _tensors(data: Any, device: torch.device) -> Any:

@@ -22,8 +22,8 @@ _LOOKS: Final = 4
 class WatchedWaits:
     """An extension that says which ranks wait in a collective of Fabric's own, and since when.
 
-    A wait costs two assignments. One thread looks on; it finds the user's line only when there is something to say. It ends
-    with the ``Fabric``.
+    A wait costs two assignments. One thread looks on; it finds the user's line only when there is something to say. It
+    ends with the ``Fabric``.
 
     Args:
         after: How many seconds of waiting are worth a line on the standard error stream.

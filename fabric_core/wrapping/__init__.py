@@ -4,10 +4,11 @@ from fabric_core.wrapping.dataloader import FabricDataLoader
 from fabric_core.wrapping.module import FabricModule
 from fabric_core.wrapping.optimizer import FabricOptimizer
 from fabric_core.wrapping.setup import Setup
-from fabric_core.wrapping.training import Training
+from fabric_core.wrapping.training import Acts, Training
 from fabric_core.wrapping.unwrap import is_wrapped, unwrap
 
 __all__ = [
+    "Acts",
     "FabricDataLoader",
     "FabricModule",
     "FabricOptimizer",

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from fabric_core.contracts import Precision, Strategy, Wrapper
 from fabric_core.wrapping.step_guard import StepGuard
 
-__all__ = ["FabricOptimizer", "wrap_optimizer"]
+__all__ = ["FabricOptimizer", "take_step", "wrap_optimizer"]
 
 
 class FabricOptimizer:
@@ -25,6 +25,8 @@ class FabricOptimizer:
     _fabric_precision: Precision
     _fabric_guard: StepGuard | None
     _fabric_wrappers: Sequence[Wrapper]
+    _fabric_act: Callable[[Any, Callable[[], Any] | None], Any] | None
+    _fabric_direct: Callable[[Callable[[], Any] | None], Any]
     _fabric_step: Callable[[Callable[[], Any] | None], Any]
 
     @property
@@ -66,14 +68,24 @@ class FabricOptimizer:
         """Go round a shallow copy of the original."""
         inner = copy.copy(self._fabric_inner)
         return wrap_optimizer(
-            inner, self._fabric_strategy, self._fabric_precision, self._fabric_guard, self._fabric_wrappers
+            inner,
+            self._fabric_strategy,
+            self._fabric_precision,
+            self._fabric_guard,
+            self._fabric_wrappers,
+            self._fabric_act,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FabricOptimizer":
         """Go round a deep copy of the original, with the same strategy and precision."""
         inner = copy.deepcopy(self._fabric_inner, memo)
         clone = wrap_optimizer(
-            inner, self._fabric_strategy, self._fabric_precision, self._fabric_guard, self._fabric_wrappers
+            inner,
+            self._fabric_strategy,
+            self._fabric_precision,
+            self._fabric_guard,
+            self._fabric_wrappers,
+            self._fabric_act,
         )
         memo[id(self)] = clone
         return clone
@@ -89,6 +101,7 @@ def wrap_optimizer(
     precision: Precision,
     guard: StepGuard | None = None,
     wrappers: Sequence[Wrapper] = (),
+    act: Callable[[Any, Callable[[], Any] | None], Any] | None = None,
 ) -> FabricOptimizer:
     """Wrap an optimizer that the strategy has made ready.
 
@@ -100,6 +113,7 @@ def wrap_optimizer(
         precision: The bound precision.
         guard: Checks its steps, where that is needed.
         wrappers: The bound wrappers, which are told of its steps.
+        act: What a call of its ``step`` goes through first, if anything; it ends in ``take_step``.
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
@@ -123,9 +137,16 @@ def wrap_optimizer(
         _fabric_precision=precision,
         _fabric_guard=guard,
         _fabric_wrappers=wrappers,
-        _fabric_step=step if guard is None else guard.around(step, optimizer),
+        _fabric_act=act,
+        _fabric_direct=step if guard is None else guard.around(step, optimizer),
     )
+    wrapped.__dict__["_fabric_step"] = wrapped._fabric_direct if act is None else partial(act, wrapped)  # noqa: SLF001
     return wrapped
+
+
+def take_step(wrapped: FabricOptimizer, closure: Callable[[], Any] | None) -> Any:
+    """Step through precision and strategy, past whatever goes round a call of ``step``."""
+    return wrapped._fabric_direct(closure)  # noqa: SLF001 - this file's own
 
 
 def _step(

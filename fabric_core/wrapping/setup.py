@@ -1,6 +1,6 @@
 """Setting up: models, optimizers and loaders pass through precision, device, wrappers and strategy, and are wrapped."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, finalize
@@ -34,12 +34,21 @@ class Setup:
         precision: The bound precision.
         wrappers: The bound wrappers, in the order in which they act.
         world_size: The number of processes.
+        act: What a call of an optimizer's ``step`` goes through first, if anything.
     """
 
-    def __init__(self, strategy: Strategy, precision: Precision, wrappers: Sequence[Wrapper], world_size: int) -> None:
+    def __init__(
+        self,
+        strategy: Strategy,
+        precision: Precision,
+        wrappers: Sequence[Wrapper],
+        world_size: int,
+        act: Callable[[Any, Callable[[], Any] | None], Any] | None = None,
+    ) -> None:
         self._strategy = strategy
         self._precision = precision
         self._wrappers = wrappers
+        self._act = act
         # Weak: what was set up dies with its last user, and an old parameter once its optimizer has the new one.
         self._set_up: WeakSet[Any] = WeakSet()
         self._modules: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()  # in the same order on every rank
@@ -159,7 +168,7 @@ class Setup:
         if self._guard is not None:
             self._guard.watch_optimizer(ready)
         self._watch_steps()
-        return wrap_optimizer(ready, self._strategy, self._precision, self._steps, self._wrappers)
+        return wrap_optimizer(ready, self._strategy, self._precision, self._steps, self._wrappers, self._act)
 
     def dataloader(self, given: Any, device: torch.device | None, *, divide: bool) -> FabricDataLoader:
         """Make a loader ready.

@@ -1,6 +1,7 @@
 """What a script calls to set up and to train."""
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Final, TypeVar, overload
 
@@ -9,20 +10,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_core.collectives import World
-from fabric_core.contracts import Precision, Strategy
+from fabric_core.contracts import FabricActs, Precision, Strategy
 from fabric_core.errors import MisuseError, RequestError
 from fabric_core.wrapping.compiled import uncompiled
 from fabric_core.wrapping.dataloader import FabricDataLoader, to_device
 from fabric_core.wrapping.module import FabricModule
+from fabric_core.wrapping.optimizer import FabricOptimizer, take_step
 from fabric_core.wrapping.setup import Setup
 from fabric_core.wrapping.unwrap import unwrap
 
-__all__ = ["Training"]
+__all__ = ["Acts", "Training"]
 
 Model = nn.Module | Callable[..., Any]
 """A model; what ``torch.compile`` makes of one is a callable to type checkers."""
 
-O = TypeVar("O", bound=Optimizer)
+OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 """An optimizer's class: a wrapped one is an instance of it too."""
 
 _BACKWARD: Final = ("gradient", "retain_graph", "create_graph", "inputs")
@@ -35,6 +37,7 @@ class Training:
     _strategy: Strategy
     _precision: Precision
     _hooks: Any
+    _acts: FabricActs
     _setup: Setup
     _world: World | None
 
@@ -53,7 +56,9 @@ class Training:
     @overload
     def setup(self, module: Model, *, move_to_device: bool = ...) -> FabricModule: ...
     @overload
-    def setup(self, module: Model, optimizer: O, /, *, move_to_device: bool = ...) -> tuple[FabricModule, O]: ...
+    def setup(
+        self, module: Model, optimizer: OptimizerT, /, *, move_to_device: bool = ...
+    ) -> tuple[FabricModule, OptimizerT]: ...
     @overload
     def setup(
         self, module: Model, *optimizers: Optimizer, scheduler: Any = ..., move_to_device: bool = ...
@@ -74,8 +79,7 @@ class Training:
             SetupError: Something was set up before, or an optimizer's parameters can't be matched, or an optimizer
                 holds no parameter of this model, nor of any that was set up before.
         """
-        model, wrapped = self._setup.module(module, optimizers, self.world, move=move_to_device)
-        self._hooks.module_set_up(module=model)
+        model, wrapped = self._acts.setup(module, optimizers, move_to_device)
         if not optimizers and scheduler is None:
             return model
         return (model, *wrapped) if scheduler is None else (model, *wrapped, scheduler)
@@ -91,12 +95,11 @@ class Training:
         Raises:
             SetupError: It was set up before, is no module, or its parameters are on several devices or on none.
         """
-        model, _ = self._setup.module(module, (), self.world, move=move_to_device)
-        self._hooks.module_set_up(module=model)
+        model: FabricModule = self._acts.setup(module, (), move_to_device)[0]
         return model
 
     @overload
-    def setup_optimizers(self, optimizer: O, /) -> O: ...
+    def setup_optimizers(self, optimizer: OptimizerT, /) -> OptimizerT: ...
     @overload
     def setup_optimizers(self, *optimizers: Optimizer) -> tuple[Any, ...]: ...
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
@@ -111,6 +114,8 @@ class Training:
         """
         self.world  # noqa: B018 - connects a single process
         wrapped = tuple(self._setup.optimizers(optimizers))
+        for one in wrapped:
+            self._hooks.optimizer_set_up(fabric=self, optimizer=one)
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     @overload
@@ -192,11 +197,7 @@ class Training:
         """
         if args:
             kwargs.update(zip(_BACKWARD[: len(args)], args, strict=True))
-        if self._world is None:
-            self.world  # noqa: B018 - connects a single process, and refuses several that are not launched
-        loss = self._precision.scale_loss(tensor)
-        with self._setup.backward_pass():
-            self._strategy.backward(loss, self._setup.called(model), kwargs)
+        self._acts.backward(tensor, model, kwargs)
 
     def clip_gradients(
         self,
@@ -263,3 +264,60 @@ class Training:
             MisuseError: The model was not set up.
         """
         return self._setup.no_backward_sync(module, enabled=enabled)
+
+
+class Acts(FabricActs):
+    """What a ``Fabric`` does; the object holds it weakly, so that it ends with its last user.
+
+    Args:
+        fabric: The ``Fabric``.
+    """
+
+    def __init__(self, fabric: Any) -> None:
+        self._living = weakref.ref(fabric)
+
+    @property
+    def _fabric(self) -> Any:
+        return self._living()
+
+    def setup(
+        self, module: Any, optimizers: Sequence[Optimizer], move_to_device: bool
+    ) -> tuple[FabricModule, Sequence[FabricOptimizer]]:
+        """Set up, and tell who listens."""
+        fabric = self._fabric
+        model, wrapped = fabric._setup.module(module, optimizers, fabric.world, move=move_to_device)
+        fabric._hooks.module_set_up(fabric=fabric, module=model)
+        for one in wrapped:
+            fabric._hooks.optimizer_set_up(fabric=fabric, optimizer=one)
+        return model, wrapped
+
+    def backward(self, tensor: torch.Tensor, model: Any, arguments: Mapping[str, Any]) -> None:
+        """Scale the loss, and let the strategy run the pass."""
+        fabric = self._fabric
+        if fabric._world is None:
+            fabric.world  # noqa: B018 - connects a single process, and refuses several that are not launched
+        loss = fabric._precision.scale_loss(tensor)
+        with fabric._setup.backward_pass():
+            fabric._strategy.backward(loss, fabric._setup.called(model), arguments)
+
+    def step(self, optimizer: Any, closure: Callable[[], Any] | None) -> Any:
+        """Step, and tell who listens."""
+        result = take_step(optimizer, closure)
+        self._fabric._hooks.stepped(fabric=self._fabric, optimizer=optimizer)
+        return result
+
+    def save(self, path: Any, state: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+        """Save, and tell who listens."""
+        fabric = self._fabric
+        collectives = fabric._connected()
+        return fabric._checkpointing.save(
+            path, state, collectives, lambda where: fabric._hooks.checkpoint_saved(fabric=fabric, path=where), **options
+        )
+
+    def load(self, path: Any, state: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Load, and tell who listens."""
+        fabric = self._fabric
+        rest: dict[str, Any]
+        where, rest = fabric._checkpointing.load(path, state, fabric._connected(), **options)
+        fabric._hooks.checkpoint_loaded(fabric=fabric, path=where)
+        return rest

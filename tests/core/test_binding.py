@@ -261,7 +261,7 @@ class _Silent:
         (_WrongArgument(), QuarantinedError, "arguments that the behaviour doesn't have: los"),
         (_Default(), QuarantinedError, "has default values"),
         (_NoYield(), QuarantinedError, "doesn't yield"),
-        (_UnknownHook(), QuarantinedError, "launched(self, world)"),
+        (_UnknownHook(), QuarantinedError, "launched(self, fabric, world)"),
         (_HookArgument(), QuarantinedError, "word"),
         (_Silent(), RequestError, "@around.<kind> or @hookimpl"),
         (_Silent, RequestError, "_Silent()"),
@@ -333,8 +333,88 @@ def test_tracing_prints_each_call(
         fabric.backward(torch.ones((), requires_grad=True))
         with pytest.raises(RuntimeError):
             fabric.backward(torch.ones(()))
-    lines = [line for line in capsys.readouterr().err.splitlines() if "backward" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "Alone.backward" in line]
     assert len(lines) == 2
     assert lines[0].startswith("[fabric, rank 0] strategy Alone.backward: ")
     assert lines[0].endswith(" ms")
     assert lines[1].endswith(", raised RuntimeError")
+
+
+class _Everything:
+    """Goes round the façade's acts and collectives, and listens to all that happens."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    @around.fabric
+    def setup(self, module: nn.Module) -> Generator[None, Any, Any]:
+        self.seen.append(f"setup {type(module).__name__}")
+        return (yield)
+
+    @around.fabric
+    def backward(self, tensor: torch.Tensor) -> Generator[None, Any, Any]:
+        self.seen.append(f"backward {tensor.item():g}")
+        return (yield)
+
+    @around.fabric
+    def step(self) -> Generator[None, Any, Any]:
+        self.seen.append("step")
+        result = yield
+        self.seen.append("after step")
+        return result
+
+    @around.fabric
+    def save(self, path: Any) -> Generator[None, Any, Any]:
+        self.seen.append(f"save {path}")
+        return (yield)
+
+    @around.fabric
+    def load(self) -> Generator[None, Any, Any]:
+        self.seen.append("load")
+        return (yield)
+
+    @around.collectives
+    def barrier(self, name: str | None) -> Generator[None, Any, Any]:
+        self.seen.append(f"barrier {name}")
+        return (yield)
+
+    @hookimpl
+    def optimizer_set_up(self, optimizer: Any) -> None:
+        self.seen.append(f"set up {type(optimizer).__name__}")
+
+    @hookimpl
+    def stepped(self, fabric: Fabric) -> None:
+        self.seen.append(f"stepped on rank {fabric.global_rank}")
+
+    @hookimpl
+    def checkpoint_loaded(self, path: Any) -> None:
+        self.seen.append(f"loaded {path}")
+
+    @hookimpl
+    def failed(self, error: BaseException) -> None:
+        self.seen.append(f"failed by {error!r}")
+
+    @hookimpl
+    def torn_down(self) -> None:
+        self.seen.append("torn down")
+
+
+def test_an_extension_goes_round_the_facades_acts_and_hears_what_happens(in_memory: dict[str, Any]) -> None:
+    """Setup, backward, step, save, load and collectives; a failure and the end too."""
+    extension = _Everything()
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    plugins = [*in_memory["plugins"], extension]
+    with pytest.raises(ZeroDivisionError), Fabric(**{**in_memory, "plugins": plugins}) as fabric:
+        wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.5))
+        fabric.backward(wrapped(torch.ones(1, 1)).sum())
+        optimizer.step()
+        assert model.weight.item() == 0.5
+        fabric.barrier("here")
+        fabric.save("there", {"model": wrapped})
+        fabric.load("there", {"model": wrapped})
+        raise ZeroDivisionError("at last")
+    assert extension.seen == [
+        "setup Linear", "set up FabricSGD", "backward 1", "step", "stepped on rank 0", "after step", "barrier here",
+        "save there", "load", "loaded there", "failed by ZeroDivisionError('at last')", "torn down",
+    ]  # fmt: skip
