@@ -1,4 +1,4 @@
-"""``fabric-core checkpoint``: look into checkpoints, check, convert and compare them, one tensor in memory at a time."""
+"""``fabric-core checkpoint``: shows, checks, converts and compares them, with one tensor in memory at a time."""
 
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ def info(path: _Path, as_json: _AsJson = False) -> None:
     """Show the format, what the checkpoint is of, and its entries; reads no tensor."""
     name, found, where = _found(path)
     outline, about = found.outline(where), found.describe(where).get(ABOUT, {})
-    entries = [
+    entries: list[dict[str, Any]] = [
         {"entry": ".".join(map(str, at)), "shape": list(one.shape), "dtype": str(one.dtype).removeprefix("torch."),
          "bytes": one.nbytes}
         for at, one in walk_tensors(outline)
@@ -180,7 +180,7 @@ def _spilled(found: Checkpoint, where: Any, entries: list[str] | None = None, ne
                 continue
             if tensor.numel():
                 name = f"{room}/{number}"
-                kept = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)  # type: ignore[call-arg]
+                kept = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
                 tensors[at] = kept.view(tensor.shape).copy_(tensor)
             else:
                 tensors[at] = tensor.clone()

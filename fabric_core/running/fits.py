@@ -19,6 +19,9 @@ _SHOWN: Final = 8
 _OTHER_SHAPES: Final = frozenset({"Adafactor", "LBFGS", "Muon"})
 """The optimizers of PyTorch with tensors of other shapes than their parameters' and single numbers."""
 
+_NO_MOMENTS: Final = (str, bytes, Mapping)
+"""What no optimizer of PyTorch keeps for a parameter."""
+
 _NUMBERS: Final = (bool, int, float, torch.Tensor)
 
 
@@ -149,12 +152,18 @@ def _misfits_of_optimizer(optimizer: Optimizer, own: Mapping[str, Any], saved: M
         for name, value in here.items():
             if name in there and _differs(value, there[name]):
                 yield f"param_groups[{index}][{name!r}] is a {type(there[name]).__name__} there"
-    if not isinstance(state, Mapping):
+    if isinstance(state, Mapping):
+        yield from _misfits_of_moments(optimizer, own, state, [one for group in groups for one in group["params"]])
+    else:
         yield f"state is no dict, but a {type(state).__name__}"
-        return
+
+
+def _misfits_of_moments(
+    optimizer: Optimizer, own: Mapping[str, Any], state: Mapping[Any, Any], ids: list[Any]
+) -> Iterable[str]:
+    """Compare the states of parameters; ``ids`` are what the groups there call them, in order."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     plain = type(optimizer).__module__.startswith("torch.optim") and type(optimizer).__name__ not in _OTHER_SHAPES
-    ids = [one for group in groups for one in group["params"]]
     for key, entry in state.items():
         if key not in ids:
             yield f"state[{key!r}] belongs to no parameter of the groups there"
@@ -185,14 +194,11 @@ def _differs(here: Any, there: Any) -> bool:
 
 def _misfit_of_moment(value: Any, parameter: torch.Tensor, mine: Any, *, plain: bool) -> str | None:
     if not isinstance(value, torch.Tensor):
-        if isinstance(mine, torch.Tensor) and not isinstance(value, bool | int | float):
-            return f"is a tensor here, and a {type(value).__name__} there"
-        return f"is a {type(value).__name__}" if plain and isinstance(value, str | bytes | Mapping) else None
+        tensor = isinstance(mine, torch.Tensor) and not isinstance(value, bool | int | float)
+        return f"is a {type(value).__name__}" if tensor or (plain and isinstance(value, _NO_MOMENTS)) else None
     if value.is_complex() and not parameter.is_complex():
         return "is complex, and its parameter is real"
-    if value.numel() == 1 and value.dim() == 0:
-        return None
-    if isinstance(mine, torch.Tensor) and mine.shape == value.shape:
+    if value.dim() == 0 or (isinstance(mine, torch.Tensor) and mine.shape == value.shape):
         return None
     if (plain or isinstance(mine, torch.Tensor)) and value.shape != parameter.shape:
         return f"is of shape {tuple(value.shape)}, and its parameter of {tuple(parameter.shape)}"

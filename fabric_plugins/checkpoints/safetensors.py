@@ -267,14 +267,14 @@ def _files(path: Any) -> list[Path]:
     opened = [local / name for name in names]
     for one in opened:
         open_regular(one).close()
-    there = set()
+    held: set[str] = set()
     for one in opened:
         with _library(path)(one, framework="pt") as shard:
-            there.update(shard.keys())
-    if there != set(places):
+            held.update(shard.keys())
+    if held != set(places):
         raise CheckpointError(
             "the index names other tensors than the files have", where=str(local / _INDEX),
-            got=", ".join(sorted(there ^ set(places))[:5]),
+            got=", ".join(sorted(held ^ set(places))[:5]),
         )  # fmt: skip
     return opened
 

@@ -14,12 +14,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 from fabric_core import Fabric
-from fabric_core.cli import app
+from fabric_core.cli._checkpoint import checkpoint
 from fabric_core.errors import CheckpointError, FabricError
 
 
 def _run(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, ["checkpoint", *map(str, arguments)])
+    result = CliRunner().invoke(checkpoint, [*map(str, arguments)])
     if isinstance(result.exception, FabricError):
         raise result.exception
     assert result.exit_code == code, result.output

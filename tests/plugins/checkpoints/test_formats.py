@@ -73,15 +73,16 @@ def test_transformers_reads_the_parts(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=32, n_positions=8)
-    model = GPT2LMHeadModel(config).eval()
+    model = GPT2LMHeadModel(config)
     SafetensorsCheckpoint(max_shard_size=2000).write(tmp_path / "ours", {"model": model.state_dict()})
     assert (tmp_path / "ours" / "model.safetensors.index.json").exists()
     config.save_pretrained(tmp_path / "ours")
+    model.train(False)
     tokens = torch.arange(8)[None]
-    again = GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
+    again = GPT2LMHeadModel.from_pretrained(tmp_path / "ours").train(False)
     torch.testing.assert_close(again(tokens).logits, model(tokens).logits)
     model.save_pretrained(tmp_path / "theirs")
-    other = GPT2LMHeadModel(config).eval()
+    other = GPT2LMHeadModel(config).train(False)
     with Fabric(accelerator="cpu", devices=1) as fabric:
         fabric.load_raw(tmp_path / "theirs", other, strict=False)
     torch.testing.assert_close(other(tokens).logits, model(tokens).logits)
@@ -112,7 +113,7 @@ def test_urls(form: str, tmp_path: Path) -> None:
                 fabric.save(f"{root}/{name}", {"value": 1}, format=form)
         with pytest.raises(CheckpointError, match="local files alone"):
             fabric.save(f"{root}/a.safetensors", {"model": _linear()})
-        with pytest.raises(CheckpointError, match="nowhere://"):
+        with pytest.raises(CheckpointError, match=r"knows nowhere:"):
             fabric.save("nowhere://a/b", {"value": 1}, format=form)
     system.rm(inside, recursive=True)
 
@@ -128,7 +129,7 @@ def test_the_newest_stay(tmp_path: Path) -> None:
         assert sorted(one.name for one in tmp_path.iterdir()) == ["other-1", "step-0", "step-10", "step-11"]
         assert fabric.load(tmp_path / "latest") == {"value": 11}
         for keep, path in ((0, "step-1"), (True, "step-1"), (2, "step")):
-            with pytest.raises(CheckpointError, match="keep|number"):
+            with pytest.raises(CheckpointError, match=r"keep|number"):
                 fabric.save(tmp_path / path, {"value": 1}, keep=keep)
         with pytest.raises(NoCheckpointError, match="no checkpoint in the folder"):
             fabric.load(tmp_path / "nowhere" / "latest")

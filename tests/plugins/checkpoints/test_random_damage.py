@@ -66,11 +66,14 @@ def _objects(seed: int, form: str) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer, "meta": {"epoch": seed, "names": ["a", (seed,)]}}
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return (str(value.dtype), value.tolist())
+    return {name: _plain(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+
 def _shown(state: dict[str, Any]) -> str:
-    torch.set_printoptions(precision=8, threshold=10_000)
-    shown = [one.state_dict() if hasattr(one, "state_dict") else one for one in state.values()]
-    torch.set_printoptions(profile="default")
-    return repr(shown)
+    return repr([_plain(one.state_dict()) if hasattr(one, "state_dict") else one for one in state.values()])
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -90,14 +93,14 @@ def test_damage_is_found_and_changes_nothing(form: str, tmp_path: Path) -> None:
             file.write_bytes(data)
             state = _objects(2, form)
             before = _shown(state)
+            said = None
             try:
                 fabric.load(tmp_path / "good", state)
             except CheckpointError as error:
-                found += 1
-                assert str(tmp_path / "good") in str(error), (number, error)
-                assert _shown(state) == before, (number, error)
-            else:
-                assert _shown(state) == right, (number, file.name)
+                said = str(error)
+            found += said is not None
+            assert said is None or str(tmp_path / "good") in said, (number, said)
+            assert _shown(state) == (right if said is None else before), (number, file.name, said)
             file.write_bytes(whole)
         assert found > DAMAGES // len(FORMATS) // 3, "most damage matters"
         shutil.rmtree(tmp_path / "good", ignore_errors=True)

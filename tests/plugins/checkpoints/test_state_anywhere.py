@@ -21,7 +21,8 @@ def _things(fabric: Fabric, seed: int) -> dict[str, Any]:
     fabric.backward(model(torch.ones(1, 2)).sum())
     optimizer.step()
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1 + seed)
-    loader = fabric.setup_dataloaders(torch.utils.data.DataLoader(list(range(8)), shuffle=True))
+    data: Any = list(range(8))
+    loader = fabric.setup_dataloaders(torch.utils.data.DataLoader(data, shuffle=True))
     batches = iter(loader)
     for _ in range(2 * seed):
         next(batches)
@@ -74,7 +75,7 @@ def test_what_a_nested_state_lacks_is_named(tmp_path: Path) -> None:
         model = nn.Linear(1, 1)
         before = model.weight.item()
         for state in ({"a": {"model": model, "more": nn.Linear(1, 1)}}, {"a": {"model": model}, "b": [model, model]}):
-            with pytest.raises(CheckpointKeyError, match="has no 'a'.'more'.|has no 'b' with 2 elements"):
+            with pytest.raises(CheckpointKeyError, match=r"has no 'a'\['more'\]|has no 'b' with 2 elements"):
                 fabric.load(tmp_path / "state", state)
         assert model.weight.item() == before
 
@@ -127,9 +128,9 @@ def _average(path: Path, form: str) -> Any:
         torch.manual_seed(0)
         model = fabric.setup(nn.Linear(4, 6))
         whole = fabric.strategy.module_state(model.module, True)
-        average = _Average(model.module, 3.0)
+        average: Any = _Average(model.module, 3.0)
         fabric.save(path, {"model": model, "ema": average, "plain": average.shadow["bias"]}, format=form)
-        other = _Average(model.module, 0.0)
+        other: Any = _Average(model.module, 0.0)
         fabric.load(path, {"model": model, "ema": other})
         same = all(
             torch.equal(one.full_tensor(), other.shadow[name].full_tensor()) for name, one in average.shadow.items()
@@ -154,11 +155,9 @@ def _meta(path: Path) -> None:
         fabric.launch()
         with fabric.init_module(empty_init=True):
             model = nn.Linear(4, 6)
-        try:
+        with pytest.raises(CheckpointError, match=r"fabric\.setup"):
             fabric.load(path, {"model": model})
-        except CheckpointError as error:
-            assert "fabric.setup" in str(error)
-            fabric.load_raw(path.with_name("bare"), model)
+        fabric.load_raw(path.with_name("bare"), model)
 
 
 def test_a_model_without_memory_is_loaded_after_setup(two_ranks: RankPool, tmp_path: Path) -> None:
