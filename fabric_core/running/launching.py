@@ -106,7 +106,8 @@ def agree(world: World, plan: Plan, launcher: Launcher, failures: Failures) -> N
     """
     if world.open_store is None:
         return
-    store, own = world.open_store(), world.global_rank
+    store: Any = world.open_store()  # of its methods PyTorch types not all
+    own = world.global_rank
     failures.meet(store)
     text = json.dumps(
         [[choice.kind, choice.name, choice.distribution, str(choice.options)] for choice in plan.choices]
