@@ -32,7 +32,7 @@ class _Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state == WorkerState.HEALTHY and not any(_runs(worker.id) for worker in worker_group.workers):
-            again: RunResult = super()._monitor_workers(worker_group)  # one that ended since then has been counted by now
+            again: RunResult = super()._monitor_workers(worker_group)  # some may have ended since
             if again.state != WorkerState.HEALTHY:
                 return again
             failures = {
