@@ -19,6 +19,7 @@ from fabric_core.cli._checkpoint import checkpoint
 from fabric_core.cli._conformance import conformance
 from fabric_core.cli._describe import contract_page, field_type, meanings
 from fabric_core.cli._new import new
+from fabric_core.cli._run import run
 from fabric_core.errors import FabricError, FabricWarning, RequestError, UnknownPluginError
 from fabric_core.kinds import EXTENSION, KINDS, Count, argument_defaults, groups
 from fabric_core.running.launching import environment
@@ -272,6 +273,8 @@ def _make_app() -> typer.Typer:
     plugins.command("why")(_asking(why_plugin))
     for command in (conformance, new, _asking(explain), contract, schema):
         app.command()(command)
+    # What follows the script is the script's.
+    app.command(context_settings={"allow_interspersed_args": False})(run)
     return app
 
 

@@ -49,11 +49,11 @@ class Failures:
         self._launcher = launcher
         self._store: Store | None = None
         self._first: int | None = None
-        hook = sys.excepthook
+        self.ended: bool = False
+        hook: Any = sys.excepthook
         while isinstance(hook, Failures) and hook.ended:  # its Fabric failed, and somebody caught the error
             hook = hook.previous
         self.previous: Any = hook
-        self.ended = False
         sys.excepthook = self
 
     def meet(self, store: Store) -> None:

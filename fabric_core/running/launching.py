@@ -29,6 +29,14 @@ _NAMED: Final = 8
 """How many missing ranks a message names."""
 
 
+_LOOK: Final = 1.0
+"""How often, in seconds, a waiting rank looks whether the others can still come."""
+_SAY: Final = 30.0
+"""After how many seconds a waiting rank says whom it waits for."""
+_NAMED: Final = 8
+"""How many missing ranks a message names."""
+
+
 def environment() -> dict[str, str]:
     """Give the environment variables as they are now."""
     return dict(os.environ)
@@ -98,7 +106,8 @@ def agree(world: World, plan: Plan, launcher: Launcher, failures: Failures) -> N
     """
     if world.open_store is None:
         return
-    store, own = world.open_store(), world.global_rank
+    store: Any = world.open_store()  # of its methods PyTorch types not all
+    own = world.global_rank
     failures.meet(store)
     text = json.dumps(
         [[choice.kind, choice.name, choice.distribution, str(choice.options)] for choice in plan.choices]

@@ -47,7 +47,7 @@ class Processes:
 
     @property
     def world(self) -> World:
-        """Who this process is; a single process needs no ``launch``.
+        """Who this process is; no ``launch`` is needed for a single process, nor where something started this one.
 
         Raises:
             MisuseError: There will be several processes, and they are not launched yet.

@@ -30,9 +30,9 @@ class _Agent(LocalElasticAgent):
     """The ranks that had ended when all was well the last time."""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        result = super()._monitor_workers(worker_group)
+        result: RunResult = super()._monitor_workers(worker_group)
         if result.state == WorkerState.HEALTHY and not any(_runs(worker.id) for worker in worker_group.workers):
-            again = super()._monitor_workers(worker_group)  # one that ended since then has been counted by now
+            again: RunResult = super()._monitor_workers(worker_group)  # some may have ended since
             if again.state != WorkerState.HEALTHY:
                 return again
             failures = {

@@ -18,12 +18,12 @@ import torch
 from fabric_core.contracts import Launcher, LauncherCapabilities, LaunchOrder, PluginOptions, ProcessInfo
 from fabric_core.errors import LaunchError, RankFailedError
 from fabric_plugins.launchers._reports import REPORT, failed, missing_ranks, read_report, write_report
+from fabric_plugins.launchers._variables import Variables
 
 __all__ = ["ElasticLauncher", "ElasticOptions"]
 
 _OURS: Final = "fabric-"
 _ADDRESS: Final = "127.0.0.1"
-_NUMBERS: Final = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 _SIGNALS: Final = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 
 
@@ -55,33 +55,19 @@ class ElasticLauncher(Launcher):
         """Recognise ``torchrun``, or an agent of this launcher."""
         if "TORCHELASTIC_RUN_ID" not in environment:
             return None
-        missing = [name for name in (*_NUMBERS, "MASTER_ADDR") if name not in environment]
-        if missing:
-            raise LaunchError(
-                "the variables that torchelastic sets are incomplete",
-                where="environment",
-                got=f"no {', '.join(missing)}",
-                instead="start with torchrun, or unset TORCHELASTIC_RUN_ID",
-            )
-        try:
-            rank, local_rank, node, world, local_world, port = (int(environment[name]) for name in _NUMBERS)
-            attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        except ValueError as error:
-            raise LaunchError(
-                "a variable that torchelastic sets is no number",
-                where="environment",
-                got=str(error),
-            ) from error
+        names = Variables(environment, "torchelastic", "start with torchrun, or unset TORCHELASTIC_RUN_ID")
+        rank, world, local_rank, local_world = names.place("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        restarts = "TORCHELASTIC_RESTART_COUNT"
         ours = environment["TORCHELASTIC_RUN_ID"].startswith(_OURS)
         return ProcessInfo(
             global_rank=rank,
             local_rank=local_rank,
-            node_rank=node,
+            node_rank=names.number("GROUP_RANK", below=world // local_world),
             world_size=world,
             local_world_size=local_world,
-            main_address=environment["MASTER_ADDR"],
-            main_port=port,
-            attempt=attempt,
+            main_address=names.host("MASTER_ADDR"),
+            main_port=names.number("MASTER_PORT", low=1, below=65_536),
+            attempt=names.number(restarts) if restarts in names else 0,
             agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true",
             owner="elastic" if ours else "torchrun",
         )

@@ -1,0 +1,94 @@
+"""``fabric-core run``: the processes of one node of a job, by ``torch.distributed.run``."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fabric_core.assembly import make_plan
+from fabric_core.choosing.request import Request, fill, read_environment
+from fabric_core.errors import RequestError
+
+__all__ = ["run"]
+
+_SCRIPT = Annotated[list[str], typer.Argument(metavar="SCRIPT [ARGUMENTS]...", help="The script and its arguments.")]
+
+
+def run(
+    script: _SCRIPT,
+    nnodes: Annotated[str, typer.Option(help="How many nodes: a number, or MIN:MAX.")] = "1",
+    node_rank: Annotated[int, typer.Option(help="This node among all, from 0.", min=0)] = 0,
+    rdzv_endpoint: Annotated[
+        str | None, typer.Option(help="HOST:PORT at which the nodes meet: the first node's.")
+    ] = None,
+    max_restarts: Annotated[int, typer.Option(help="How often a failed job is started again.", min=0)] = 0,
+    accelerator: Annotated[str | None, typer.Option(help="What `Fabric()` is given where it says nothing.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="Likewise.")] = None,
+    devices: Annotated[str | None, typer.Option(help="Likewise; as many processes are started on this node.")] = None,
+    num_nodes: Annotated[int | None, typer.Option(help="The same as --nnodes.", min=1)] = None,
+    precision: Annotated[str | None, typer.Option(help="Likewise.")] = None,
+    module: Annotated[bool, typer.Option("-m", "--module", help="SCRIPT is the name of a module.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Print what each node would start, and start nothing.")] = False,
+) -> None:
+    """Start the processes of this node, which join the others in `Fabric()`; the same command on every node."""
+    nodes = nnodes if num_nodes is None else str(num_nodes)
+    if num_nodes is not None and nnodes not in {"1", str(num_nodes)}:
+        raise RequestError(
+            "--nnodes and --num-nodes say different numbers", got=f"{nnodes}, {num_nodes}", instead="one of them"
+        )
+    most = nodes.partition(":")[2] or nodes
+    if not most.isdecimal() or int(most) < 1:
+        raise RequestError("--nnodes is no number of nodes", got=nnodes, instead="--nnodes 2, or --nnodes 1:4")
+    if int(most) > 1 and rdzv_endpoint is None:
+        raise RequestError(
+            "several nodes need a place where they meet",
+            instead="--rdzv-endpoint HOST:PORT, the first node's",
+        )
+    variables = {
+        f"FABRIC_{name}": value
+        for name, value in {
+            "ACCELERATOR": accelerator,
+            "STRATEGY": strategy,
+            "DEVICES": devices,
+            "NUM_NODES": most if int(most) > 1 else None,
+            "PRECISION": precision,
+        }.items()
+        if value is not None
+    }
+    target = ["-m", *script] if module else script
+    environment = {**os.environ, **variables}
+    # As many processes as the script's `Fabric()` will want, where it says nothing itself.
+    asked = Request.of(**fill({}, read_environment(environment)))
+    count = str(len(make_plan(asked, environment).device_indices))
+    if dry_run:
+        said = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+        for node in range(int(most)):
+            words = _words(nodes, node, count, rdzv_endpoint, max_restarts, target)
+            typer.echo(f"node {node}: {said + ' ' if said else ''}{shlex.join(['torchrun', *words])}")
+        return
+    os.environ.update(variables)
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    sys.stdout.flush()
+    os.execv(sys.executable, command + _words(nodes, node_rank, count, rdzv_endpoint, max_restarts, target))  # noqa: S606
+
+
+def _words(nodes: str, node: int, count: str, endpoint: str | None, restarts: int, target: Sequence[str]) -> list[str]:
+    words = ["--nnodes", nodes, "--nproc-per-node", count, "--max-restarts", str(restarts)]
+    if endpoint is None:
+        words += ["--standalone"]
+    else:
+        host, _, port = endpoint.rpartition(":")
+        # Fixed nodes meet without a rendezvous of their own, which would have to know which host is which.
+        fixed = ":" not in nodes
+        words += (
+            ["--node-rank", str(node), "--master-addr", host, "--master-port", port]
+            if fixed
+            else ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+        )
+    if target[0] != "-m" and not Path(target[0]).exists():
+        raise RequestError("there is no such script", got=target[0], instead="the path of a script, or -m and a module")
+    return [*words, *target]
