@@ -99,6 +99,7 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the pinned dependencies into $(VENV), once: 1.6 GB with PyTorch's CPU build, 5.4 GB with its" \
 		"CUDA build (README.md says how to choose). It takes minutes; pip says what it is at."
 	@$(PIP_INSTALL) setuptools wheel
+	@rm -rf fabric_registry.egg-info # what a build of a wheel left here would hide newer entry points
 	@$(PIP_INSTALL) --no-build-isolation -e '.[dev,test,examples]'
 	@touch $@
 

@@ -13,8 +13,8 @@ from fabric_plugins.strategies._distributed import DistributedOptions, Distribut
 
 __all__ = ["DDP_FIND_UNUSED_PARAMETERS_TRUE", "DDP_NOTEBOOK", "DDP_SPAWN", "DDPOptions", "DDPStrategy"]
 
-_BFLOAT16_BACKENDS: Final = ("nccl", "xccl")
-"""What PyTorch's bfloat16 compression is supported on."""
+_WITHOUT_BFLOAT16: Final = frozenset({"gloo", "mpi"})
+"""The backends that PyTorch's bfloat16 compression is not supported on, whatever else PyTorch was built with."""
 
 
 class DDPOptions(DistributedOptions):
@@ -121,17 +121,14 @@ def _check_backend(hook: str, device_type: str) -> None:
     A build with NCCL lets the hook pass on a process group of gloo too.
 
     Raises:
-        ValueError: Its backend is none of those that PyTorch supports this hook on.
+        ValueError: PyTorch does not support the hook with its backend.
     """
     if hook != "bf16":
         return
     backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
     backend = backends.get(device_type)
-    if backend not in _BFLOAT16_BACKENDS:
-        raise ValueError(
-            f"gradients on {device_type} travel by {backend}, and PyTorch supports it with "
-            f"{' and '.join(_BFLOAT16_BACKENDS)} alone"
-        )
+    if backend in _WITHOUT_BFLOAT16:
+        raise ValueError(f"gradients on {device_type} travel by {backend}, with which PyTorch does not support it")
 
 
 def _always(_complete: bool) -> bool:
