@@ -98,7 +98,7 @@ class FlatBuckets(_Together):
 class AtTheStep(_Together):
     """Averages when gradients are first looked at: at a clipping, or at the step."""
 
-    capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True)
+    capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, requires_strategy_backward=True)
 
     def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
         """Join."""
