@@ -202,8 +202,8 @@ class Strategy(Plugin, ABC):
             complete: The pass reached every parameter that was trainable at setup.
 
         Returns:
-            Whether it did. Not overridden, it stands for a strategy that averages all gradients of each module that
-            ``setup_module`` was given, and of no copy.
+            Whether it did, or will before the step, where the strategy averages then. Not overridden, it stands for a
+            strategy that averages all gradients of each module that ``setup_module`` was given, and of no copy.
         """
         return True
 

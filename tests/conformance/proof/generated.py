@@ -1,8 +1,8 @@
 """The kit against plugins that are wrong by chance: every change of ``proof.operators`` to right plugins' sources.
 
 ``python -m proof.generated`` judges a sample (``--sample``, drawn by ``--seed``) or all of them; ``--record`` adds what
-it saw to the record, from which the documentation's page is made. A change that no rule notices is a survivor: it is killed by a
-new rule, or listed in ``proof.equivalent`` with the reason why nobody could notice it.
+it saw to the record, from which the documentation's page is made. A change that no rule notices is a survivor: it is
+killed by a new rule, or listed in ``proof.equivalent`` with the reason why nobody could notice it.
 """
 
 import argparse

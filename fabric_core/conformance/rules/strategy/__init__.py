@@ -19,26 +19,21 @@ from fabric_core.conformance.rules.strategy import (
 
 __all__ = ["TABLE"]
 
+_PARTS: Final = (
+    gradients,
+    models,
+    modules,
+    optimizers,
+    clipping,
+    collectives,
+    state,
+    types,
+    life,
+    sequences,
+    scripts,
+)
+
 TABLE: Final[tuple[Rule, ...]] = tuple(
-    sorted(
-        (
-            rule
-            for part in (
-                gradients,
-                models,
-                modules,
-                optimizers,
-                clipping,
-                collectives,
-                state,
-                types,
-                life,
-                sequences,
-                scripts,
-            )
-            for rule in part.TABLE
-        ),
-        key=lambda rule: rule.id,
-    )
+    sorted((rule for part in _PARTS for rule in part.TABLE), key=lambda rule: rule.id)
 )
 """All of them, in the order of their numbers."""

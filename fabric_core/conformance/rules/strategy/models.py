@@ -181,10 +181,10 @@ def _chosen(bench: Bench) -> None:
     if all("refused" in one and not one["refused"].startswith("lost") for one in seen):
         return
     for rank, one in enumerate(seen):
-        if one.get("with") != ["outer.weight"]:
-            raise Broken(
-                f"rank {rank}: {one.get('refused') or 'gradients are there of ' + (', '.join(one['with']) or 'none')}"
-            )
+        if "refused" in one:
+            raise Broken(f"rank {rank} raised, and not all as it did: {one['refused']}")
+        if one["with"] != ["outer.weight"]:
+            raise Broken(f"rank {rank} has gradients of {', '.join(one['with']) or 'none'}")
 
 
 def _half_reduced(place: Place) -> bool:

@@ -132,7 +132,7 @@ def _loaded_alone() -> tuple[Weights, list[dict[str, Any]]]:
     "STR-381",
     "Loading into an optimizer that has stepped, and has other settings, replaces both by the saved ones.",
     reason="A training that goes back to its best checkpoint must not go on with what it gathered since.",
-    advice="take param_groups' settings and all state from what is loaded, as torch.optim.Optimizer.load_state_dict does",
+    advice="take the groups' settings and all state from what is loaded, as torch.optim.Optimizer.load_state_dict does",
     world_sizes=ALWAYS,
 )
 def _replaces(bench: Bench) -> None:
@@ -166,7 +166,8 @@ def _clip_one(place: Place) -> tuple[float, dict[str, torch.Tensor]]:
         norm = fabric.clip_gradients(wrapped, steppers[0], max_norm=0.01)
         # Whatever is averaged as late as a step or a clipping is, by now.
         fabric.clip_gradients(wrapped, steppers[1], max_norm=1e9)
-        return float(norm), {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        known = float("nan") if norm is None else float(norm)
+        return known, {name: full(one.grad) for name, one in model.named_parameters() if one.grad is not None}
 
 
 @TABLE.rule(
