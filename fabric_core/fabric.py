@@ -24,7 +24,7 @@ from fabric_core.contracts import (
 from fabric_core.errors import MisuseError
 from fabric_core.running import reporting, seeding
 from fabric_core.running.asynchronous import SaveHandle
-from fabric_core.running.checkpointing import Checkpointing
+from fabric_core.running.checkpointing import Checkpointing, numbered
 from fabric_core.running.failing import Failures
 from fabric_core.running.launching import environment
 from fabric_core.running.processes import Processes
@@ -131,10 +131,13 @@ class Fabric(Processes, Training):
         self._precision: Precision = self._chosen.one("precision")
         self._wrappers: list[Wrapper] = self._chosen.all("wrapper")
         self._launchers = self._chosen.ranked("launcher")
+        self._wrappers_by_name = numbered(
+            [(choice.name, one) for choice, one in zip(self._plan.wrappers, self._wrappers, strict=True)]
+        )
         self._checkpointing = Checkpointing(
             strategy=self._strategy,
             precision=self._precision,
-            wrappers=[(choice.name, one) for choice, one in zip(self._plan.wrappers, self._wrappers, strict=True)],
+            wrappers=self._wrappers_by_name,
             formats=self._chosen.ranked("checkpoint"),
             plan=self._plan.as_dict(),
             own=_own,
@@ -172,6 +175,14 @@ class Fabric(Processes, Training):
     def precision(self) -> Precision:
         """The precision that was chosen."""
         return self._precision
+
+    @property
+    def wrappers(self) -> Mapping[str, Wrapper]:
+        """The wrappers, in their order, by the names that they were chosen by; by class where an instance was given.
+
+        The second of one name has ``#2`` after it.
+        """
+        return self._wrappers_by_name
 
     @property
     def loggers(self) -> list[Any]:

@@ -21,7 +21,7 @@ from fabric_core.running.restoring import Undo, in_place, restore, restore_modul
 from fabric_core.running.retention import check_keep, latest, prune
 from fabric_core.running.state import Part, named, parts_of
 
-__all__ = ["Checkpointing"]
+__all__ = ["Checkpointing", "numbered"]
 
 PRECISION: Final = "fabric.precision"
 """The entry of a tree with the precision's own state, where it has one, such as the loss scale."""
@@ -40,7 +40,7 @@ class Checkpointing:
     Args:
         strategy: The bound strategy.
         precision: The bound precision.
-        wrappers: The bound wrappers with their names.
+        wrappers: The bound wrappers by their names.
         formats: The bound formats with their names, in the order in which they are asked.
         plan: The plan as plain values.
         own: Takes off what ``setup`` put round an object.
@@ -51,14 +51,14 @@ class Checkpointing:
         *,
         strategy: Strategy,
         precision: Precision,
-        wrappers: Sequence[tuple[str, Wrapper]],
+        wrappers: Mapping[str, Wrapper],
         formats: Iterable[tuple[str, Checkpoint]],
         plan: Mapping[str, Any],
         own: Callable[[Any], Any],
     ) -> None:
         self._strategy = strategy
         self._precision = precision
-        self._wrappers = _numbered(wrappers)
+        self._wrappers = wrappers
         self._offered = formats
         self._plan = plan
         self._own = own
@@ -384,7 +384,7 @@ def _filtered(tree: dict[str, Any], filters: Filter) -> dict[str, Any]:
     return result
 
 
-def _numbered(wrappers: Sequence[tuple[str, Wrapper]]) -> dict[str, Wrapper]:
+def numbered(wrappers: Sequence[tuple[str, Wrapper]]) -> dict[str, Wrapper]:
     """Name wrappers; of several of one name, the later ones by their number too."""
     result: dict[str, Wrapper] = {}
     for name, wrapper in wrappers:

@@ -1,14 +1,14 @@
 """The wrapped optimizer: its step passes through strategy and precision."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch.optim import Optimizer
 
-from fabric_core.contracts import Precision, Strategy
+from fabric_core.contracts import Precision, Strategy, Wrapper
 from fabric_core.wrapping.step_guard import StepGuard
 
 __all__ = ["FabricOptimizer", "wrap_optimizer"]
@@ -24,6 +24,7 @@ class FabricOptimizer:
     _fabric_strategy: Strategy
     _fabric_precision: Precision
     _fabric_guard: StepGuard | None
+    _fabric_wrappers: Sequence[Wrapper]
     _fabric_step: Callable[[Callable[[], Any] | None], Any]
 
     @property
@@ -64,12 +65,16 @@ class FabricOptimizer:
     def __copy__(self) -> "FabricOptimizer":
         """Go round a shallow copy of the original."""
         inner = copy.copy(self._fabric_inner)
-        return wrap_optimizer(inner, self._fabric_strategy, self._fabric_precision, self._fabric_guard)
+        return wrap_optimizer(
+            inner, self._fabric_strategy, self._fabric_precision, self._fabric_guard, self._fabric_wrappers
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FabricOptimizer":
         """Go round a deep copy of the original, with the same strategy and precision."""
         inner = copy.deepcopy(self._fabric_inner, memo)
-        clone = wrap_optimizer(inner, self._fabric_strategy, self._fabric_precision, self._fabric_guard)
+        clone = wrap_optimizer(
+            inner, self._fabric_strategy, self._fabric_precision, self._fabric_guard, self._fabric_wrappers
+        )
         memo[id(self)] = clone
         return clone
 
@@ -79,7 +84,11 @@ class FabricOptimizer:
 
 
 def wrap_optimizer(
-    optimizer: Optimizer, strategy: Strategy, precision: Precision, guard: StepGuard | None = None
+    optimizer: Optimizer,
+    strategy: Strategy,
+    precision: Precision,
+    guard: StepGuard | None = None,
+    wrappers: Sequence[Wrapper] = (),
 ) -> FabricOptimizer:
     """Wrap an optimizer that the strategy has made ready.
 
@@ -90,6 +99,7 @@ def wrap_optimizer(
         strategy: The bound strategy.
         precision: The bound precision.
         guard: Checks its steps, where that is needed.
+        wrappers: The bound wrappers, which are told of its steps.
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
@@ -106,23 +116,43 @@ def wrap_optimizer(
     }
     cls = type(f"Fabric{kind.__name__}", (FabricOptimizer, kind), methods)
     wrapped = cast("FabricOptimizer", object.__new__(cls))
-    step = _step(optimizer, strategy, precision)
+    step = _step(optimizer, strategy, precision, wrappers)
     wrapped.__dict__.update(
         _fabric_inner=optimizer,
         _fabric_strategy=strategy,
         _fabric_precision=precision,
         _fabric_guard=guard,
+        _fabric_wrappers=wrappers,
         _fabric_step=step if guard is None else guard.around(step, optimizer),
     )
     return wrapped
 
 
-def _step(optimizer: Optimizer, strategy: Strategy, precision: Precision) -> Callable[[Callable[[], Any] | None], Any]:
-    """Choose how to step, once: a precision that has nothing to decide is not asked."""
+def _step(
+    optimizer: Optimizer, strategy: Strategy, precision: Precision, wrappers: Sequence[Wrapper]
+) -> Callable[[Callable[[], Any] | None], Any]:
+    """Choose how to step, once: a precision that has nothing to decide is not asked, nor a wrapper that looks away."""
     take, decide = partial(strategy.optimizer_step, optimizer), precision.optimizer_step
+    told = [
+        one.after_step for one in wrappers if getattr(one.after_step, "__func__", None) is not Wrapper.after_step
+    ]
+    if told:
+        take = partial(_step_and_tell, take, optimizer, told)
     if getattr(decide, "__func__", None) is Precision.optimizer_step:
         return take
     return partial(decide, optimizer, take)
+
+
+def _step_and_tell(
+    take: Callable[[Callable[[], Any] | None], Any],
+    optimizer: Optimizer,
+    told: Sequence[Callable[[Optimizer], None]],
+    closure: Callable[[], Any] | None,
+) -> Any:
+    result = take(closure)
+    for tell in told:
+        tell(optimizer)
+    return result
 
 
 def _delegate(name: str) -> Callable[..., Any]:

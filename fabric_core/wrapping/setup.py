@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from weakref import WeakSet, finalize
+from weakref import WeakKeyDictionary, WeakSet, finalize
 
 import torch
 from torch import nn
@@ -42,6 +42,7 @@ class Setup:
         self._wrappers = wrappers
         # Weak: what was set up dies with its last user, and an old parameter once its optimizer has the new one.
         self._set_up: WeakSet[Any] = WeakSet()
+        self._modules: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()  # in the same order on every rank
         self._models: WeakSet[FabricModule] = WeakSet()
         self._replaced = WeakTensorKeyDictionary()
         self._optimizers: WeakSet[Optimizer] = WeakSet()
@@ -100,7 +101,10 @@ class Setup:
             device=world.device if move else first_device(module) or world.device,
         )
         self._set_up.add(module)
+        self._modules[module] = None
         self._models.add(wrapped)
+        for wrapper in self._wrappers:
+            wrapper.after_setup(module, {old: after[name] for name, old in before.items() if after[name] is not old})
         self._watch_steps()
         if not declared.joint_setup:
             ready = [self._strategy.setup_optimizer(optimizer, self._replaced) for optimizer in optimizers]
@@ -147,13 +151,15 @@ class Setup:
 
     def _wrapped(self, optimizer: Optimizer, ready: Optimizer) -> FabricOptimizer:
         self._optimizers.add(ready)
+        held = {id(one) for group in ready.param_groups for one in group["params"]}
+        modules = [one for one in self._modules if any(id(each) in held for each in one.parameters())]
         for wrapper in self._wrappers:
-            ready = wrapper.wrap_optimizer(ready)
+            ready = wrapper.wrap_optimizer(ready, modules)
         self._set_up.add(optimizer)
         if self._guard is not None:
             self._guard.watch_optimizer(ready)
         self._watch_steps()
-        return wrap_optimizer(ready, self._strategy, self._precision, self._steps)
+        return wrap_optimizer(ready, self._strategy, self._precision, self._steps, self._wrappers)
 
     def dataloader(self, given: Any, device: torch.device | None, *, divide: bool) -> FabricDataLoader:
         """Make a loader ready.

@@ -180,7 +180,7 @@ def _optimizers(bench: Bench) -> None:
     case = Training()
     plain, model = cases.build(case), cases.build(case)
     expected = cases.optimizer_for(case, plain.parameters())
-    wrapped = bench.plugin().wrap_optimizer(cases.optimizer_for(case, model.parameters()))
+    wrapped = bench.plugin().wrap_optimizer(cases.optimizer_for(case, model.parameters()), [model])
     if not isinstance(wrapped, Optimizer):
         raise Broken(f"it is a {type(wrapped).__name__}")
     held = {id(one) for group in wrapped.param_groups for one in group["params"]}

@@ -3,7 +3,7 @@
 import copy
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -100,13 +100,13 @@ class _Proxy:
 
 @mutant("gives an optimizer that is none", "WRA-404", "WRA-405", "WRA-409", "WRA-412")
 class Faking(Tagging):
-    def wrap_optimizer(self, optimizer: Optimizer) -> Optimizer:
+    def wrap_optimizer(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Optimizer:
         return _Proxy(optimizer)  # type: ignore[return-value]
 
 
 @mutant("stops the optimizer", "WRA-404", "WRA-409", "WRA-412")
 class Braking(Tagging):
-    def wrap_optimizer(self, optimizer: Optimizer) -> Optimizer:
+    def wrap_optimizer(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Optimizer:
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         return optimizer
@@ -123,7 +123,7 @@ class _Decoy(torch.optim.SGD):
 
 @mutant("gives an optimizer around the user's that has other parameters", "WRA-404", "WRA-409", "WRA-412")
 class Masking(Tagging):
-    def wrap_optimizer(self, optimizer: Optimizer) -> Optimizer:
+    def wrap_optimizer(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> Optimizer:
         return _Decoy(optimizer)
 
 

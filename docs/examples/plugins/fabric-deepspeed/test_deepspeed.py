@@ -1,0 +1,168 @@
+"""The strategies of DeepSpeed train as plain DeepSpeed does, and their checkpoints go from and to other strategies."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("deepspeed")
+
+from fabric_core import Fabric  # noqa: E402
+from fabric_core.conformance import RankPool  # noqa: E402
+from fabric_core.errors import RequestError, SetupError  # noqa: E402
+
+STAGES = ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    """Give two ranks; the first call may compile DeepSpeed's communication."""
+    # ninja, which compiles it, lies beside the interpreter.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with RankPool(2, timeout=500, parents=True) as pool:
+        yield pool
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
+
+
+def _batch(step: int, rank: int) -> torch.Tensor:
+    return torch.randn(4, 4, generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+def _whole(fabric: Fabric, model: nn.Module) -> dict[str, torch.Tensor]:
+    return fabric.strategy.module_state(model, True)
+
+
+def _steps(fabric: Fabric, wrapped: Any, optimizer: Any, steps: range, clip: float | None, passes: int) -> list[float]:
+    norms = []
+    for step in steps:
+        for one in range(passes):
+            fabric.backward(wrapped(_batch(step + 100 * one, fabric.global_rank)).square().mean() / passes)
+        if clip is not None:
+            norm = fabric.clip_gradients(wrapped, optimizer, max_norm=clip)
+            assert norm is not None
+            norms.append(norm.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+def _by_fabric(strategy: str, clip: float | None = None, passes: int = 1) -> tuple[dict[str, torch.Tensor], list[float]]:
+    with Fabric(accelerator="cpu", devices=2, strategy=strategy) as fabric:
+        fabric.launch()
+        model = _model()
+        wrapped, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=0.05))
+        norms = _steps(fabric, wrapped, optimizer, range(4), clip, passes)
+        return _whole(fabric, model), norms
+
+
+def _by_deepspeed(stage: int, clip: float | None) -> dict[str, torch.Tensor]:
+    """Train with plain DeepSpeed, in a process group that Fabric doesn't know of."""
+    import deepspeed
+    import torch.distributed as dist
+
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", store=dist.PrefixStore(f"plain-{stage}", store), rank=rank, world_size=2)
+    deepspeed.init_distributed("gloo", dist_init_required=False)
+    model = _model()
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.05),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": clip or 0.0,
+        },
+    )
+    for step in range(4):
+        engine.backward(engine(_batch(step, rank)).square().mean())
+        engine.step()
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        state = {name: one.detach().clone() for name, one in model.state_dict().items()}
+    engine.destroy()
+    dist.destroy_process_group()
+    return state
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], **how: float) -> None:
+    torch.testing.assert_close(one, other, **how)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_it_trains_as_plain_deepspeed(ranks: RankPool, stage: int) -> None:
+    """Parameters are equal after some steps, clipped by the engine or not."""
+    for clip in (None, 0.01):
+        (got, _), (other, _) = ranks.run(_by_fabric, f"deepspeed_stage_{stage}", clip)
+        _same(got, other, rtol=0, atol=0)
+        _same(got, ranks.run(_by_deepspeed, stage, clip)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("strategy", STAGES)
+def test_it_trains_as_ddp(ranks: RankPool, strategy: str) -> None:
+    """Also where several backward passes come before a step, and the norm that clipping gives back is the same."""
+    (got, norms), _ = ranks.run(_by_fabric, strategy, 0.05, 3)
+    (expected, others), _ = ranks.run(_by_fabric, "ddp", 0.05, 3)
+    _same(got, expected, rtol=1e-4, atol=1e-5)
+    assert norms == pytest.approx(others, rel=1e-4)
+
+
+def _resumed(first: str, second: str, path: str) -> dict[str, torch.Tensor]:
+    for strategy, steps in ((first, range(2)), (second, range(2, 4))):
+        with Fabric(accelerator="cpu", devices=2, strategy=strategy) as fabric:
+            fabric.launch()
+            model = _model()
+            wrapped, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=0.05))
+            if steps.start:
+                fabric.load(path, {"model": wrapped, "optimizer": optimizer})
+            _steps(fabric, wrapped, optimizer, steps, None, 1)
+            if not steps.start:
+                fabric.save(path, {"model": wrapped, "optimizer": optimizer})
+            whole = _whole(fabric, model)
+    return whole
+
+
+@pytest.mark.parametrize(
+    "pair", [(STAGES[0], STAGES[0]), (STAGES[1], "ddp"), ("ddp", STAGES[2]), (STAGES[2], STAGES[0])], ids="-".join
+)
+def test_a_training_goes_on_from_a_checkpoint(ranks: RankPool, pair: tuple[str, str], tmp_path: Path) -> None:
+    """Two steps, a file, and two steps under the same or another strategy end where four steps end."""
+    got, _ = ranks.run(_resumed, *pair, str(tmp_path / "checkpoint"))
+    (expected, _), _ = ranks.run(_by_fabric, "ddp")
+    _same(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def _refused() -> list[str]:
+    seen = []
+    with Fabric(accelerator="cpu", devices=2, strategy="deepspeed") as fabric:
+        fabric.launch()
+        model = _model()
+        for wrong in (
+            lambda: fabric.setup_module(_model()),
+            lambda: fabric.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.1)),
+        ):
+            with pytest.raises(SetupError) as caught:
+                wrong()
+            seen.append(caught.value.instead or "")
+        wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        fabric.backward(wrapped(_batch(0, 0)).sum())
+        with pytest.raises(RequestError) as refused:
+            fabric.clip_gradients(wrapped, optimizer, max_norm=1.0, norm_type=1.0)
+        return [*seen, refused.value.instead or ""]
+
+
+def test_what_the_engine_can_t_do_is_refused(ranks: RankPool) -> None:
+    """With what to write instead."""
+    for alone, apart, norm in ranks.run(_refused):
+        assert alone.startswith("fabric.setup(model, optimizer)")
+        assert apart == "fabric.setup(model, optimizer)"
+        assert norm == "norm_type=2"
