@@ -49,6 +49,10 @@ support: $(INSTALLED) ## Run what differs most between Pythons and PyTorchs: che
 mutants: $(INSTALLED) ## Prove the conformance kit: every mutant by every rule
 	PYTHONPATH=tests/conformance $(BIN)/python -m proof.matrix
 
+.PHONY: authors
+authors: $(INSTALLED) ## Build, install and check the packages that authors start from and copy
+	$(BIN)/python -m pytest -m authors tests/thirdparty
+
 .PHONY: seeds
 seeds: $(INSTALLED) ## Prove the conformance kit: pairs of mutants and correct variants, over twenty seeds
 	FABRIC_CONFORMANCE_SEEDS=20 $(BIN)/python -m pytest -q tests/conformance/test_mutants.py
