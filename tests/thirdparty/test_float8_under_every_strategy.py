@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-PROJECT = Path(__file__).parents[2] / "docs" / "examples" / "float8_precision"
+PROJECT = Path(__file__).parents[2] / "docs" / "examples" / "plugins" / "fabric-float8"
 
 SCRIPT = """
 import sys

@@ -1,9 +1,11 @@
 """The strategies of DeepSpeed: ZeRO, by the real engine, which owns the backward pass, clipping and the step."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -48,6 +50,7 @@ class DeepSpeedStrategy(Strategy):
         requires_strategy_backward=True,
         multiple_optimizers=False,
         loss_scaling=False,
+        no_backward_sync=True,
     )
 
     def __init__(self, options: DeepSpeedOptions | None = None, /, **given: Any) -> None:
@@ -57,8 +60,9 @@ class DeepSpeedStrategy(Strategy):
     def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
         """Join the other ranks, and let DeepSpeed use the same process group."""
         self._world, self._policy = world, policy
-        self._group = ProcessGroup(world)
         deepspeed = _deepspeed(world.device.type)
+        world.closing.callback(_forget_groups)  # it runs after what ProcessGroup enters there
+        self._group = ProcessGroup(world)
         deepspeed.init_distributed(dist_backend=world.backend, dist_init_required=False, verbose=False)
         return self._group
 
@@ -97,7 +101,7 @@ class DeepSpeedStrategy(Strategy):
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self._world.device.type != "cpu"}
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # it only counts samples with it
-            "gradient_accumulation_steps": 1,  # every backward pass reduces; a script steps when it wants to
+            "gradient_accumulation_steps": 1,  # a pass outside of no_backward_sync ends an accumulation
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -127,10 +131,11 @@ class DeepSpeedStrategy(Strategy):
         )
 
     def backward(self, loss: torch.Tensor, module: nn.Module | None, arguments: Mapping[str, Any]) -> None:
-        """Let the engine run it, and average gradients.
+        """Let the engine run it, and average what was accumulated, unless inside ``no_backward_sync``.
 
         Raises:
-            MisuseError: Several models are set up, and it isn't said which of them the loss came from.
+            MisuseError: Several models are set up, and it isn't said which of them the loss came from; or gradients
+                were averaged already, and wait for a step.
         """
         if module is None:
             raise MisuseError(
@@ -148,7 +153,26 @@ class DeepSpeedStrategy(Strategy):
                 got=", ".join(sorted(given)),
                 instead="retain_graph=, gradient=",
             )
-        self._of(module).engine.backward(loss if weight is None else (loss * weight).sum(), retain_graph=retain)
+        one = self._of(module)
+        if one.averaged:
+            raise MisuseError(
+                "DeepSpeed averages gradients once for each step, and did so for this step",
+                where="fabric.backward",
+                instead="with fabric.no_backward_sync(model): around every backward pass but the last before a step",
+            )
+        one.averaged = not one.skipping
+        one.engine.set_gradient_accumulation_boundary(one.averaged)
+        one.engine.backward(loss if weight is None else (loss * weight).sum(), retain_graph=retain)
+
+    @contextmanager
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
+        """Let the engine accumulate inside the context."""
+        one = self._of(module)
+        before, one.skipping = one.skipping, one.skipping or enabled
+        try:
+            yield
+        finally:
+            one.skipping = before
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
         """Let the engine clip, step, and clear the gradients."""
@@ -157,8 +181,9 @@ class DeepSpeedStrategy(Strategy):
             with torch.enable_grad():
                 loss = closure()
         one = next(one for one in self._engines if one.optimizer is optimizer)
-        one.engine.step()
-        one.engine.optimizer.clip_grad = one.clip
+        if one.averaged:
+            one.engine.step()
+        one.averaged, one.engine.optimizer.clip_grad = False, one.clip
         return loss
 
     def clip_grad_norm(
@@ -190,12 +215,18 @@ class DeepSpeedStrategy(Strategy):
                 safe_set_full_grad(parameter, gradient.clamp(-clip_value, clip_value))
 
     def _holding(self, parameters: Sequence[torch.Tensor]) -> "_Engine":
+        if len(self._engines) == 1:
+            return self._engines[0]
         wanted = {id(one) for one in parameters}
         for one in self._engines:
             held = {id(each) for group in one.optimizer.param_groups for each in group["params"]}
             if wanted & (held | {id(each) for each in one.parameters()}):
                 return one
-        raise MisuseError("DeepSpeed has no engine with these parameters", where="fabric.clip_gradients")
+        raise MisuseError(
+            "several models are set up, and DeepSpeed hides which of them the optimizer trains",
+            where="fabric.clip_gradients",
+            instead='DeepSpeedStrategy(config={"gradient_clipping": 1.0})',
+        )
 
     # State
 
@@ -213,13 +244,12 @@ class DeepSpeedStrategy(Strategy):
     def load_module_state(self, module: nn.Module, state: Mapping[str, Any], full: bool, strict: bool) -> None:
         """Load whole tensors, into the parameters and into what the engine keeps of them."""
         import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param
 
         with deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=0):
             module.load_state_dict(state, strict=strict)
         for name, parameter in module.named_parameters():
             if name in state and parameter.requires_grad:
-                safe_set_full_fp32_param(parameter, state[name].to(parameter.device, torch.float32))
+                set_whole(parameter, state[name])
 
     def optimizer_state(self, optimizer: Optimizer, full: bool) -> dict[str, Any]:
         """Give whole states, in PyTorch's form, on every rank."""
@@ -246,6 +276,8 @@ class _Engine:
         self.optimizer = optimizer
         self.trained = trained
         self.clip = float(engine.gradient_clipping())
+        self.skipping = False
+        self.averaged = False
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Give the model's own parameters, in the order of the optimizer's state."""
@@ -281,29 +313,60 @@ class _Engine:
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
         """Divide whole states over the ranks."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         for own, saved in zip(self.optimizer.param_groups, state["param_groups"], strict=True):
             own.update({name: value for name, value in saved.items() if name != "params"})
         if not state["state"]:
             return
-        self._make_room(state["state"])
+        self._make_room(next(iter(state["state"].values())))
         for index, parameter in enumerate(self.parameters()):
             for name, value in state["state"].get(index, {}).items():
                 if isinstance(value, torch.Tensor) and value.dim() > 0:
-                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), name)
+                    set_whole(parameter, value, name)
 
-    def _make_room(self, saved: Mapping[int, Mapping[str, Any]]) -> None:
+    def _make_room(self, entry: Mapping[str, Any]) -> None:
         """Give a fresh optimizer the entries that it makes at its first step, which DeepSpeed writes into."""
-        first = next(iter(saved.values()))
-        for group in self.optimizer.param_groups:
-            for part in group["params"]:
-                entry = self.optimizer.state[part]
-                for name, value in first.items():
-                    if isinstance(value, torch.Tensor) and value.dim() > 0:
-                        entry.setdefault(name, torch.zeros_like(part))
-                    else:
-                        entry[name] = value.clone() if isinstance(value, torch.Tensor) else value
+        zero = self.engine.optimizer
+        parts = zero.fp32_partitioned_groups_flat if _stage(self.engine) == 3 else zero.single_partition_of_fp32_groups  # noqa: PLR2004
+        for part in parts:
+            own = self.optimizer.state[part]
+            for name, value in entry.items():
+                if isinstance(value, torch.Tensor) and value.dim() > 0:
+                    own.setdefault(name, torch.zeros_like(part))
+                else:
+                    own[name] = value.clone() if isinstance(value, torch.Tensor) else value
+        if _stage(self.engine) != 3:  # noqa: PLR2004
+            zero._lazy_init_hp_params_optimizer_state()  # noqa: SLF001 - it does so itself, after a step
+
+
+def _stage(engine: Any) -> int:
+    return int(engine.zero_optimization_stage())
+
+
+def set_whole(parameter: nn.Parameter, value: torch.Tensor, name: str | None = None) -> None:
+    """Write a whole tensor into what the engine keeps of a parameter, of which this rank has a part.
+
+    Args:
+        parameter: The model's parameter.
+        value: The tensor, of the parameter's whole shape.
+        name: The entry of the optimizer's state; ``None`` is the parameter in 32 bits.
+    """
+    from deepspeed import utils
+
+    value = value.to(parameter.device, torch.float32).flatten()
+    if not hasattr(parameter, "ds_id"):  # stages 1 and 2, which divide without regard to parameters
+        value = value.view(parameter.shape)
+        if name is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, name)
+        return
+    size = parameter.ds_tensor.numel()
+    padded = nn.functional.pad(value, (0, size * dist.get_world_size() - value.numel()))
+    part = padded.narrow(0, size * dist.get_rank(), size)
+    if name is None:
+        utils.safe_set_local_fp32_param(parameter, part)
+    else:
+        utils.safe_set_local_optimizer_state(parameter, part, name)
 
 
 def _deepspeed(device_type: str) -> Any:
@@ -316,6 +379,17 @@ def _deepspeed(device_type: str) -> Any:
 
         set_accelerator(CPU_Accelerator())
     return deepspeed
+
+
+def _forget_groups() -> None:
+    """Let DeepSpeed forget the groups that it keeps for the process, where they are gone; another Fabric makes new ones.
+
+    It does so itself only where it is asked to end PyTorch's default group, which others may use.
+    """
+    from deepspeed.utils import groups
+
+    if not dist.is_initialized():
+        groups._release_process_group_references(group=None)  # noqa: SLF001
 
 
 def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ pytest.importorskip("deepspeed")
 
 from fabric_core import Fabric
 from fabric_core.conformance import RankPool
-from fabric_core.errors import RequestError, SetupError
+from fabric_core.errors import MisuseError, RequestError, SetupError
 
 STAGES = ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
 
@@ -30,7 +30,7 @@ def ranks() -> Iterator[RankPool]:
 
 def _model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
+    return nn.Sequential(nn.Linear(4, 15), nn.Tanh(), nn.Linear(15, 3))  # sizes that two ranks can't halve
 
 
 def _batch(step: int, rank: int) -> torch.Tensor:
@@ -45,7 +45,8 @@ def _steps(fabric: Fabric, wrapped: Any, optimizer: Any, steps: range, clip: flo
     norms = []
     for step in steps:
         for one in range(passes):
-            fabric.backward(wrapped(_batch(step + 100 * one, fabric.global_rank)).square().mean() / passes)
+            with fabric.no_backward_sync(wrapped, enabled=one < passes - 1):
+                fabric.backward(wrapped(_batch(step + 100 * one, fabric.global_rank)).square().mean() / passes)
         if clip is not None:
             norm = fabric.clip_gradients(wrapped, optimizer, max_norm=clip)
             assert norm is not None
@@ -92,7 +93,7 @@ def _by_deepspeed(stage: int, clip: float | None) -> dict[str, torch.Tensor]:
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         state = {name: one.detach().clone() for name, one in model.state_dict().items()}
     engine.destroy()
-    dist.destroy_process_group()
+    deepspeed.comm.destroy_process_group()
     return state
 
 
@@ -157,6 +158,8 @@ def _refused() -> list[str]:
             seen.append(caught.value.instead or "")
         wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
         fabric.backward(wrapped(_batch(0, 0)).sum())
+        with pytest.raises(MisuseError, match="once for each step"):
+            fabric.backward(wrapped(_batch(0, 0)).sum())
         with pytest.raises(RequestError) as refused:
             fabric.clip_gradients(wrapped, optimizer, max_norm=1.0, norm_type=1.0)
         return [*seen, refused.value.instead or ""]
