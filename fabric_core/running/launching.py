@@ -29,14 +29,6 @@ _NAMED: Final = 8
 """How many missing ranks a message names."""
 
 
-_LOOK: Final = 1.0
-"""How often, in seconds, a waiting rank looks whether the others can still come."""
-_SAY: Final = 30.0
-"""After how many seconds a waiting rank says whom it waits for."""
-_NAMED: Final = 8
-"""How many missing ranks a message names."""
-
-
 def environment() -> dict[str, str]:
     """Give the environment variables as they are now."""
     return dict(os.environ)
