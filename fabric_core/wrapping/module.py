@@ -435,7 +435,7 @@ def _guarded(method: MethodType, members: WeakSet[nn.Module]) -> Run:
 
     def refuse(module: nn.Module) -> None:
         raise MisuseError(
-            f"{kind}.{name} calls a part of the model directly, so that the strategy would not synchronize its gradients",
+            f"{kind}.{name} calls a part of the model directly, so the strategy would not synchronize its gradients",
             where=f"{kind}.{name}, at {type(module).__name__}",
             instead=f"mark it once after setup: model.mark_forward_method({name!r})",
             method=name,

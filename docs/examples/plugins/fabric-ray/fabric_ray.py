@@ -94,7 +94,7 @@ class RayLauncher(Launcher):
                     )
                 except (ConnectionError, RuntimeError, ValueError) as error:
                     raise LaunchError("Ray can't be reached or started", where="fabric.launch()", got=str(error),
-                                      instead="ray start --head, or the launcher's option address") from error  # fmt: skip
+                                      instead="ray start --head, or the option address") from error  # fmt: skip
                 stack.callback(ray.shutdown)
             actors = self._actors(order, stack)
             if order.function is not None:
@@ -123,7 +123,7 @@ class RayLauncher(Launcher):
         stack.callback(remove_placement_group, group)
         if not group.wait(own.start_timeout):
             raise LaunchError(
-                f"Ray found no room for {order.processes} ranks on {order.nodes} node(s) within {own.start_timeout:g} s",
+                f"Ray found no room for {order.processes} ranks on {order.nodes} nodes in {own.start_timeout:g} s",
                 where="fabric.launch()",
                 got=f"the cluster has {ray.cluster_resources()}, each rank needs {each}",
                 instead="fewer devices, fewer cpus_per_rank, or a larger cluster",
@@ -183,7 +183,7 @@ class RayLauncher(Launcher):
             result = ray.get(task)
         except ray.exceptions.RayTaskError as error:
             raise RankFailedError(
-                f"rank {rank} failed first, with {type(error.cause).__name__}: {error.cause}; the other ranks were ended",
+                f"rank {rank} failed first, with {type(error.cause).__name__}: {error.cause}; the others were ended",
                 where=f"rank {rank}, a Ray actor",
                 rank=rank,
                 exit_code=1,
@@ -191,7 +191,7 @@ class RayLauncher(Launcher):
             ) from error.cause
         except ray.exceptions.RayActorError as error:
             raise RankFailedError(
-                f"rank {rank} was lost: {str(error).strip()}; the other ranks were ended",
+                f"rank {rank} was lost: {str(error).strip()}; the others were ended",
                 where=f"rank {rank}, a Ray actor",
                 rank=rank,
                 exit_code=1,
@@ -200,7 +200,7 @@ class RayLauncher(Launcher):
         code = result if command else 0
         if code:
             raise RankFailedError(
-                f"rank {rank} failed first, with exit code {code}; the other ranks were ended",
+                f"rank {rank} failed first, with exit code {code}; the others were ended",
                 where=f"rank {rank}, a Ray actor",
                 rank=rank,
                 exit_code=128 - code if code < 0 else code,
