@@ -6,6 +6,7 @@ from typing import Any, Final, Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
@@ -29,7 +30,7 @@ class DeepSpeedOptions(PluginOptions):
     """What ZeRO divides over the ranks: optimizer states; gradients too; parameters too."""
     offload_optimizer: bool = False
     """Keep optimizer states in the memory of the host."""
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = Field(default_factory=dict)
     """More of DeepSpeed's configuration; what is said here wins."""
 
 
@@ -382,7 +383,7 @@ def _deepspeed(device_type: str) -> Any:
 
 
 def _forget_groups() -> None:
-    """Let DeepSpeed forget the groups that it keeps for the process, where they are gone; another Fabric makes new ones.
+    """Let DeepSpeed forget the groups that it keeps for the process, once they are gone: a new Fabric makes new ones.
 
     It does so itself only where it is asked to end PyTorch's default group, which others may use.
     """

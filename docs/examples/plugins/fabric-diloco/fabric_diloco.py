@@ -1,7 +1,7 @@
 """DiLoCo: ranks train by themselves for many steps, and an outer optimizer steps on how far they came.
 
-Every ``sync_every`` steps the mean over the ranks of (parameters then - parameters now) is the gradient on which Nesterov
-momentum steps from the parameters then; all ranks go on from there (https://arxiv.org/abs/2311.08105).
+Every ``sync_every`` steps the mean over the ranks of (parameters then - parameters now) is the gradient on which
+Nesterov momentum steps from the parameters then; all ranks go on from there (https://arxiv.org/abs/2311.08105).
 """
 
 from collections.abc import Callable, Mapping

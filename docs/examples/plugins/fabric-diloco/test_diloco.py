@@ -109,7 +109,7 @@ def _resumed(path: str) -> torch.Tensor:
         inner.append(_weights(model))
         with torch.no_grad():
             for one in model.parameters():
-                one -= 0.1 * (fabric.global_rank + 1)  # an inner step that needs no state
+                one.sub_(0.1 * (fabric.global_rank + 1))  # an inner step that needs no state
         for _ in range(3):
             fabric.strategy.optimizer_step(optimizer.optimizer, lambda: None)
         return torch.stack([*inner, _weights(model)])
