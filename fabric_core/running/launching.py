@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from datetime import timedelta
 from functools import cache
-from typing import Any, Final
+from typing import Any
 
 from torch.distributed import PrefixStore, Store
 
@@ -21,6 +21,7 @@ from fabric_core.running.failing import Failures
 from fabric_core.running.meeting import meet
 
 __all__ = ["agree", "check_connected", "check_launched", "detect", "environment", "make_world"]
+
 
 def environment() -> dict[str, str]:
     """Give the environment variables as they are now."""

@@ -6,6 +6,7 @@ from typing import Any, Final, Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
@@ -29,7 +30,7 @@ class DeepSpeedOptions(PluginOptions):
     """What ZeRO divides over the ranks: optimizer states; gradients too; parameters too."""
     offload_optimizer: bool = False
     """Keep optimizer states in the memory of the host."""
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = Field(default_factory=dict)
     """More of DeepSpeed's configuration; what is said here wins."""
 
 
@@ -194,7 +195,7 @@ class DeepSpeedStrategy(Strategy):
         Raises:
             RequestError: It is another norm than the one that DeepSpeed has.
         """
-        if norm_type != 2:
+        if norm_type != 2:  # noqa: PLR2004 - the Euclidean norm
             raise RequestError(
                 "DeepSpeed clips by the Euclidean norm", where="fabric.clip_gradients(norm_type=)", got=norm_type,
                 instead="norm_type=2",
@@ -326,7 +327,7 @@ class _Engine:
     def _make_room(self, entry: Mapping[str, Any]) -> None:
         """Give a fresh optimizer the entries that it makes at its first step, which DeepSpeed writes into."""
         zero = self.engine.optimizer
-        parts = zero.fp32_partitioned_groups_flat if _stage(self.engine) == 3 else zero.single_partition_of_fp32_groups
+        parts = zero.fp32_partitioned_groups_flat if _stage(self.engine) == 3 else zero.single_partition_of_fp32_groups  # noqa: PLR2004
         for part in parts:
             own = self.optimizer.state[part]
             for name, value in entry.items():
@@ -334,8 +335,8 @@ class _Engine:
                     own.setdefault(name, torch.zeros_like(part))
                 else:
                     own[name] = value.clone() if isinstance(value, torch.Tensor) else value
-        if _stage(self.engine) != 3:
-            zero._lazy_init_hp_params_optimizer_state()
+        if _stage(self.engine) != 3:  # noqa: PLR2004
+            zero._lazy_init_hp_params_optimizer_state()  # noqa: SLF001 - it does so itself, after a step
 
 
 def _stage(engine: Any) -> int:
@@ -360,7 +361,7 @@ def set_whole(parameter: nn.Parameter, value: torch.Tensor, name: str | None = N
         else:
             utils.safe_set_full_optimizer_state(parameter, value, name)
         return
-    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    size = parameter.ds_tensor.numel()
     padded = nn.functional.pad(value, (0, size * dist.get_world_size() - value.numel()))
     part = padded.narrow(0, size * dist.get_rank(), size)
     if name is None:
@@ -382,14 +383,14 @@ def _deepspeed(device_type: str) -> Any:
 
 
 def _forget_groups() -> None:
-    """Let DeepSpeed forget the groups that it keeps for the process, where they are gone; the next Fabric makes new.
+    """Let DeepSpeed forget the groups that it keeps for the process, once they are gone: a new Fabric makes new ones.
 
     It does so itself only where it is asked to end PyTorch's default group, which others may use.
     """
     from deepspeed.utils import groups
 
     if not dist.is_initialized():
-        groups._release_process_group_references(group=None)
+        groups._release_process_group_references(group=None)  # noqa: SLF001
 
 
 def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class RayOptions(PluginOptions):
     """How many GPUs Ray reserves for each rank, and shows to it."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How ranks are put on nodes, where ``num_nodes`` is 1; with more, each node's ranks stay together."""
-    runtime_env: dict[str, Any] = {}
+    runtime_env: dict[str, Any] = Field(default_factory=dict)
     """Ray's own: what every rank needs."""
     start_timeout: float = 300.0
     """How many seconds the cluster has to find room."""
@@ -93,8 +93,12 @@ class RayLauncher(Launcher):
                         address=address, include_dashboard=None if address else False, logging_level="error", **room
                     )
                 except (ConnectionError, RuntimeError, ValueError) as error:
-                    raise LaunchError("Ray can't be reached or started", where="fabric.launch()", got=str(error),
-                                      instead="ray start --head, or the option address") from error  # fmt: skip
+                    raise LaunchError(
+                        "Ray can't be reached or started",
+                        where="fabric.launch()",
+                        got=str(error),
+                        instead="ray start --head, or the launcher's option address",
+                    ) from error
                 stack.callback(ray.shutdown)
             actors = self._actors(order, stack)
             if order.function is not None:
@@ -123,7 +127,7 @@ class RayLauncher(Launcher):
         stack.callback(remove_placement_group, group)
         if not group.wait(own.start_timeout):
             raise LaunchError(
-                f"Ray found no room for {order.processes} ranks on {order.nodes} nodes in {own.start_timeout:g} s",
+                f"Ray found no room for {order.processes} ranks on {order.nodes} node(s) in {own.start_timeout:g} s",
                 where="fabric.launch()",
                 got=f"the cluster has {ray.cluster_resources()}, each rank needs {each}",
                 instead="fewer devices, fewer cpus_per_rank, or a larger cluster",
@@ -191,7 +195,7 @@ class RayLauncher(Launcher):
             ) from error.cause
         except ray.exceptions.RayActorError as error:
             raise RankFailedError(
-                f"rank {rank} was lost: {str(error).strip()}; the others were ended",
+                f"rank {rank} was lost: {str(error).strip()}; the other ranks were ended",
                 where=f"rank {rank}, a Ray actor",
                 rank=rank,
                 exit_code=1,
@@ -200,7 +204,7 @@ class RayLauncher(Launcher):
         code = result if command else 0
         if code:
             raise RankFailedError(
-                f"rank {rank} failed first, with exit code {code}; the others were ended",
+                f"rank {rank} failed first, with exit code {code}; the other ranks were ended",
                 where=f"rank {rank}, a Ray actor",
                 rank=rank,
                 exit_code=128 - code if code < 0 else code,
