@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 from torch.distributed import PrefixStore, Store
 
@@ -21,6 +21,14 @@ from fabric_core.running.failing import Failures
 from fabric_core.running.meeting import meet
 
 __all__ = ["agree", "check_connected", "check_launched", "detect", "environment", "make_world"]
+
+
+_LOOK: Final = 1.0
+"""How often, in seconds, a waiting rank looks whether the others can still come."""
+_SAY: Final = 30.0
+"""After how many seconds a waiting rank says whom it waits for."""
+_NAMED: Final = 8
+"""How many missing ranks a message names."""
 
 
 def environment() -> dict[str, str]:

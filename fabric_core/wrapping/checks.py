@@ -148,7 +148,7 @@ def check_loader(loader: Any) -> None:
         raise SetupValueError(
             "the loader was set up before", where=where, instead="use what setup_dataloaders returned"
         )
-    wrong = str | bytes | Mapping | torch.Tensor | nn.Module | Dataset | Optimizer
+    wrong = str | bytes | Mapping | torch.Tensor | nn.Module | Dataset | Optimizer  # type: ignore[type-arg]
     if isinstance(loader, type | wrong) or not isinstance(loader, Iterable):
         raise SetupTypeError(
             "what was given is no data loader",

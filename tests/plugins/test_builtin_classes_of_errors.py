@@ -47,7 +47,7 @@ CASES: dict[str, tuple[type[Exception], Callable[[Fabric, Path], Any]]] = {
     "an optimizer again, alone": (ValueError, lambda fabric, _: fabric.setup_optimizers(_model(fabric)[2])),
     "no optimizer": (ValueError, lambda fabric, _: fabric.setup_optimizers()),
     "no model": (TypeError, lambda fabric, _: fabric.setup("model")),  # type: ignore[call-overload]
-    "no optimizer but a model": (TypeError, lambda fabric, _: fabric.setup_optimizers(nn.Linear(2, 1))),
+    "no optimizer but a model": (TypeError, lambda fabric, _: fabric.setup_optimizers(nn.Linear(2, 1))),  # type: ignore[call-overload]
     "no loader": (ValueError, lambda fabric, _: fabric.setup_dataloaders()),
     "a loader again": (ValueError, lambda fabric, _: fabric.setup_dataloaders(fabric.setup_dataloaders(_data()))),
     "no loader but a number": (TypeError, lambda fabric, _: fabric.setup_dataloaders(3)),

@@ -361,7 +361,7 @@ def set_whole(parameter: nn.Parameter, value: torch.Tensor, name: str | None = N
         else:
             utils.safe_set_full_optimizer_state(parameter, value, name)
         return
-    size = parameter.ds_tensor.numel()
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
     padded = nn.functional.pad(value, (0, size * dist.get_world_size() - value.numel()))
     part = padded.narrow(0, size * dist.get_rank(), size)
     if name is None:

@@ -69,7 +69,7 @@ def _by_hand(rank: int, steps: int, sync_every: int) -> list[torch.Tensor]:
         for index, model in enumerate(models):
             x, y = _batch(step, index)
             model.zero_grad()
-            nn.functional.mse_loss(model(x), y).backward()
+            nn.functional.mse_loss(model(x), y).backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
                 for one in model.parameters():
                     if one.grad is not None:
