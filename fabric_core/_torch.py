@@ -20,6 +20,7 @@ __all__ = [
     "global_hooks",
     "loading_hooks",
     "original_of",
+    "print_options",
     "process_groups",
     "set_backward_state",
     "tree_flatten",
@@ -94,6 +95,11 @@ def original_of(module: Any) -> Any:
 def compile_like(compiled: Any, module: nn.Module) -> nn.Module:
     """Compile a module with the arguments that another was compiled with; a public list of these would replace it."""
     return cast("nn.Module", compiled.dynamo_ctx(module))
+
+
+def print_options() -> dict[str, Any]:
+    """Give how tensors are printed, as ``torch.set_printoptions`` left it; a public getter would replace it."""
+    return vars(torch._tensor_str.PRINT_OPTS).copy()  # noqa: SLF001
 
 
 def global_hooks() -> list[int]:

@@ -16,6 +16,8 @@ __all__ = [
     "clear_groups",
     "clear_unsynchronized",
     "found_inf",
+    "growth_count",
+    "growth_tracker",
     "initializers",
     "leave_reducer",
     "loss_scale",
@@ -172,3 +174,16 @@ def set_found_inf(scaler: GradScaler, found: torch.Tensor | None) -> None:
     scaler._per_optimizer_states.clear()  # noqa: SLF001
     if found is not None:
         scaler._per_optimizer_states[0]["found_inf_per_device"] = {found.device: found}  # noqa: SLF001
+
+
+def growth_tracker(scaler: GradScaler) -> torch.Tensor | None:
+    """Give a scaler's count of iterations since its scale last changed, as it lies on the device.
+
+    ``None`` before its first loss. A public count would replace it.
+    """
+    return scaler._growth_tracker  # type: ignore[no-any-return, unused-ignore] # noqa: SLF001
+
+
+def growth_count(scaler: GradScaler) -> int:
+    """Give that count as a number, also where none was scaled yet; a public count would replace it."""
+    return scaler._get_growth_tracker()  # noqa: SLF001

@@ -180,6 +180,10 @@ def _attention_operators() -> None:
     assert all(isinstance(one, torch._ops.OpOverload) for one in plugins.attention_operators())
 
 
+def _print_options() -> None:
+    assert core.print_options()["precision"] == 4
+
+
 def _loss_scaling() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     assert plugins.loss_scale(scaler) is None
@@ -187,6 +191,8 @@ def _loss_scaling() -> None:
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     torch.autograd.backward(scaler.scale(parameter * float("inf")))
     assert plugins.loss_scale(scaler) == 8
+    assert plugins.growth_count(scaler) == 0
+    assert plugins.growth_tracker(scaler) == 0
     scaler.unscale_(optimizer)
     assert [one.item() for one in plugins.found_inf(scaler, optimizer)] == [1.0]
     plugins.set_found_inf(scaler, None)
@@ -209,11 +215,14 @@ PROBES: dict[str, Callable[[], None]] = {
     "compiler": _compiler,
     "found_inf": _loss_scaling,
     "global_hooks": _global_hooks,
+    "growth_count": _loss_scaling,
+    "growth_tracker": _loss_scaling,
     "initializers": _initializers,
     "leave_reducer": _reducers,
     "loading_hooks": _loading_hooks,
     "loss_scale": _loss_scaling,
     "original_of": _compiled,
+    "print_options": _print_options,
     "process_groups": _process_groups,
     "reduction_finished": _reducers,
     "set_backward_state": _backward_state,

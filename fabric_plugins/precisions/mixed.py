@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from fabric_core.contracts import Collectives, PluginOptions, Precision, PrecisionPolicy, Preset
 from fabric_core.errors import MisuseError
-from fabric_plugins._torch import found_inf, loss_scale, set_found_inf
+from fabric_plugins._torch import found_inf, growth_count, growth_tracker, loss_scale, set_found_inf
 
 __all__ = [
     "BFLOAT16_ALIAS",
@@ -315,7 +315,7 @@ class _Scaler(GradScaler):
     def skips_update(self) -> bool:
         """Count an iteration without an overflow, where that is all that an update would do."""
         if self._before_growth is None:
-            self._before_growth = self.get_growth_interval() - self._get_growth_tracker()
+            self._before_growth = self.get_growth_interval() - growth_count(self)
         if self._before_growth <= 1:
             return False
         self._before_growth -= 1
@@ -342,7 +342,7 @@ class _Scaler(GradScaler):
 
     def _count(self) -> None:
         if self._uncounted:
-            tracker = self._growth_tracker
+            tracker = growth_tracker(self)
             if tracker is not None:
                 tracker.add_(self._uncounted)
             self._uncounted = 0
