@@ -156,14 +156,14 @@ def test_only_rank_0_runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
     rank_zero_warn("unsaid")
     monkeypatch.setattr(rank_zero_only, "rank", 0)
     assert add(1, b=2) == 3
-    rank_zero_only.rank = None  # type: ignore[assignment]
+    rank_zero_only.rank = None
 
 
 def _between_ranks(folder: str) -> list[Any]:
     with Fabric(accelerator="cpu", strategy="ddp", devices=2) as fabric:
         fabric.launch()
         rank = fabric.global_rank
-        found = [is_shared_filesystem(fabric.strategy, folder, timeout=1)]
+        found: list[Any] = [is_shared_filesystem(fabric.strategy, folder, timeout=1)]
         found.append(is_shared_filesystem(fabric.strategy, Path(folder) / str(rank), timeout=1))
         found.append(rank_zero_only(lambda: "first")())
         own = TorchCollective().setup().create_group(ranks=[0, 1])
