@@ -1,10 +1,10 @@
 """The façade: everything a training script calls, in the order of a script's life."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, TypeVar
 from weakref import finalize
 
 from fabric_core.assembly import assemble
@@ -29,6 +29,7 @@ from fabric_core.running.failing import Failures
 from fabric_core.running.launching import environment
 from fabric_core.running.processes import Processes
 from fabric_core.running.seeding import RandomState
+from fabric_core.utilities import track
 from fabric_core.wrapping import (
     Acts,
     FabricDataLoader,
@@ -38,6 +39,8 @@ from fabric_core.wrapping import (
 )
 
 __all__ = ["Fabric"]
+
+T = TypeVar("T")
 
 _TIMEOUT: Final = timedelta(minutes=30)
 
@@ -336,6 +339,16 @@ class Fabric(Processes, Training):
         numbers = reporting.numbers(metrics)
         for logger in self._loggers:
             logger.log_metrics(numbers, step)
+
+    def track(self, iterable: Iterable[T], description: str = "", total: int | None = None) -> Iterator[T]:
+        """Iterate, and show on rank 0 how far it is and how many items a second it does.
+
+        Args:
+            iterable: What to iterate over, such as a loader.
+            description: Goes before the bar.
+            total: The number of items; not given, ``len(iterable)``, where it has one.
+        """
+        return track(iterable, description, total) if self.is_global_zero else iter(iterable)
 
     @staticmethod
     def seed_everything(seed: int | None = None, workers: bool | None = None, verbose: bool = True) -> int:

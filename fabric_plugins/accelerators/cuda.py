@@ -12,18 +12,33 @@ __all__ = ["CUDAAccelerator"]
 _TERA: Final = 1e12
 _HALF: Final = (torch.bfloat16, torch.float16)
 
-# Dense peaks in TFLOP/s from NVIDIA's data sheets: 16-bit tensor cores, and float32 outside of them. The first fragment
-# that the device's name contains counts, so the longer names come first.
+# Dense peaks in TFLOP/s from NVIDIA's and AMD's data sheets of each product, without sparsity, and for GeForce from the
+# architectures' white papers (16 bits added up in 32): matrix units in 16 bits, and float32 outside of them. The first
+# fragment that the device's name contains counts, so the longer names come first.
 _PEAKS: Final[Mapping[str, tuple[float, float]]] = {
+    "B200": (2250.0, 75.0),
+    "GH200": (989.5, 67.0),
     "H200": (989.5, 67.0),
+    "H100 NVL": (835.5, 60.0),
     "H100 PCIe": (756.5, 51.0),
     "H100": (989.5, 67.0),
+    "H20": (148.0, 44.0),
     "A100": (312.0, 19.5),
     "L40S": (362.0, 91.6),
+    "L40": (181.0, 90.5),
     "L4": (121.0, 30.3),
+    "A10G": (70.0, 35.0),
     "A10": (125.0, 31.2),
+    "V100": (125.0, 15.7),
     "T4": (65.0, 8.1),
+    "RTX 6000 Ada": (364.2, 91.1),
+    "RTX 4090": (165.2, 82.6),
+    "RTX 3090": (71.0, 35.6),
+    "MI300X": (1307.4, 163.4),
+    "MI250X": (383.0, 47.9),
 }
+_NO_BFLOAT16: Final = ("V100", "T4")
+"""Their matrix units compute in float16, and not in bfloat16."""
 
 
 class CUDAAccelerator(Accelerator):
@@ -84,7 +99,7 @@ class CUDAAccelerator(Accelerator):
         """Look the device up in the manufacturer's data sheets; float32 without tensor cores."""
         name = torch.cuda.get_device_name(device)
         half, single = next((peaks for part, peaks in _PEAKS.items() if part in name), (None, None))
-        if half is None or single is None:
+        if half is None or single is None or (dtype == torch.bfloat16 and any(part in name for part in _NO_BFLOAT16)):
             return None
         return half * _TERA if dtype in _HALF else single * _TERA if dtype == torch.float32 else None
 
