@@ -5,21 +5,28 @@ The tree (the builtin that each class also is stands in brackets, so that ``exce
     FabricError
     ├── RequestError (ValueError)           what the user asked for can't be parsed
     │   ├── OptionError                     an option of a plugin: unknown, or of the wrong type
-    │   └── DeviceError                     devices: absent, doubled, negative or zero
+    │   └── DeviceError (TypeError)         devices: absent, doubled, negative or zero
     ├── PluginError (RuntimeError)          a plugin can't be had
     │   ├── UnknownPluginError (ValueError) nobody offers that name
-    │   ├── NotInstalledError (ImportError) a known name, or a needed package, that is not installed
+    │   ├── NotInstalledError (ModuleNotFoundError) a known name, or a needed package, that is not installed
     │   ├── ConflictError (ValueError)      several distributions offer that name
     │   ├── QuarantinedError                the plugin could not be loaded, or breaks its contract
     │   ├── IncompatibleApiError            the plugin was written for another version of the contracts
     │   └── UnavailableError                the plugin is sound, but can't run on this machine
     ├── PlanError (ValueError)              the choices don't fit together
     ├── LaunchError (RuntimeError)          processes could not be started, or don't agree
+    │   ├── LaunchTypeError (TypeError)     what is to be launched is no function that takes a ``Fabric``
     │   └── RankFailedError                 a rank failed
     ├── SetupError (RuntimeError)           ``setup`` was given what it can't set up
+    │   ├── SetupTypeError (TypeError)      what is no model, optimizer or loader
+    │   └── SetupValueError (ValueError)    nothing, or what was set up before
     ├── MisuseError (RuntimeError)          a call at the wrong time, or one that leaves out the strategy
+    │   ├── MisuseTypeError (TypeError)     a call with an object of another kind than the one that is meant
+    │   └── NoLoggerError (IndexError)      there is no logger
     └── CheckpointError (RuntimeError)      a checkpoint can't be written, read or applied
         ├── CheckpointKeyError (KeyError)   it lacks an entry that was asked for
+        ├── CheckpointTypeError (TypeError) the state, or a filter, is of the wrong type
+        ├── CheckpointValueError (ValueError) a filter is for what the state doesn't have
         └── NoCheckpointError (FileNotFoundError)   there is none at the path
 
 What is wrong but stops nothing that was asked for is a ``FabricWarning`` (UserWarning).
@@ -30,14 +37,19 @@ from typing import Any
 __all__ = [
     "CheckpointError",
     "CheckpointKeyError",
+    "CheckpointTypeError",
+    "CheckpointValueError",
     "ConflictError",
     "DeviceError",
     "FabricError",
     "FabricWarning",
     "IncompatibleApiError",
     "LaunchError",
+    "LaunchTypeError",
     "MisuseError",
+    "MisuseTypeError",
     "NoCheckpointError",
+    "NoLoggerError",
     "NotInstalledError",
     "OptionError",
     "PlanError",
@@ -46,6 +58,8 @@ __all__ = [
     "RankFailedError",
     "RequestError",
     "SetupError",
+    "SetupTypeError",
+    "SetupValueError",
     "UnavailableError",
     "UnknownPluginError",
 ]
@@ -114,7 +128,7 @@ class OptionError(RequestError):
     """An option of a plugin is unknown, or its value is of the wrong type."""
 
 
-class DeviceError(RequestError):
+class DeviceError(RequestError, TypeError):
     """The devices asked for are absent, doubled, negative or zero."""
 
 
@@ -126,7 +140,7 @@ class UnknownPluginError(PluginError, ValueError):
     """Nobody offers a plugin of that name."""
 
 
-class NotInstalledError(PluginError, ImportError):
+class NotInstalledError(PluginError, ModuleNotFoundError):
     """A known plugin, or a package that a plugin needs, is not installed."""
 
 
@@ -154,6 +168,10 @@ class LaunchError(FabricError, RuntimeError):
     """Processes could not be started, or don't agree on the plan."""
 
 
+class LaunchTypeError(LaunchError, TypeError):
+    """What is to be launched is no function that takes a ``Fabric``."""
+
+
 class RankFailedError(LaunchError):
     """A rank failed; its own traceback has been shown."""
 
@@ -162,8 +180,24 @@ class SetupError(FabricError, RuntimeError):
     """``setup`` was given what it can't set up."""
 
 
+class SetupTypeError(SetupError, TypeError):
+    """What was given to ``setup`` is no model, optimizer or loader."""
+
+
+class SetupValueError(SetupError, ValueError):
+    """``setup`` was given nothing, or what was set up before."""
+
+
 class MisuseError(FabricError, RuntimeError):
     """A call at the wrong time, or one that leaves out the strategy."""
+
+
+class MisuseTypeError(MisuseError, TypeError):
+    """A call with an object of another kind than the one that is meant."""
+
+
+class NoLoggerError(MisuseError, IndexError):
+    """There is no logger."""
 
 
 class CheckpointError(FabricError, RuntimeError):
@@ -172,6 +206,14 @@ class CheckpointError(FabricError, RuntimeError):
 
 class CheckpointKeyError(CheckpointError, KeyError):
     """A checkpoint lacks an entry that was asked for."""
+
+
+class CheckpointTypeError(CheckpointError, TypeError):
+    """The state, or a filter, is of the wrong type."""
+
+
+class CheckpointValueError(CheckpointError, ValueError):
+    """A filter is for what the state doesn't have."""
 
 
 class NoCheckpointError(CheckpointError, FileNotFoundError):

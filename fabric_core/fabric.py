@@ -21,7 +21,7 @@ from fabric_core.contracts import (
     World,
     Wrapper,
 )
-from fabric_core.errors import MisuseError
+from fabric_core.errors import MisuseError, NoLoggerError
 from fabric_core.kinds import KINDS, Count
 from fabric_core.running import reporting, seeding
 from fabric_core.running.asynchronous import SaveHandle
@@ -208,10 +208,10 @@ class Fabric(Processes, Training):
         """The first logger.
 
         Raises:
-            MisuseError: There is none.
+            NoLoggerError: There is none.
         """
         if not self._loggers:
-            raise MisuseError("there is no logger", where="fabric.logger", instead="Fabric(loggers=...)")
+            raise NoLoggerError("there is no logger", where="fabric.logger", instead="Fabric(loggers=...)")
         return self.loggers[0]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -347,9 +347,9 @@ class Fabric(Processes, Training):
             logger.log_metrics(numbers, step)
 
     @staticmethod
-    def seed_everything(seed: int = 0) -> int:
-        """Seed Python, NumPy and PyTorch, the same on every rank."""
-        return seeding.seed_everything(seed)
+    def seed_everything(seed: int | None = None, workers: bool | None = None, verbose: bool = True) -> int:
+        """Seed Python, NumPy and PyTorch, the same on every rank; as ``fabric_core.seed_everything``."""
+        return seeding.seed_everything(seed, bool(workers), verbose)
 
 
 def _own(value: Any) -> Any:

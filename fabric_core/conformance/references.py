@@ -117,7 +117,6 @@ class Averaging(Strategy):
     _world: World | None = None
     _modules: tuple[nn.Module, ...] = ()
     _skipping: frozenset[int] = frozenset()
-    _averaged: frozenset[int] = frozenset()
 
     @property
     def world(self) -> World:
@@ -145,15 +144,9 @@ class Averaging(Strategy):
     def backward(self, loss: torch.Tensor, module: nn.Module | None, arguments: Mapping[str, Any]) -> None:
         """Run the backward pass, then average."""
         loss.backward(**arguments)
-        self._averaged = frozenset()
         for one in self._modules:
             if self.averages(one):
-                self._averaged |= {id(one)}
                 self.average([parameter for parameter in one.parameters() if parameter.requires_grad])
-
-    def gradients_averaged(self, module: nn.Module, complete: bool) -> bool:
-        """Say whether the last backward pass did."""
-        return id(module) in self._averaged
 
     def averages(self, module: nn.Module) -> bool:
         """Say whether this backward pass averages a module's gradients."""
@@ -201,7 +194,13 @@ class Routed(Averaging):
         if not isinstance(module, _Gate):
             raise AssertionError("only gates are remembered")  # noqa: TRY004 - a broken invariant
         passed, module.passed = module.passed, False
-        return passed and super().averages(module)
+        module.averaged = passed and super().averages(module)
+        return module.averaged
+
+    def gradients_averaged(self, module: nn.Module, complete: bool) -> bool:
+        """Say whether the last backward pass averaged a module's gradients."""
+        known = any(module is one for one in self._modules)
+        return known and isinstance(module, _Gate) and module.averaged
 
 
 class _Gate(nn.Module):
@@ -209,6 +208,7 @@ class _Gate(nn.Module):
         super().__init__()
         self.module = module
         self.passed = False
+        self.averaged = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.passed = True

@@ -10,6 +10,7 @@ from fabric_core.collectives import (
     check_source,
 )
 from fabric_core.contracts._blocks import repeated_blocks
+from fabric_core.contracts._default_dtype import DefaultDtype
 from fabric_core.contracts._spec import (
     API_VERSION,
     API_WINDOW,
@@ -53,6 +54,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointCapabilities",
     "Collectives",
+    "DefaultDtype",
     "DeviceSpec",
     "FabricActs",
     "LaunchOrder",

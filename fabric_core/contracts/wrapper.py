@@ -20,8 +20,8 @@ class Wrapper(Plugin, ABC):
     """Transforms a module before or after the strategy wraps it, gives it a context, or wraps optimizers and loaders.
 
     There may be any number; they act in the user's order, which must agree with the order that they declare. One
-    instance serves all models, optimizers and loaders of its ``Fabric``, so what it keeps of one belongs into a mapping,
-    such as a ``WeakKeyDictionary``. A script reaches it as ``fabric.wrappers["name"]``.
+    instance serves all models, optimizers and loaders of its ``Fabric``, so what it keeps of one belongs into a
+    mapping, such as a ``WeakKeyDictionary``. A script reaches it as ``fabric.wrappers["name"]``.
     """
 
     kind = "wrapper"

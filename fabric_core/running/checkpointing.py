@@ -13,7 +13,7 @@ import torch
 
 from fabric_core.collectives import Collectives
 from fabric_core.contracts import ABOUT, Agreement, Checkpoint, Precision, Strategy, Wrapper
-from fabric_core.errors import CheckpointError, NoCheckpointError
+from fabric_core.errors import CheckpointError, CheckpointTypeError, CheckpointValueError, NoCheckpointError
 from fabric_core.running.asynchronous import Background, SaveHandle
 from fabric_core.running.collecting import collect
 from fabric_core.running.fits import check_fits
@@ -91,7 +91,9 @@ class Checkpointing:
         queued = asynchronous == "queued"
         where = agree.each(lambda: _as_path(path), where=path)
         self._background.settle(agree, wait=not queued)
-        parts = agree.each(lambda: self._asked(state, filter or {}, asynchronous, "fabric.save"), where=path)
+        parts = agree.each(
+            lambda: self._asked(state, {} if filter is None else filter, asynchronous, "fabric.save"), where=path
+        )
         agree.each(lambda: check_keep(keep, score, where), where=path)
         checkpoint = agree.each(lambda: self._chosen(where, format), where=path)
         full = not checkpoint.capabilities.sharded
@@ -122,7 +124,7 @@ class Checkpointing:
     def _asked(self, state: Any, filters: Filter, asynchronous: bool | str, where: str) -> list[Part]:
         """Find the objects in a state, and refuse what can't be meant."""
         if not isinstance(state, Mapping):
-            raise CheckpointError(
+            raise CheckpointTypeError(
                 "the state is a dict of names", where=where, got=type(state).__name__, instead='{"model": model}'
             )
         reserved = sorted(_OWN & set(state))
@@ -133,16 +135,21 @@ class Checkpointing:
                 "there is no such way to save", where=f"{where}(asynchronous=)", got=repr(asynchronous),
                 instead='False, True (one at a time) or "queued"',
             )  # fmt: skip
+        if not isinstance(filters, Mapping):
+            raise CheckpointTypeError(
+                "the filter is no dict of functions", where=f"{where}(filter=)", got=repr(filters),
+                instead='{"model": lambda name, value: ...}',
+            )  # fmt: skip
         unknown = sorted(str(name) for name in filters if name not in state)
         if unknown:
-            raise CheckpointError(
+            raise CheckpointValueError(
                 f"the filter is for {', '.join(map(repr, unknown))}, which the state doesn't have",
                 where=f"{where}(filter=)",
                 got=", ".join(map(repr, state)),
             )
         for name, function in filters.items():
             if not callable(function):
-                raise CheckpointError(
+                raise CheckpointTypeError(
                     f"the filter for {name!r} can't be called", where=f"{where}(filter=)", got=repr(function),
                     instead="a function of an entry's name and value that says whether to save it",
                 )  # fmt: skip

@@ -7,6 +7,7 @@ others.
 """
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from types import TracebackType
@@ -20,6 +21,8 @@ __all__ = ["Failures"]
 
 _PATIENCE: Final = 2.0
 """How many seconds a rank whose connection broke waits for the cause to claim, or to be ended."""
+_ANSWER: Final = 3.0
+"""How many seconds the store may take to answer."""
 _LAST: Final = 3.0
 """How many seconds a rank that only follows waits to be ended, so that it is not seen to end first."""
 _FIRST: Final = 0.5
@@ -67,13 +70,19 @@ class Failures:
         own = self._first = self._world.global_rank
         if self._store is None:
             return own
+        # In a thread, for a store on a host that was cut off answers never, whatever its timeout is.
+        asking = threading.Thread(target=self._ask, args=(self._store, error), daemon=True)
+        asking.start()
+        asking.join(_PATIENCE + _ANSWER)
+        return self._first
+
+    def _ask(self, store: Store, error: BaseException) -> None:
         try:
             if _is_broken_connection(error):
-                self._wait(self._store)
-            self._first = int(self._store.compare_set("first", "", str(own)))
+                self._wait(store)
+            self._first = int(store.compare_set("first", "", str(self._world.global_rank)))
         except (RuntimeError, ValueError):
             pass  # The store is gone: whoever made it ended before; better to say too much.
-        return self._first
 
     def end(self, error: BaseException | None) -> None:
         """Stop watching, where nothing failed; else claim, for the connections are about to close."""

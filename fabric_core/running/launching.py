@@ -1,5 +1,6 @@
 """From a plan to a world: the one place that reads ``os.environ``."""
 
+import inspect
 import itertools
 import json
 import os
@@ -15,18 +16,11 @@ from torch.distributed import PrefixStore, Store
 from fabric_core.choosing.plan import Plan
 from fabric_core.collectives import Collectives
 from fabric_core.contracts import Accelerator, Launcher, ProcessInfo, Strategy, World
-from fabric_core.errors import LaunchError
+from fabric_core.errors import LaunchError, LaunchTypeError
 from fabric_core.running.failing import Failures
 from fabric_core.running.meeting import meet
 
-__all__ = ["agree", "check_connected", "detect", "environment", "make_world"]
-
-_LOOK: Final = 1.0
-"""How often, in seconds, a waiting rank looks whether the others can still come."""
-_SAY: Final = 30.0
-"""After how many seconds a waiting rank says whom it waits for."""
-_NAMED: Final = 8
-"""How many missing ranks a message names."""
+__all__ = ["agree", "check_connected", "check_launched", "detect", "environment", "make_world"]
 
 
 _LOOK: Final = 1.0
@@ -202,3 +196,28 @@ def _side(choice: list[str] | None) -> str:
         + (f" {options}" if options not in {"", "{}"} else "")
         + (distribution and f" ({distribution})")
     )
+
+
+def check_launched(function: Any) -> None:
+    """Refuse what can't be called with a ``Fabric``.
+
+    Raises:
+        LaunchTypeError: It can't.
+    """
+    if function is None:
+        return
+    if not callable(function):
+        raise LaunchTypeError(
+            "what was given can't be called", where="fabric.launch(function)", got=repr(function),
+            instead="fabric.launch(function), not fabric.launch(function())",
+        )  # fmt: skip
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin that doesn't tell
+        return
+    if not any(one.kind is not one.KEYWORD_ONLY and one.kind is not one.VAR_KEYWORD for one in parameters):
+        raise LaunchTypeError(
+            "the function takes no Fabric", where="fabric.launch(function)",
+            got=f"{getattr(function, '__qualname__', function)}{inspect.signature(function)}",
+            instead="a function whose first argument is the Fabric of the rank that it runs in",
+        )  # fmt: skip

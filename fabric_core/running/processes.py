@@ -16,10 +16,11 @@ from fabric_core.choosing.plan import Plan
 from fabric_core.choosing.resolve import start_clash
 from fabric_core.collectives import Collectives, ProcessInfo, World
 from fabric_core.contracts import Accelerator, Launcher, LaunchOrder, Logger, Precision, Strategy, map_tensors
-from fabric_core.errors import LaunchError, MisuseError, SetupError
+from fabric_core.errors import LaunchError, LaunchTypeError, MisuseError, SetupError
 from fabric_core.running import reporting
 from fabric_core.running.failing import Failures
-from fabric_core.running.launching import agree, check_connected, detect, make_world
+from fabric_core.running.launching import agree, check_connected, check_launched, detect, make_world
+from fabric_core.running.seeding import last_seed, seed_everything
 
 __all__ = ["Processes"]
 
@@ -115,8 +116,11 @@ class Processes:
 
         Raises:
             LaunchError: The processes could not be started, or don't agree on the plan.
+            LaunchTypeError: What was given is no function that takes a ``Fabric``; or nothing was, and the strategy
+                starts processes that run a function.
             RankFailedError: The function failed on a rank.
         """
+        check_launched(function)
         if self._world is None:
             found = detect(self._launchers)
             if found is not None and (found[2].world_size > 1 or self._plan.world_size > 1):
@@ -138,6 +142,12 @@ class Processes:
                 where="fabric.launch()",
                 instead="launch before anything uses a device, or another way of starting",
             )
+        if function is None and self._strategy.start_method is not None:
+            raise LaunchTypeError(
+                f"{self._strategy!r} starts processes that run a function",
+                where="fabric.launch()",
+                instead='fabric.launch(function), or strategy="ddp", under which each process runs the whole script',
+            )
         _, launcher = found
         return launcher.start(
             LaunchOrder(
@@ -145,7 +155,7 @@ class Processes:
                 nodes=self._plan.num_nodes,
                 start_method=self._strategy.start_method,
                 function=None if function is None else _launched,
-                args=() if function is None else (self, function, args, kwargs),
+                args=() if function is None else (self, function, args, kwargs, last_seed()),
             )
         )
 
@@ -318,8 +328,16 @@ class Processes:
         self._hooks.torn_down(fabric=self)
 
 
-def _launched(fabric: Processes, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run a function in a rank that was started for it."""
+def _launched(
+    fabric: Processes,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    seed: int | None,
+) -> Any:
+    """Run a function in a rank that was started for it, seeded as the process that started it."""
+    if seed is not None:
+        seed_everything(seed, verbose=False)
     with fabric:
         return fabric.launch(function, *args, **kwargs)
 

@@ -1,21 +1,32 @@
 """Seeds for every source of random numbers, and their state in checkpoints."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from fabric_core.errors import CheckpointError, RequestError
 from fabric_core.randomness import random_state, seed_sources, set_random_state
 
-__all__ = ["RandomState", "seed_everything"]
+__all__ = ["RandomState", "last_seed", "seed_everything"]
+
+_logger = logging.getLogger("fabric_core")
 
 _LARGEST = 2**32 - 1
 
 
-def seed_everything(seed: int = 0, *, rank: int = 0) -> int:
-    """Seed Python, NumPy and PyTorch, on every device.
+_last: int | None = None
+
+
+def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True, *, rank: int = 0) -> int:
+    """Seed Python, NumPy and PyTorch, on every device; processes that ``launch(function)`` starts begin with it too.
 
     Args:
-        seed: A whole number from 0 to 2**32 - 1.
+        seed: A whole number from 0 to 2**32 - 1; ``None`` is 0.
+        workers: As in Lightning Fabric; a loader's workers are seeded, for each rank apart, with and without it, where
+            the loader was set up.
+        verbose: Say the seed to the logger ``fabric_core``, on the first rank.
         rank: Added to the seed, where every rank is to draw other numbers.
 
     Returns:
@@ -24,7 +35,9 @@ def seed_everything(seed: int = 0, *, rank: int = 0) -> int:
     Raises:
         RequestError: The seed is out of bounds.
     """
-    total = seed + rank
+    global _last  # noqa: PLW0603 - describes PyTorch's generator, which is as global
+    del workers
+    total = (0 if seed is None else seed) + rank
     if not 0 <= total <= _LARGEST:
         raise RequestError(
             "the seed is out of bounds",
@@ -33,7 +46,15 @@ def seed_everything(seed: int = 0, *, rank: int = 0) -> int:
             instead=f"0 to {_LARGEST}",
         )
     seed_sources(total)
+    _last = total
+    if verbose and rank == 0:
+        _logger.info("Seed set to %d", total)
     return total
+
+
+def last_seed() -> int | None:
+    """Give what this process was last seeded with, if PyTorch was not seeded by other means since."""
+    return _last if _last is not None and torch.initial_seed() == _last else None
 
 
 class RandomState:

@@ -1,18 +1,27 @@
 """What can't be set up, and why."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
 from fabric_core.contracts import Strategy, Wrapper
-from fabric_core.errors import SetupError
+from fabric_core.errors import SetupError, SetupTypeError, SetupValueError
 from fabric_core.wrapping.module import FabricModule
 from fabric_core.wrapping.unwrap import is_wrapped
 
-__all__ = ["check_counts", "check_model", "check_optimizer", "check_same", "check_trains"]
+__all__ = [
+    "check_counts",
+    "check_given",
+    "check_loader",
+    "check_model",
+    "check_optimizer",
+    "check_same",
+    "check_trains",
+]
 
 _WHERE = "fabric.setup"
 
@@ -31,11 +40,11 @@ def check_model(module: Any, set_up: Container[Any], *, move: bool, placed_later
             or on none.
     """
     if not isinstance(module, nn.Module):
-        raise SetupError(
+        raise SetupTypeError(
             "what was given is no model", where=_WHERE, got=type(module).__name__, instead="a torch.nn.Module"
         )
     if is_wrapped(module) or module in set_up:
-        raise SetupError(
+        raise SetupValueError(
             "the model was set up before", where=_WHERE, got=type(module).__name__, instead="use what setup returned"
         )
     for name, part in module.named_modules():
@@ -103,18 +112,49 @@ def check_optimizer(optimizer: Any, set_up: Container[Any]) -> None:
         SetupError: It is.
     """
     if not isinstance(optimizer, Optimizer):
-        raise SetupError(
+        raise SetupTypeError(
             "what was given is no optimizer",
             where=_WHERE,
             got=type(optimizer).__name__,
             instead="a torch.optim.Optimizer",
         )
     if is_wrapped(optimizer) or optimizer in set_up:
-        raise SetupError(
+        raise SetupValueError(
             "the optimizer was set up before",
             where=_WHERE,
             got=type(optimizer).__name__,
             instead="use what setup returned",
+        )
+
+
+def check_given(given: Sized, what: str) -> None:
+    """Refuse a call that sets nothing up.
+
+    Raises:
+        SetupValueError: It does.
+    """
+    if not given:
+        raise SetupValueError(f"no {what} was given", where=f"fabric.setup_{what}s", instead=f"at least one {what}")
+
+
+def check_loader(loader: Any) -> None:
+    """Refuse what gives no batches, or was set up before; any object that gives batches is a loader.
+
+    Raises:
+        SetupError: It is.
+    """
+    where = "fabric.setup_dataloaders"
+    if is_wrapped(loader):
+        raise SetupValueError(
+            "the loader was set up before", where=where, instead="use what setup_dataloaders returned"
+        )
+    wrong = str | bytes | Mapping | torch.Tensor | nn.Module | Dataset | Optimizer  # type: ignore[type-arg]
+    if isinstance(loader, type | wrong) or not isinstance(loader, Iterable):
+        raise SetupTypeError(
+            "what was given is no data loader",
+            where=where,
+            got=loader.__name__ if isinstance(loader, type) else type(loader).__name__,
+            instead="a torch.utils.data.DataLoader, such as DataLoader(dataset, batch_size=...)",
         )
 
 

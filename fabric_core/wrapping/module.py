@@ -249,8 +249,9 @@ class FabricModule(nn.Module):
 
         Raises:
             ValueError: It is ``forward``, which needs no mark.
-            AttributeError: The model has nothing of that name.
-            TypeError: What it has is no method, or one that runs piece by piece: a generator or a coroutine.
+            AttributeError: The model has no method of that name.
+            TypeError: It is neither a method of the model nor a name, or one that runs piece by piece: a generator or a
+                coroutine.
         """
         original = self._fabric_original
         kind = type(original).__name__
@@ -264,7 +265,7 @@ class FabricModule(nn.Module):
             raise AttributeError(f"{kind} has no method {name!r} to mark")
         found = getattr(original, name)
         if not isinstance(found, MethodType):
-            raise TypeError(f"{kind}.{name} is no method but of the type {type(found).__name__}")
+            raise AttributeError(f"{kind}.{name} is no method but of the type {type(found).__name__}")  # noqa: TRY004
         if isinstance(given, MethodType) and given != found:
             raise TypeError(f"{given!r} is no method of this {kind}; give one of its own, or the name {name!r}")
         if inspect.isgeneratorfunction(found) or inspect.iscoroutinefunction(found):
@@ -438,7 +439,7 @@ def _guarded(method: MethodType, members: WeakSet[nn.Module]) -> Run:
 
     def refuse(module: nn.Module) -> None:
         raise MisuseError(
-            f"{kind}.{name} calls a part of the model directly, so that the strategy would not synchronize its gradients",
+            f"{kind}.{name} calls a part of the model directly, so the strategy would not synchronize its gradients",
             where=f"{kind}.{name}, at {type(module).__name__}",
             instead=f"mark it once after setup: model.mark_forward_method({name!r})",
             method=name,

@@ -13,16 +13,23 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fabric_core.collectives import World
 from fabric_core.contracts import Precision, Strategy, Wrapper
-from fabric_core.errors import MisuseError, SetupError
+from fabric_core.errors import MisuseTypeError, SetupError
 from fabric_core.wrapping.backward_guard import BackwardPass, backward_guard
-from fabric_core.wrapping.checks import check_counts, check_model, check_optimizer, check_same, check_trains
+from fabric_core.wrapping.checks import (
+    check_counts,
+    check_given,
+    check_loader,
+    check_model,
+    check_optimizer,
+    check_same,
+    check_trains,
+)
 from fabric_core.wrapping.compiled import compile_again, uncompiled
 from fabric_core.wrapping.dataloader import FabricDataLoader, seed_apart, shard
 from fabric_core.wrapping.gradient_sync import gradient_sync
 from fabric_core.wrapping.module import Around, FabricModule, Route, first_device, strategy_module
 from fabric_core.wrapping.optimizer import FabricOptimizer, wrap_optimizer
 from fabric_core.wrapping.step_guard import StepGuard
-from fabric_core.wrapping.unwrap import is_wrapped
 
 __all__ = ["Setup"]
 
@@ -160,6 +167,7 @@ class Setup:
                 where="fabric.setup_optimizers",
                 instead="fabric.setup(model, optimizer)",
             )
+        check_given(optimizers, "optimizer")
         for optimizer in optimizers:
             check_optimizer(optimizer, self._set_up)
         ready = [self._strategy.setup_optimizer(optimizer, self._replaced) for optimizer in optimizers]
@@ -188,12 +196,7 @@ class Setup:
         Raises:
             SetupError: It was set up before, or keeps its samplers where they can't be replaced.
         """
-        if is_wrapped(given):
-            raise SetupError(
-                "the loader was set up before",
-                where="fabric.setup_dataloaders",
-                instead="use it as it is",
-            )
+        check_loader(given)
         loader, index, count = given, *self._strategy.data_shard()
         loader, stream = seed_apart(loader, index, count)
         if divide:
@@ -209,7 +212,7 @@ class Setup:
     def called(self, model: FabricModule | None) -> nn.Module | None:
         """Give what the strategy made of a model; without one, of the only one that is set up."""
         if model is not None:
-            return strategy_module(model)
+            return strategy_module(_set_up(model, "fabric.backward(model=)"))
         models = self.models
         return strategy_module(models[0]) if len(models) == 1 else None
 
@@ -217,15 +220,9 @@ class Setup:
         """Give the context that skips gradient synchronization.
 
         Raises:
-            MisuseError: The model was not set up.
+            MisuseTypeError: The model was not set up.
         """
-        if not isinstance(module, FabricModule):
-            raise MisuseError(
-                "the model was not set up",
-                where="fabric.no_backward_sync",
-                got=type(module).__name__,
-                instead="what fabric.setup returned",
-            )
+        module = _set_up(module, "fabric.no_backward_sync")
         inner = strategy_module(module)
         context = self._strategy.no_backward_sync(inner, enabled)
         if self._sync is None or not enabled or not self._strategy.capabilities.no_backward_sync:
@@ -242,3 +239,17 @@ class Setup:
         for watching in (self._steps, self._guard, self._sync):
             if watching is not None:
                 watching.close()
+
+
+def _set_up(model: Any, where: str) -> FabricModule:
+    """Give a model that was set up, also out of ``torch.compile``.
+
+    Raises:
+        MisuseTypeError: It was not set up.
+    """
+    model = uncompiled(model)
+    if not isinstance(model, FabricModule):
+        raise MisuseTypeError(
+            "the model was not set up", where=where, got=type(model).__name__, instead="what fabric.setup returned"
+        )
+    return model

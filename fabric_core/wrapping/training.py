@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from fabric_core.collectives import World
 from fabric_core.contracts import FabricActs, Precision, Strategy
-from fabric_core.errors import MisuseError, RequestError
+from fabric_core.errors import MisuseTypeError, RequestError
+from fabric_core.wrapping.checks import check_given
 from fabric_core.wrapping.compiled import uncompiled
 from fabric_core.wrapping.dataloader import FabricDataLoader, to_device
 from fabric_core.wrapping.module import FabricModule
@@ -143,6 +144,7 @@ class Training:
         Raises:
             SetupError: One was set up before, or keeps its samplers where they can't be replaced.
         """
+        check_given(dataloaders, "dataloader")
         device = self.device  # and connects a single process
         wrapped = [
             self._setup.dataloader(one, device if move_to_device else None, divide=use_distributed_sampler)
@@ -235,10 +237,10 @@ class Training:
         Raises:
             RuntimeError: The norm is not finite, and that is an error.
             RequestError: Both or none of ``clip_val`` and ``max_norm`` are given.
-            MisuseError: The model is not what ``setup`` returned.
+            MisuseTypeError: The model is not what ``setup`` returned.
         """
         if not isinstance(uncompiled(module), FabricModule):
-            raise MisuseError(
+            raise MisuseTypeError(
                 "the model was not set up", where="fabric.clip_gradients", got=type(module).__name__,
                 instead="what fabric.setup returned",
             )  # fmt: skip
@@ -271,7 +273,7 @@ class Training:
             enabled: Whether to; otherwise the context changes nothing.
 
         Raises:
-            MisuseError: The model was not set up.
+            MisuseTypeError: The model was not set up.
         """
         return self._setup.no_backward_sync(module, enabled=enabled)
 

@@ -111,7 +111,7 @@ def _double(model: FabricModule) -> Any:
     [
         lambda model: torch.autograd.grad(model(X).sum(), list(model.parameters())),
         _double,
-        lambda model: torch.autograd.functional.jacobian(model, X),  # type: ignore[no-untyped-call]
+        lambda model: torch.autograd.functional.jacobian(model, X),
         lambda model: torch.func.jacrev(model)(X),
         lambda model: torch.func.jacfwd(model)(X),
         lambda model: torch.func.grad(lambda x: model(x).sum())(X),

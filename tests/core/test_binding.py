@@ -405,7 +405,7 @@ def test_an_extension_goes_round_the_facades_acts_and_hears_what_happens(in_memo
     model = nn.Linear(1, 1, bias=False)
     nn.init.ones_(model.weight)
     plugins = [*in_memory["plugins"], extension]
-    with pytest.raises(ZeroDivisionError), Fabric(**{**in_memory, "plugins": plugins}) as fabric:
+    with pytest.raises(ZeroDivisionError), Fabric(**{**in_memory, "plugins": plugins}) as fabric:  # noqa: PT012
         wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.5))
         fabric.backward(wrapped(torch.ones(1, 1)).sum())
         optimizer.step()

@@ -82,7 +82,7 @@ def test_what_is_not_scaled_steps_directly(fabric: Fabric) -> None:
         raw.step()
         raw.zero_grad()
     other = nn.Linear(3, 1)
-    other(X).sum().backward()  # type: ignore[no-untyped-call]
+    other(X).sum().backward()
     torch.optim.SGD(other.parameters(), lr=1.0).step()
 
 
@@ -105,7 +105,7 @@ def test_a_raw_backward_of_the_parameters_alone_is_refused(fabric: Fabric) -> No
     """A penalty that went through no model would be too small beside scaled gradients."""
     _, _, net, _ = prepared(fabric)
     with pytest.raises(MisuseError, match=r"loss\.backward\(\) was called directly"):
-        net.weight.square().sum().backward()  # type: ignore[no-untyped-call]
+        net.weight.square().sum().backward()
     assert net.weight.grad is None
 
 

@@ -112,7 +112,8 @@ def test_who_looks_away_costs_nothing(in_memory: dict[str, Any]) -> None:
 
     def made(wrappers: list[Wrapper]) -> Any:
         fabric = Fabric(**{**in_memory, "wrappers": wrappers, "strategy": "alone"})
-        return fabric.setup_optimizers(SGD(model.parameters(), lr=0.1))._fabric_step
+        optimizer: Any = fabric.setup_optimizers(SGD(model.parameters(), lr=0.1))
+        return optimizer._fabric_step
 
     class Away(Wrapper):
         pass

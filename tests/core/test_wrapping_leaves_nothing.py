@@ -184,7 +184,7 @@ def test_nothing_keeps_a_model_alive(fabric: Fabric) -> None:
         if used:
             once(fabric, model, optimizer, loader)
             # PyTorch's engine forgets what is left of a failed pass when the next one begins.
-            torch.ones(1, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
+            torch.ones(1, requires_grad=True).sum().backward()
         alive = [weakref.ref(one) for one in (model, model.module, loader, optimizer, model.layer.weight)]
         gc.collect()
         gc.disable()

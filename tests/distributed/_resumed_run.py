@@ -54,7 +54,7 @@ def train(fabric: Fabric, path: Path, workers: int, kill_at: int | None, *, proc
         net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 1))
     model, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters(), lr=0.02))
     loader = fabric.setup_dataloaders(DataLoader(Noisy(), batch_size=2, shuffle=True, num_workers=workers))
-    state = {
+    state: dict[str, Any] = {
         "model": model,
         "optimizer": optimizer,
         "loader": loader,

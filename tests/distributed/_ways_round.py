@@ -84,7 +84,7 @@ class Run:
 
     def backward(self, loss: torch.Tensor, **arguments: Any) -> None:
         """Run a backward pass as it should be run."""
-        loss.backward(**arguments) if self.fabric is None else self.fabric.backward(loss, **arguments)  # type: ignore[no-untyped-call]
+        loss.backward(**arguments) if self.fabric is None else self.fabric.backward(loss, **arguments)
 
     def no_sync(self, model: Any, enabled: bool = True) -> AbstractContextManager[Any]:
         """Skip gradient synchronization."""
@@ -195,7 +195,7 @@ def raw_model_after_a_right_step(run: Run) -> None:
 @way
 def raw_model_and_raw_backward(run: Run) -> None:
     net, _, _, optimizer = usual(run)
-    loss_of(net(run.x)).backward()  # type: ignore[no-untyped-call]
+    loss_of(net(run.x)).backward()
     optimizer.step()
 
 
@@ -203,7 +203,7 @@ def raw_model_and_raw_backward(run: Run) -> None:
 def raw_model_backward_and_optimizer(run: Run) -> None:
     net, raw, model, optimizer = usual(run)
     step(run, model, optimizer)
-    loss_of(net(run.x)).backward()  # type: ignore[no-untyped-call]
+    loss_of(net(run.x)).backward()
     raw.step()
 
 
@@ -258,7 +258,7 @@ def unmarked_method(run: Run) -> None:
 @way
 def raw_backward(run: Run) -> None:
     _, _, model, optimizer = usual(run)
-    loss_of(model(run.x)).backward()  # type: ignore[no-untyped-call]
+    loss_of(model(run.x)).backward()
     optimizer.step()
 
 

@@ -1,4 +1,4 @@
-"""``Fabric(check=True)``: ranks that are about to do different things learn it at once, each with what the others do."""
+"""``Fabric(check=True)``: ranks that are about to do different things learn it at once, with what the others do."""
 
 import time
 from collections.abc import Callable

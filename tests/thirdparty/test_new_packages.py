@@ -75,7 +75,7 @@ def test_each_is_found_by_its_name(environment: Any) -> None:
     done = environment.run("-m", "fabric_core", "plugins", "doctor", "--json")
     statuses = {one["kind"]: one["status"] for one in json.loads(done.stdout) if one["name"] == "demo"}
     assert set(statuses) == set(ALL)
-    assert all(status in {"ok", "sound", "available"} for status in statuses.values()), statuses
+    assert set(statuses.values()) == {"ok"}, statuses
 
 
 def test_a_generated_strategy_is_short(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "a"), str(tmp_path / "b")],
-        capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=100, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert torch.load(tmp_path / "b", weights_only=True)["model"]["w39"].eq(39).all()

@@ -132,7 +132,7 @@ class _Renamed(nn.Linear):
 
     def __init__(self) -> None:
         super().__init__(4, 2)
-        self.register_load_state_dict_pre_hook(_rename)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_rename)
 
 
 def _rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

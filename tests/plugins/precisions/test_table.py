@@ -82,11 +82,11 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> None:
     parallelize_module(model, mesh["tensor_parallel"], {"first": ColwiseParallel(), "second": RowwiseParallel()})
 
 
-class Reductions(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own lacks annotations
+class Reductions(TorchDispatchMode):  # torch's own lacks annotations
     """Notes the types in which gradients travel between ranks."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call] # likewise
+        super().__init__()  # likewise
         self.seen: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -206,7 +206,7 @@ def train_by_hand(strategy: str, devices: int, precision: str) -> Result:
             output = called({"x": x[own] if mixed else x[own].to(compute)}).float()
         loss = nn.functional.mse_loss(output, y[own])
         with reductions:
-            scaler.scale(loss).backward()  # type: ignore[no-untyped-call] # likewise
+            scaler.scale(loss).backward()  # likewise
         if strategy == "model_parallel" and scaler.is_enabled():
             # PyTorch's own refuses plain gradients beside spread ones.
             for parameter in model.parameters():

@@ -6,6 +6,7 @@ from typing import Any, Final, Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
@@ -29,7 +30,7 @@ class DeepSpeedOptions(PluginOptions):
     """What ZeRO divides over the ranks: optimizer states; gradients too; parameters too."""
     offload_optimizer: bool = False
     """Keep optimizer states in the memory of the host."""
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = Field(default_factory=dict)
     """More of DeepSpeed's configuration; what is said here wins."""
 
 
@@ -360,7 +361,7 @@ def set_whole(parameter: nn.Parameter, value: torch.Tensor, name: str | None = N
         else:
             utils.safe_set_full_optimizer_state(parameter, value, name)
         return
-    size = parameter.ds_tensor.numel()
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
     padded = nn.functional.pad(value, (0, size * dist.get_world_size() - value.numel()))
     part = padded.narrow(0, size * dist.get_rank(), size)
     if name is None:
@@ -382,7 +383,7 @@ def _deepspeed(device_type: str) -> Any:
 
 
 def _forget_groups() -> None:
-    """Let DeepSpeed forget the groups that it keeps for the process, where they are gone; another Fabric makes new ones.
+    """Let DeepSpeed forget the groups that it keeps for the process, once they are gone: a new Fabric makes new ones.
 
     It does so itself only where it is asked to end PyTorch's default group, which others may use.
     """

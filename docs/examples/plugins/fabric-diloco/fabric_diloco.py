@@ -1,7 +1,7 @@
 """DiLoCo: ranks train by themselves for many steps, and an outer optimizer steps on how far they came.
 
-Every ``sync_every`` steps the mean over the ranks of (parameters then - parameters now) is the gradient on which Nesterov
-momentum steps from the parameters then; all ranks go on from there (https://arxiv.org/abs/2311.08105).
+Every ``sync_every`` steps the mean over the ranks of (parameters then - parameters now) is the gradient on which
+Nesterov momentum steps from the parameters then; all ranks go on from there (https://arxiv.org/abs/2311.08105).
 """
 
 from collections.abc import Callable, Mapping
@@ -148,7 +148,7 @@ class _Outer:
         for dtype in dict.fromkeys(one.dtype for one in self.starts):
             same = [index for index, one in enumerate(self.starts) if one.dtype == dtype]
             moved = torch.cat([(self.starts[index] - self.parameters[index]).flatten() for index in same])
-            mean = self._group.all_reduce(moved, None, "mean").split([self.starts[index].numel() for index in same])
+            mean = self._group.all_reduce(moved, None, "mean").split([self.starts[index].numel() for index in same])  # type: ignore[no-untyped-call]
             for index, part in zip(same, mean, strict=True):
                 self.starts[index].grad = part.view_as(self.starts[index]).clone()
         self.optimizer.step()

@@ -70,7 +70,7 @@ def _by_hand(rounds: int) -> torch.Tensor:
             for step in range(3 * turn, 3 * turn + 3):
                 x, y = _batch(step, rank)
                 optimizer.zero_grad()
-                nn.functional.mse_loss(model(x), y).backward()
+                nn.functional.mse_loss(model(x), y).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
         gradient = start - torch.stack([_weights(model) for model in models]).mean(0)
         momentum = gradient if turn == 0 else 0.8 * momentum + gradient
@@ -78,7 +78,9 @@ def _by_hand(rounds: int) -> torch.Tensor:
         for model in models:
             with torch.no_grad():
                 for one, part in zip(
-                    model.parameters(), start.split([one.numel() for one in model.parameters()]), strict=True
+                    model.parameters(),
+                    start.split([one.numel() for one in model.parameters()]),  # type: ignore[no-untyped-call]
+                    strict=True,
                 ):
                     one.copy_(part.view_as(one))
     return start
@@ -109,7 +111,7 @@ def _resumed(path: str) -> torch.Tensor:
         inner.append(_weights(model))
         with torch.no_grad():
             for one in model.parameters():
-                one -= 0.1 * (fabric.global_rank + 1)  # an inner step that needs no state
+                one.sub_(0.1 * (fabric.global_rank + 1))  # an inner step that needs no state
         for _ in range(3):
             fabric.strategy.optimizer_step(optimizer.optimizer, lambda: None)
         return torch.stack([*inner, _weights(model)])

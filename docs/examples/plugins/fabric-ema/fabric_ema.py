@@ -92,9 +92,9 @@ class EMAWrapper(Wrapper):
 
     def _load(self, module: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
         average = self._averages[module]
-        for name, value in saved.items():
+        for name, whole in saved.items():
             own = average[name]
-            value = value.to(own.device, own.dtype)
+            value = whole.to(own.device, own.dtype)
             average[name] = (
                 distribute_tensor(value, own.device_mesh, own.placements) if isinstance(own, DTensor) else value.clone()
             )

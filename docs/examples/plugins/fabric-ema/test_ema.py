@@ -80,7 +80,7 @@ def test_it_equals_the_average_written_by_hand(ranks: RankPool, strategy: str) -
 
 
 def _saved(first: str, second: str, path: str) -> bool:
-    averages = []
+    averages = []  # type: ignore[var-annotated]
     for strategy in (first, second):
         with Fabric(accelerator="cpu", devices=2, strategy=strategy, wrappers=[EMAWrapper(decay=DECAY)]) as fabric:
             fabric.launch()

@@ -163,7 +163,7 @@ def average(group: Collectives, tensors: Iterable[torch.Tensor]) -> None:
     for dtype in dict.fromkeys(one.dtype for one in floating):
         same = [one for one in floating if one.dtype == dtype]
         mean = group.all_reduce(torch.cat([one.flatten() for one in same]), None, "mean")
-        for one, part in zip(same, mean.split([one.numel() for one in same]), strict=True):
+        for one, part in zip(same, mean.split([one.numel() for one in same]), strict=True):  # type: ignore[no-untyped-call]
             one.copy_(part.view_as(one))
 
 

@@ -69,10 +69,11 @@ def _by_hand(rank: int, steps: int, sync_every: int) -> list[torch.Tensor]:
         for index, model in enumerate(models):
             x, y = _batch(step, index)
             model.zero_grad()
-            nn.functional.mse_loss(model(x), y).backward()
+            nn.functional.mse_loss(model(x), y).backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
                 for one in model.parameters():
-                    one -= LR * (one.grad if one.grad is not None else 0)
+                    if one.grad is not None:
+                        one.sub_(LR * one.grad)
         if (step + 1) % sync_every == 0:
             with torch.no_grad():
                 for first, second in zip(*(model.parameters() for model in models), strict=True):

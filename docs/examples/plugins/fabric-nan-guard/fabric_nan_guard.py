@@ -82,7 +82,7 @@ class NaNGuard:
                 )
             if self._gradients and tensor.requires_grad and tensor not in self._users:
                 users = self._users[tensor] = []
-                tensor.register_hook(partial(self._look_at_gradient, name, users))
+                tensor.register_hook(partial(self._look_at_gradient, name, users))  # type: ignore[no-untyped-call]
 
     def _look_at_gradient(self, name: str, users: list[str], gradient: torch.Tensor) -> None:
         if _finite(gradient):
@@ -103,7 +103,7 @@ class NaNGuard:
         for group in optimizer.param_groups if self._gradients else ():
             for parameter in group["params"]:
                 if parameter.grad is not None and not _finite(parameter.grad):
-                    name = self._parameters.get(parameter, "a parameter that was not set up")
+                    name = self._parameters.get(parameter, "a parameter that was not set up")  # type: ignore[no-untyped-call]
                     raise NotFiniteError(
                         f"the gradient of the parameter {name} is not finite",
                         where=f"{type(optimizer).__name__}.step",

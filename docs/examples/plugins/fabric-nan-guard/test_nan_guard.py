@@ -109,7 +109,7 @@ def test_a_gradient_of_parameters_alone_names_the_parameter() -> None:
         fabric.backward(wrapped(POSITIVE).sum())
         assert model.encoder.weight.grad is not None
         model.encoder.weight.grad[0, 0] = float("inf")
-        with pytest.raises(NotFiniteError, match="parameter encoder.weight is not finite"):
+        with pytest.raises(NotFiniteError, match=r"parameter encoder\.weight is not finite"):
             optimizer.step()
 
 

@@ -33,7 +33,7 @@ class RayOptions(PluginOptions):
     """How many GPUs Ray reserves for each rank, and shows to it."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How ranks are put on nodes, where ``num_nodes`` is 1; with more, each node's ranks stay together."""
-    runtime_env: dict[str, Any] = {}
+    runtime_env: dict[str, Any] = Field(default_factory=dict)
     """Ray's own: what every rank needs."""
     start_timeout: float = 300.0
     """How many seconds the cluster has to find room."""
@@ -93,8 +93,12 @@ class RayLauncher(Launcher):
                         address=address, include_dashboard=None if address else False, logging_level="error", **room
                     )
                 except (ConnectionError, RuntimeError, ValueError) as error:
-                    raise LaunchError("Ray can't be reached or started", where="fabric.launch()", got=str(error),
-                                      instead="ray start --head, or the launcher's option address") from error  # fmt: skip
+                    raise LaunchError(
+                        "Ray can't be reached or started",
+                        where="fabric.launch()",
+                        got=str(error),
+                        instead="ray start --head, or the launcher's option address",
+                    ) from error
                 stack.callback(ray.shutdown)
             actors = self._actors(order, stack)
             if order.function is not None:
@@ -123,7 +127,7 @@ class RayLauncher(Launcher):
         stack.callback(remove_placement_group, group)
         if not group.wait(own.start_timeout):
             raise LaunchError(
-                f"Ray found no room for {order.processes} ranks on {order.nodes} node(s) within {own.start_timeout:g} s",
+                f"Ray found no room for {order.processes} ranks on {order.nodes} node(s) in {own.start_timeout:g} s",
                 where="fabric.launch()",
                 got=f"the cluster has {ray.cluster_resources()}, each rank needs {each}",
                 instead="fewer devices, fewer cpus_per_rank, or a larger cluster",
@@ -183,7 +187,7 @@ class RayLauncher(Launcher):
             result = ray.get(task)
         except ray.exceptions.RayTaskError as error:
             raise RankFailedError(
-                f"rank {rank} failed first, with {type(error.cause).__name__}: {error.cause}; the other ranks were ended",
+                f"rank {rank} failed first, with {type(error.cause).__name__}: {error.cause}; the others were ended",
                 where=f"rank {rank}, a Ray actor",
                 rank=rank,
                 exit_code=1,

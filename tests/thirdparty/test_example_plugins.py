@@ -1,0 +1,135 @@
+"""The distributions that authors copy from: each passes its own tests, and all work beside each other."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PLUGINS = Path(__file__).parents[2] / "docs" / "examples" / "plugins"
+PROJECTS = sorted(one.name for one in PLUGINS.iterdir() if (one / "pyproject.toml").exists())
+NEEDS = {
+    "fabric-bnb": "bitsandbytes",
+    "fabric-deepspeed": "deepspeed",
+    "fabric-float8": "torchao",
+    "fabric-ray": "ray",
+}
+"""What a distribution needs beyond this project; where it is absent, its own tests skip."""
+
+SCRIPT = """
+import sys
+import torch
+from torch import nn
+from fabric_core import Fabric
+
+def train(**chosen):
+    with Fabric(accelerator="cpu", devices=2, **chosen) as fabric:
+        fabric.launch()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+        wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.05))
+        for step in range(8):
+            x = torch.randn(8, 16, generator=torch.Generator().manual_seed(2 * step + fabric.global_rank))
+            fabric.backward((wrapped(x) - x).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        x = torch.randn(64, 16, generator=torch.Generator().manual_seed(99))
+        after = fabric.all_reduce((wrapped(x) - x).square().mean()).item()
+        fabric.print(f"{after:.3f}", chosen)
+
+for chosen in eval(sys.argv[1]):
+    train(**chosen)
+"""
+CHOSEN = [
+    {"strategy": "ddp"},
+    {"strategy": "local_sgd:sync_every=4"},
+    {"strategy": "diloco:sync_every=4"},
+    {"strategy": "ddp", "wrappers": ["ema:decay=0.9"]},
+    {"strategy": "fsdp", "wrappers": ["ema"]},
+]
+"""What the script is run with, by string; and what is installed is added."""
+
+
+@pytest.fixture(scope="module")
+def environment(make_environment: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Give an environment with the wheels of all of them."""
+    folder = tmp_path_factory.mktemp("examples")
+    shutil.copytree(PLUGINS, folder / "sources")  # a build writes beside the source
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "wheel"]
+    options = ["--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(folder)]
+    sources = [str(folder / "sources" / name) for name in PROJECTS]
+    subprocess.run([*command, *options, *sources], check=True, timeout=200)
+    environment = make_environment("examples")
+    environment.install(sorted(folder.glob("*.whl")))
+    return environment
+
+
+@pytest.mark.authors
+def test_all_are_listed_and_sound_beside_each_other(environment: Any) -> None:
+    """Every name is there with its distribution, and what it needs is the worst that is said."""
+    done = environment.run("-m", "fabric_core", "plugins", "list", "--json")
+    listed = {one["distribution"] for one in json.loads(done.stdout)}
+    assert set(PROJECTS) <= listed
+    done = environment.run("-m", "fabric_core", "plugins", "doctor", "--json")
+    found = [one for one in json.loads(done.stdout) if one["distribution"] in PROJECTS]
+    absent = {name for name, module in NEEDS.items() if importlib.util.find_spec(module) is None}
+    broken = [
+        one
+        for one in found
+        if one["status"] not in {"ok", "unavailable", "not installed"} and one["distribution"] not in absent
+    ]
+    assert found
+    assert not broken, broken
+
+
+@pytest.mark.authors
+def test_one_script_uses_each_by_name_on_two_processes(environment: Any) -> None:
+    """All installed together, each chosen by a string."""
+    chosen = [*CHOSEN]
+    if importlib.util.find_spec("torchao") is not None:
+        chosen.append({"strategy": "ddp", "precision": "float8"})
+    (environment.folder / "each.py").write_text(SCRIPT)
+    done = environment.run("each.py", repr(chosen), FABRIC_EXTENSIONS="nan_guard", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [float(line.split()[0]) for line in done.stdout.splitlines() if "strategy" in line]
+    assert len(losses) == len(chosen)
+    assert all(0.5 < loss < 1.2 for loss in losses), done.stdout
+
+
+@pytest.mark.authors
+@pytest.mark.parametrize("project", PROJECTS)
+def test_each_passes_its_own_tests(environment: Any, project: str, tmp_path: Path) -> None:
+    """Its tests run in the environment that the wheels are in, with its own settings."""
+    missing = project in NEEDS and importlib.util.find_spec(NEEDS[project]) is None
+    if missing:
+        pytest.skip(f"{NEEDS[project]} is not installed")
+    folder = tmp_path / project
+    # Without the modules: those of the wheel are to be tested.
+    (folder).mkdir()
+    for one in (PLUGINS / project).iterdir():
+        if one.name.startswith("test_") or one.name == "pyproject.toml":
+            shutil.copy(one, folder / one.name)
+    done = subprocess.run(
+        [str(environment.python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "."],
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_comes_with_tests_and_a_page() -> None:
+    """A distribution to copy from has what a good one has."""
+    for name in PROJECTS:
+        files = {one.name for one in (PLUGINS / name).iterdir()}
+        assert {"pyproject.toml", "README.md"} <= files, name
+        assert any(one.startswith("test_") for one in files), name
