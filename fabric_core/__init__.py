@@ -3,7 +3,7 @@
 The names are imported when they are first used, so that ``import fabric_core`` costs next to nothing.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fabric_core.lazy import lazy
 
@@ -71,4 +71,18 @@ __all__ = [
 ]
 
 
-__getattr__, __dir__ = lazy(__name__, _HOMES)
+_get, __dir__ = lazy(__name__, _HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Give a public name, or the version of the distribution, at its first use."""
+    return _version() if name == "__version__" else _get(name)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("fabric-registry")
+    except PackageNotFoundError:  # a source tree that is not installed
+        return "unknown"

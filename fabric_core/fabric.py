@@ -22,6 +22,7 @@ from fabric_core.contracts import (
     Wrapper,
 )
 from fabric_core.errors import MisuseError, NoLoggerError
+from fabric_core.kinds import KINDS, Count
 from fabric_core.running import reporting, seeding
 from fabric_core.running.asynchronous import SaveHandle
 from fabric_core.running.checkpointing import Checkpointing, numbered
@@ -151,16 +152,24 @@ class Fabric(Processes, Training):
         self._failures: Failures | None = None
         self._closing: finalize[..., Any] | None = None
         self._acts = Acts(self)
-        self._bindings.bind(self._acts)
-        around_step = "step" in vars(self._acts) or self._hooks.stepped.get_hookimpls()
-        act = self._acts.step if around_step else None
-        self._setup = Setup(self._strategy, self._precision, self._wrappers, self._plan.world_size, act)
-        self._built = set(vars(self)) - own
+        self._at_exit: Any = None
         try:
+            self._bindings.bind(self._acts)
+            act = self._acts.step
+            self._setup = Setup(self._strategy, self._precision, self._wrappers, self._plan.world_size, act)
+            self._built = set(vars(self)) - own
             self._hooks.configured(fabric=self, plan=self._plan)
         except BaseException:
             self._bindings.undo()
             raise
+
+    def __repr__(self) -> str:
+        """Show what was chosen, and which of the processes this is."""
+        single = [kind.name for kind in KINDS.values() if kind.count is Count.ONE]
+        chosen = [f"{kind}={self._plan.of(kind)[0].text!r}" for kind in single]
+        chosen += [f"devices={len(self._plan.device_indices)}", f"num_nodes={self._plan.num_nodes}"]
+        state = "not launched" if self._world is None else f"rank {self._world.global_rank} of {self.world_size}"
+        return f"<{type(self).__name__}({', '.join(chosen)}), {state}>"
 
     # What was chosen
 

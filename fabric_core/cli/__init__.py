@@ -1,25 +1,25 @@
-"""The command line: ``fabric`` or ``python -m fabric_core``."""
+"""The command line: ``fabric-core`` or ``python -m fabric_core``."""
 
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
+import fabric_core
 from fabric_core.assembly import make_plan, make_registry
 from fabric_core.choosing.offers import Offer
-from fabric_core.choosing.plan import Plan
+from fabric_core.choosing.plan import Plan, processes
 from fabric_core.choosing.registry import Registry
 from fabric_core.choosing.request import Request, fill, read_environment, read_file
-from fabric_core.cli._checkpoint import checkpoint
 from fabric_core.cli._conformance import conformance
 from fabric_core.cli._describe import contract_page, field_type, meanings
 from fabric_core.cli._new import new
-from fabric_core.cli._run import run
 from fabric_core.errors import FabricError, FabricWarning, RequestError, UnknownPluginError
 from fabric_core.kinds import EXTENSION, KINDS, Count, argument_defaults, groups
 from fabric_core.running.launching import environment
@@ -28,6 +28,7 @@ __all__ = ["main"]
 
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 _Config = Annotated[Path | None, typer.Option(help="A configuration file, TOML or YAML.")]
+_WIDEST: Final = 100_000
 _Listed = Annotated[list[str] | None, typer.Option(help="May be given several times.")]
 
 
@@ -49,16 +50,15 @@ def show_plugin(name: str, as_json: _AsJson = False) -> None:
     if as_json:
         _print_json(shown_offers)
         return
-    console = Console()
     for one in shown_offers:
-        console.print(f"{one['kind']} {one['name']}", style="bold", markup=False)
-        console.print(f"  {one['distribution']} {one['version']}, {one['value']}", markup=False)
+        _print(f"{one['kind']} {one['name']}", style="bold")
+        _print(f"  {one['distribution']} {one['version']}, {one['value']}")
         if one["error"] is not None:
-            console.print(one["error"], style="red", markup=False)
+            _print(one["error"], style="red")
             continue
-        console.print(f"  {one['summary']}", markup=False)
+        _print(f"  {one['summary']}")
         if one["preset"]:
-            console.print(f"  presets: {one['preset']}", markup=False)
+            _print(f"  presets: {one['preset']}")
         if one["options"]:
             rows = [(key, *(str(part) for part in about)) for key, about in one["options"].items()]
             _print_table(("option", "type", "default", "meaning"), rows)
@@ -97,7 +97,7 @@ def why_plugin(name: str, as_json: _AsJson = False, **asked: Any) -> None:
         return
     for answer in answers:
         verdict = "chosen" if answer["chosen"] else "not chosen"
-        Console().print(f"{answer['kind']} {answer['name']}: {verdict}, {answer['reason']}", markup=False)
+        _print(f"{answer['kind']} {answer['name']}: {verdict}, {answer['reason']}")
 
 
 def explain(as_json: _AsJson = False, **asked: Any) -> None:
@@ -111,7 +111,7 @@ def explain(as_json: _AsJson = False, **asked: Any) -> None:
         rejected = "\n".join(f"{name}: {reason}" for name, reason in choice.rejected)
         rows.append((choice.kind, choice.text, choice.distribution, choice.reason, rejected))
     _print_table(("kind", "choice", "from", "because", "instead of"), rows)
-    Console().print(f"{chosen.world_size} process(es), devices {list(chosen.device_indices)}")
+    _print(f"{processes(chosen.world_size)}, devices {list(chosen.device_indices)}")
 
 
 def contract(kind: str) -> None:
@@ -154,7 +154,7 @@ def _options() -> dict[str, tuple[str, Any, Any]]:
     for name, default in argument_defaults().items():
         if name in several or name == "plugins":
             found[several.get(name, "plugin")] = (name, _Listed, None)
-        elif name != "callbacks":
+        elif name not in {"callbacks", "check", "warn_after"}:  # those choose nothing
             found[name] = (name, int if name == "num_nodes" else str if default else str | None, default)
     return found
 
@@ -255,26 +255,51 @@ def _print_json(data: Any) -> None:
 def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.text import Text
 
-    table = Table(*columns)
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        # For a file or a pipe every row is as wide as it is: nothing is cut, and a path can be searched for.
+        console = Console(
+            width=max(console.width, Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum)
+        )
+    console.print(table)
+
+
+def _print(text: str, *, style: str | None = None, error: bool = False) -> None:
+    """Print text as it is, without wrapping it."""
+    Console(stderr=error).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fabric-core {fabric_core.__version__}")
+        raise typer.Exit
+
+
+def _versioned(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Look into plugins and plans."""
 
 
 def _make_app() -> typer.Typer:
     """Put the commands together; those that ask for a plan have the options that the table of kinds gives now."""
     app = typer.Typer(no_args_is_help=True, help="Look into plugins and plans.", add_completion=False)
+    app.callback()(_versioned)
     plugins = typer.Typer(no_args_is_help=True, help="The plugins that are installed.")
     app.add_typer(plugins, name="plugins")
-    app.add_typer(checkpoint, name="checkpoint")
     plugins.command("list")(list_plugins)
     plugins.command("show")(show_plugin)
     plugins.command("doctor")(examine_plugins)
     plugins.command("why")(_asking(why_plugin))
     for command in (conformance, new, _asking(explain), contract, schema):
         app.command()(command)
-    # What follows the script is the script's.
-    app.command(context_settings={"allow_interspersed_args": False})(run)
     return app
 
 
@@ -284,5 +309,5 @@ def main() -> None:
     try:
         _make_app()()
     except FabricError as error:
-        Console(stderr=True).print(f"{error}", style="red", markup=False)
+        _print(f"{error}", style="red", error=True)
         raise SystemExit(2) from None

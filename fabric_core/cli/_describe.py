@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from fabric_core.contracts import (
     API_VERSION,
     Collectives,
+    FabricActs,
     LaunchOrder,
     LifeCycle,
     Plugin,
@@ -99,6 +100,7 @@ _ALSO: Final[Mapping[str, tuple[type[Any], ...]]] = {
     "strategy": (Collectives, World),
     "precision": (PrecisionPolicy,),
     "launcher": (LaunchOrder, ProcessInfo),
+    EXTENSION: (FabricActs,),
 }
 """What the behaviours of a contract take and return, and an author must know too."""
 

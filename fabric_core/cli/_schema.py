@@ -36,6 +36,10 @@ def make_schema(registry: Registry) -> dict[str, Any]:
             properties[name] = {"anyOf": [{"type": "integer"}, {"type": "string"}, _list({"type": "integer"})]}
         elif name == "num_nodes":
             properties[name] = {"type": "integer", "minimum": 1}
+        elif name == "check":
+            properties[name] = {"type": "boolean"}
+        elif name == "warn_after":
+            properties[name] = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]}
         elif name == "plugins":
             parts = [_reference(registry, one.name, False, f"{one.name}=") for one in KINDS.values() if one.in_plugins]
             properties[name] = _list({"anyOf": [*parts, _extensions(registry)]})

@@ -194,6 +194,8 @@ def _run(pool: RankPool, place: "Place", function: Callable[..., Any], args: tup
 
 def _measure(function: Callable[..., Any], place: "Place", args: tuple[Any, ...]) -> Any:
     """Run a measurement in a rank, and clear away what a wrong plugin left, so that the next one starts clean."""
+    # What is installed beside the plugin must not act on its measurements.
+    os.environ["FABRIC_EXTENSIONS"] = ""
     with restored():
         try:
             return function(place, *args)
@@ -249,14 +251,13 @@ class Place:
             group.shutdown()
 
     @contextmanager
-    def fabric(self, *, nodes: int = 1, **parts: Plugin) -> Iterator[Fabric]:
+    def fabric(self, **parts: Plugin) -> Iterator[Fabric]:
         """Build a ``Fabric`` and launch it; torn down at the end.
 
         Args:
-            nodes: On how many nodes the ranks are, equally many on each.
             parts: Plugins by their kind, in the place of the kit's references.
         """
-        fabric = self.unlaunched(nodes=nodes, **parts)
+        fabric = self.unlaunched(**parts)
         with fabric:
             fabric.launch()
             self._meet()
@@ -272,13 +273,7 @@ class Place:
             store.set(f"kit/met/{meeting}", "")
         store.wait([f"kit/met/{meeting}"])
 
-    def store(self) -> Any:
-        """Give a store that the ranks share, apart from every other one's keys."""
-        import torch.distributed as dist
-
-        return dist.PrefixStore("kit/given", _store(int(os.environ["MASTER_PORT"])))
-
-    def unlaunched(self, *, nodes: int = 1, **parts: Plugin) -> Fabric:
+    def unlaunched(self, **parts: Plugin) -> Fabric:
         """Build a ``Fabric``."""
         from fabric_core.conformance import references as kit
 
@@ -288,8 +283,7 @@ class Place:
             accelerator=parts.pop("accelerator", None) or self.device or kit.Host(),
             strategy=parts.pop("strategy", None) or (kit.Averaging() if self.world_size > 1 else kit.Alone()),
             precision=parts.pop("precision", None) or kit.Full(),
-            devices=self.world_size // nodes,
-            num_nodes=nodes,
+            devices=self.world_size,
             wrappers=None if wrapper is None else [wrapper],
             loggers=None if logger is None else [logger],
             plugins=[parts.pop("launcher", None) or kit.Surroundings(), parts.pop("checkpoint", None) or kit.OneFile()],

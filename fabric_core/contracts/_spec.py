@@ -1,6 +1,7 @@
 """The base class of every plugin, and what its signatures must be."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -8,7 +9,7 @@ from typing import Any, ClassVar, Final, Self, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fabric_core.errors import OptionError
+from fabric_core.errors import FabricWarning, OptionError
 from fabric_core.markers import PROJECT
 
 API_VERSION: Final = 1
@@ -43,6 +44,23 @@ def bound_of(instance: object) -> Bound | None:
     """Give what a ``Fabric`` has bound on an instance, if one has."""
     bound: Bound | None = vars(instance).get(BOUND)
     return bound
+
+
+def warn_of_lost_extensions(what: str, *instances: object) -> None:
+    """Warn where what is pickled leaves the extensions of this process behind.
+
+    Args:
+        what: What is pickled.
+        instances: What extensions may wrap.
+    """
+    lost = sorted({name for one in instances for bound in [bound_of(one)] if bound for name in bound.extensions})
+    if lost:
+        warnings.warn(
+            f"{what} was pickled without the extensions that act on it here: {', '.join(lost)}; where it is loaded, "
+            "none of them acts on it",
+            FabricWarning,
+            stacklevel=3,
+        )
 
 
 class PluginOptions(BaseModel):

@@ -15,7 +15,8 @@ __all__ = ["LifeCycle"]
 class LifeCycle:
     """The hooks that an extension may listen to with ``@hookimpl``; what changes a behaviour wraps it instead.
 
-    ``fabric`` is the ``Fabric`` that it happened to; a listener takes those arguments that it needs.
+    ``fabric`` is the ``Fabric`` that it happened to, with its ``plan``, its ``models`` and its ``step_count``; a
+    listener takes those arguments that it needs.
     """
 
     @event
@@ -48,8 +49,8 @@ class LifeCycle:
 
     @event
     def failed(self, fabric: Any, error: BaseException) -> None:
-        """An exception leaves ``with Fabric(...)``, or the function that was launched; the teardown follows."""
+        """An exception leaves ``with Fabric(...)`` or the function that was launched, or ends the script."""
 
     @event
     def torn_down(self, fabric: Any) -> None:
-        """The ``Fabric`` has released its resources."""
+        """The ``Fabric`` has released its resources; or the script ends, and nothing tore it down."""

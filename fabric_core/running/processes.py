@@ -1,11 +1,13 @@
 """A Fabric's processes: who this one is, how they start and end, and what they say to each other."""
 
+import atexit
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final, Self
-from weakref import finalize
+from weakref import finalize, ref
 
 import torch
 
@@ -43,6 +45,7 @@ class Processes:
     _launcher: Launcher | None
     _failures: Failures | None
     _closing: Any
+    _at_exit: Any
 
     # Who this process is
 
@@ -188,6 +191,10 @@ class Processes:
         if self._loggers and world.is_global_zero:
             # At the end of the script, or of this object's life, where nothing else does it.
             self._closing = finalize(self, reporting.finalize, self._loggers)
+        if self._hooks.failed.get_hookimpls() or self._hooks.torn_down.get_hookimpls():
+            self._at_exit = partial(_ended, ref(self))
+            atexit.register(self._at_exit)
+            finalize(self, atexit.unregister, self._at_exit).atexit = False
         self._hooks.launched(fabric=self, world=world)
 
     # Between ranks
@@ -278,6 +285,9 @@ class Processes:
         self._failures = None
         if failures is not None:
             failures.end(sys.exc_info()[1])
+        if self._at_exit is not None:
+            atexit.unregister(self._at_exit)
+            self._at_exit = None
         with ExitStack() as stack:
             stack.callback(self._bindings.undo)
             if launcher is not None:
@@ -305,9 +315,17 @@ class Processes:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Tear down, and tell who listens where an exception leaves the block."""
+        try:
+            if error is not None:
+                self._hooks.failed(fabric=self, error=error)
+        finally:
+            self.teardown()
+
+    def tell_end(self, error: BaseException | None) -> None:
+        """Tell who listens that the script ends, and whether an exception ends it."""
         if error is not None:
             self._hooks.failed(fabric=self, error=error)
-        self.teardown()
+        self._hooks.torn_down(fabric=self)
 
 
 def _launched(
@@ -322,6 +340,13 @@ def _launched(
         seed_everything(seed, verbose=False)
     with fabric:
         return fabric.launch(function, *args, **kwargs)
+
+
+def _ended(fabric: "ref[Processes]") -> None:
+    """Tell, at the end of a script that doesn't tear down, who listens."""
+    one = fabric()
+    if one is not None:
+        one.tell_end(None if hasattr(sys, "ps1") else getattr(sys, "last_value", None))
 
 
 def _tensors(data: Any, device: torch.device) -> Any:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fabric_core.contracts import Precision, Wrapper, converter
+from fabric_core.contracts._spec import warn_of_lost_extensions
 from fabric_core.errors import MisuseError
 from fabric_core.wrapping.backward_guard import BackwardGuard
 from fabric_core.wrapping.gradient_sync import GradientSync
@@ -335,9 +336,11 @@ class FabricModule(nn.Module):
         return clone
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle all but the link to the ``Fabric``, which stays in its process."""
+        """Pickle all but the link to the ``Fabric`` and extensions, which stay in their process."""
         modules, given = self._fabric_parts()
-        return _rebuild, (modules, {**given, "around": replace(given["around"], guard=None, sync=None, steps=None)})
+        around: Around = given["around"]
+        warn_of_lost_extensions("a model", around.precision, *around.wrappers)
+        return _rebuild, (modules, {**given, "around": replace(around, guard=None, sync=None, steps=None)})
 
     def _fabric_parts(self) -> tuple[tuple[nn.Module, nn.Module, nn.Module], dict[str, Any]]:
         given = {

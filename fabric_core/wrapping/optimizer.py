@@ -1,6 +1,7 @@
 """The wrapped optimizer: its step passes through strategy and precision."""
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -9,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from fabric_core.contracts import Precision, Strategy, Wrapper
+from fabric_core.contracts._spec import warn_of_lost_extensions
 from fabric_core.wrapping.step_guard import StepGuard
 
 __all__ = ["FabricOptimizer", "take_step", "wrap_optimizer"]
@@ -91,7 +93,10 @@ class FabricOptimizer:
         return clone
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the original, and the plugins as they would be made again."""
+        """Pickle the original, and the plugins as they would be made again; a warning names what stays behind."""
+        acts = [] if self._fabric_act is None else [inspect.unwrap(self._fabric_act).__self__]
+        wrapped = (self._fabric_strategy, self._fabric_precision, *self._fabric_wrappers, *acts)
+        warn_of_lost_extensions("an optimizer", *wrapped)
         return wrap_optimizer, (self._fabric_inner, self._fabric_strategy, self._fabric_precision)
 
 

@@ -1,9 +1,10 @@
 """Setting up: models, optimizers and loaders pass through precision, device, wrappers and strategy, and are wrapped."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet, finalize
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary, finalize
 
 import torch
 from torch import nn
@@ -59,7 +60,8 @@ class Setup:
         # Weak: what was set up dies with its last user, and an old parameter once its optimizer has the new one.
         self._set_up: WeakSet[Any] = WeakSet()
         self._modules: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()  # in the same order on every rank
-        self._models: WeakSet[FabricModule] = WeakSet()
+        self._models: WeakValueDictionary[int, FabricModule] = WeakValueDictionary()
+        self._numbers = itertools.count()
         self._replaced = WeakTensorKeyDictionary()
         self._optimizers: WeakSet[Optimizer] = WeakSet()
         # What watches over gradients and steps; where nothing has to, nothing does.
@@ -71,6 +73,11 @@ class Setup:
         needed = self._sync is not None or scaled is not None or sharded is not None
         cleared = None if sharded is None else strategy.gradients_cleared
         self._steps = StepGuard(self._sync, scaled, sharded, cleared) if needed else None
+
+    @property
+    def models(self) -> list[FabricModule]:
+        """The models that were set up and are still in use, in that order."""
+        return list(self._models.values())
 
     def module(
         self, module: Any, optimizers: Sequence[Optimizer], world: World, *, move: bool
@@ -118,7 +125,7 @@ class Setup:
         )
         self._set_up.add(module)
         self._modules[module] = None
-        self._models.add(wrapped)
+        self._models[next(self._numbers)] = wrapped
         for wrapper in self._wrappers:
             wrapper.after_setup(module, {old: after[name] for name, old in before.items() if after[name] is not old})
         self._watch_steps()
@@ -206,7 +213,7 @@ class Setup:
         """Give what the strategy made of a model; without one, of the only one that is set up."""
         if model is not None:
             return strategy_module(_set_up(model, "fabric.backward(model=)"))
-        models = list(self._models)
+        models = self.models
         return strategy_module(models[0]) if len(models) == 1 else None
 
     def no_backward_sync(self, module: Any, *, enabled: bool) -> AbstractContextManager[Any]:

@@ -38,7 +38,7 @@ class Training:
     _strategy: Strategy
     _precision: Precision
     _hooks: Any
-    _acts: FabricActs
+    _acts: "Acts"
     _setup: Setup
     _world: World | None
 
@@ -184,6 +184,16 @@ class Training:
 
     # Training
 
+    @property
+    def models(self) -> list[FabricModule]:
+        """The models that were set up and are still in use, in that order."""
+        return self._setup.models
+
+    @property
+    def step_count(self) -> int:
+        """How often the optimizers that were set up were stepped, together; steps that the precision skipped count."""
+        return self._acts.steps
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Give the precision's forward context, for computations outside a model."""
         return self._precision.forward_context(self.device.type) or ExitStack()
@@ -277,6 +287,7 @@ class Acts(FabricActs):
 
     def __init__(self, fabric: Any) -> None:
         self._living = weakref.ref(fabric)
+        self.steps = 0
 
     @property
     def _fabric(self) -> Any:
@@ -305,7 +316,11 @@ class Acts(FabricActs):
     def step(self, optimizer: Any, closure: Callable[[], Any] | None) -> Any:
         """Step, and tell who listens."""
         result = take_step(optimizer, closure)
-        self._fabric._hooks.stepped(fabric=self._fabric, optimizer=optimizer)
+        self.steps += 1
+        fabric = self._fabric
+        # An optimizer may outlive its Fabric; and a call of a hook costs more than all the rest.
+        if fabric is not None and fabric._hooks.stepped.get_hookimpls():
+            fabric._hooks.stepped(fabric=fabric, optimizer=optimizer)
         return result
 
     def save(self, path: Any, state: Mapping[str, Any], options: Mapping[str, Any]) -> Any:

@@ -74,7 +74,7 @@ def test_explaining_gives_the_plan_of_fabric(fabric: Any, tmp_path: Path) -> Non
     assert json.loads(out) == Fabric.from_config(path, precision="bf16-mixed").plan.as_dict()
     _, table, _ = fabric("explain", "--config", str(path))
     assert "ddp:static_graph=true" in table
-    assert "2 process(es), devices [0, 1]" in table
+    assert "2 processes, devices [0, 1]" in table
 
 
 @pytest.mark.parametrize(
@@ -155,3 +155,25 @@ def test_the_schema_accepts_what_fabric_accepts(fabric: Any, tmp_path: Path, tex
     except FabricError:
         accepted = False
     assert accepted == good
+
+
+def test_no_table_cuts_a_path_or_a_cause_where_the_output_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes into a file or a pipe is whole, however narrow a terminal would be; so is an error."""
+    monkeypatch.setattr("sys.argv", ["fabric-core", "plugins", "list"])
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "fabric_plugins.strategies.ddp:DDP_FIND_UNUSED_PARAMETERS_TRUE" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["fabric-core", "explain", "--strategy", "dpp"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "instead: did you mean 'ddp' or 'fsdp' or 'ddp_spawn'? There are: ddp, ddp_find" in capsys.readouterr().err
+
+
+def test_the_command_says_its_version(fabric: Any) -> None:
+    """That of the package."""
+    import fabric_core
+
+    assert fabric("--version")[1].strip() == f"fabric-core {fabric_core.__version__}"

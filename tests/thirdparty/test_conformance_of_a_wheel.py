@@ -23,6 +23,15 @@ WRONG = RIGHT.replace('"""Averages gradients."""', '''"""Sums gradients, and doe
                 parameter.grad.mul_(self.world.world_size)
 ''')  # fmt: skip
 
+BESIDE = """
+from fabric_core import around
+class Breaking:
+    @around.fabric
+    def setup(self):
+        raise AssertionError("an extension that is installed beside a plugin acts on its rules")
+        yield
+"""
+
 TEST = """
 from fabric_core.conformance import suite
 
@@ -34,7 +43,7 @@ test_rules = suite("strategy", {name!r}, report="report.json")
 def environment(
     make_environment: Callable[[str], Any], distribution: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Any:
-    """Give an environment with a right and a wrong strategy."""
+    """Give an environment with a right and a wrong strategy, and an extension that must not act on them."""
     environment = make_environment("conformance")
     folder = tmp_path_factory.mktemp("conformance-wheels")
     wheels = [
@@ -43,6 +52,16 @@ def environment(
         )
         for name, source in (("right", RIGHT), ("wrong", WRONG))
     ]
+    wheels.append(
+        distribution(
+            "acme-beside",
+            BESIDE,
+            points={
+                "fabric.extensions": {"beside": "acme_beside:Breaking"},
+                "fabric.auto": {"extension/0/beside": "acme_beside:Breaking"},
+            },
+        ).write(folder)
+    )
     environment.install(wheels)
     return environment
 
