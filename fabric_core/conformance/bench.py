@@ -251,13 +251,14 @@ class Place:
             group.shutdown()
 
     @contextmanager
-    def fabric(self, **parts: Plugin) -> Iterator[Fabric]:
+    def fabric(self, *, nodes: int = 1, **parts: Plugin) -> Iterator[Fabric]:
         """Build a ``Fabric`` and launch it; torn down at the end.
 
         Args:
+            nodes: On how many nodes the ranks are, equally many on each.
             parts: Plugins by their kind, in the place of the kit's references.
         """
-        fabric = self.unlaunched(**parts)
+        fabric = self.unlaunched(nodes=nodes, **parts)
         with fabric:
             fabric.launch()
             self._meet()
@@ -273,7 +274,13 @@ class Place:
             store.set(f"kit/met/{meeting}", "")
         store.wait([f"kit/met/{meeting}"])
 
-    def unlaunched(self, **parts: Plugin) -> Fabric:
+    def store(self) -> Any:
+        """Give a store that the ranks share, apart from every other one's keys."""
+        import torch.distributed as dist
+
+        return dist.PrefixStore("kit/given", _store(int(os.environ["MASTER_PORT"])))
+
+    def unlaunched(self, *, nodes: int = 1, **parts: Plugin) -> Fabric:
         """Build a ``Fabric``."""
         from fabric_core.conformance import references as kit
 
@@ -283,7 +290,8 @@ class Place:
             accelerator=parts.pop("accelerator", None) or self.device or kit.Host(),
             strategy=parts.pop("strategy", None) or (kit.Averaging() if self.world_size > 1 else kit.Alone()),
             precision=parts.pop("precision", None) or kit.Full(),
-            devices=self.world_size,
+            devices=self.world_size // nodes,
+            num_nodes=nodes,
             wrappers=None if wrapper is None else [wrapper],
             loggers=None if logger is None else [logger],
             plugins=[parts.pop("launcher", None) or kit.Surroundings(), parts.pop("checkpoint", None) or kit.OneFile()],
