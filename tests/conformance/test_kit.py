@@ -104,7 +104,7 @@ def test_expected_failures_are_counted_apart_and_strict() -> None:
         ({"xfail": {"STR-397": "why"}}, "doesn't check"),
         ({"world_sizes": ()}, "number of processes"),
         ({"world_sizes": (3,)}, "number of processes"),
-        ({"kind": "precision", "plugin": "32-true", "world_sizes": (2,)}, "number of processes"),
+        ({"kind": "wrapper", "plugin": "compile", "world_sizes": (2,)}, "number of processes"),
         ({"device": "nope"}, "there is no accelerator 'nope'"),
         ({"kind": "accelerator", "plugin": "cpu", "device": "cpu"}, "its own devices"),
         ({"report": "report.md"}, "report.json"),

@@ -304,9 +304,9 @@ def _chosen(given: argparse.Namespace, record: Record) -> list[int]:
     everyone = population()
     indices = list(range(len(everyone)))
     if given.only:
-        return [index for index in indices if any(text in everyone[index].key for text in given.only)]
+        indices = [index for index in indices if any(text in everyone[index].key for text in given.only)]
     if given.survivors:
-        return [index for index in indices if everyone[index].key in record.survivors]
+        indices = [index for index in indices if everyone[index].key in record.survivors]
     if given.new:
         indices = [index for index in indices if everyone[index].key not in record.seen]
     if given.sample is not None:
