@@ -105,7 +105,7 @@ TARGETS: Final[tuple[Target, ...]] = (
     Target("checkpoint", "fabric_plugins.checkpoints.single_file:SingleFileCheckpoint",
            ("fabric_plugins.checkpoints.single_file", "fabric_plugins.checkpoints._plain")),
     Target("checkpoint", "fabric_plugins.checkpoints.distributed:DistributedCheckpoint",
-           ("fabric_plugins.checkpoints.distributed", "fabric_plugins.checkpoints._dcp")),
+           ("fabric_plugins.checkpoints.distributed", "fabric_plugins.checkpoints._manifest")),
     Target("wrapper", "fabric_plugins.wrappers.compile:CompileWrapper", ("fabric_plugins.wrappers.compile",),
            options={"backend": "eager"}),
     Target("wrapper", "fabric_plugins.wrappers.activation_checkpointing:ActivationCheckpointingWrapper",
