@@ -18,7 +18,7 @@ EPOCHS := 10
 .PHONY: help
 help: ## List the commands
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name text; do \
-		printf 'make %-7s %s\n' "$$name" "$$text"; done
+		printf 'make %-9s %s\n' "$$name" "$$text"; done
 
 .PHONY: demo
 demo: $(INSTALLED) ## Train a classifier on two processes and draw what it learnt
@@ -52,6 +52,10 @@ mutants: $(INSTALLED) ## Prove the conformance kit: every mutant by every rule
 .PHONY: authors
 authors: $(INSTALLED) ## Build, install and check the packages that authors start from and copy
 	$(BIN)/python -m pytest -m authors tests/thirdparty
+
+.PHONY: generated
+generated: $(INSTALLED) ## Prove the conformance kit: a sample of changes that nobody chose, another each time
+	PYTHONPATH=tests/conformance $(BIN)/python -m proof.generated --sample 60 --minutes 8
 
 .PHONY: seeds
 seeds: $(INSTALLED) ## Prove the conformance kit: pairs of mutants and correct variants, over twenty seeds

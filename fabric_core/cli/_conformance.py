@@ -1,19 +1,29 @@
-"""``fabric-core conformance``: whether a plugin keeps the contract of its kind, from the command line."""
+"""``fabric-core conformance``: whether plugins keep the contract of their kind, from the command line."""
 
+import json
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from fabric_core.errors import RequestError
 
+if TYPE_CHECKING:
+    from fabric_core.conformance import Report, Subject
+
 __all__ = ["conformance"]
 
 
 def conformance(
-    plugin: Annotated[
-        str, typer.Argument(help="kind:name[:option=value,...], as in strategy:my_strategy; or kind:module:Class.")
+    plugins: Annotated[
+        list[str],
+        typer.Argument(
+            help="kind:name[:option=value,...], as in strategy:my_strategy; kind:module:Class; or kind:* for all of it."
+        ),
     ],
     device: Annotated[str | None, typer.Option(help="The accelerator to run on; the CPU by default.")] = None,
     world_size: Annotated[
@@ -26,10 +36,53 @@ def conformance(
     xfail: Annotated[
         list[str] | None, typer.Option(help='A rule that it is known to break, as "ID=reason"; several times.')
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="Write JSON here, Markdown and a badge beside it.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write JSON here, Markdown and a badge beside it; for one plugin.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the reports as JSON, and nothing else: a list, one for each plugin.")
+    ] = False,
 ) -> None:
-    """Judge a plugin by the rules of its kind; exit code 1 where it breaks one, or none could be checked."""
-    from fabric_core.conformance import Subject, run_rules
+    """Judge plugins by the rules of their kind; exit code 1 where one breaks one, or none could be checked."""
+    from fabric_core.conformance import run_rules
+
+    subjects = [found for plugin in plugins for found in _subjects(plugin)]
+    if report is not None and len(subjects) > 1:
+        raise RequestError("one report is for one plugin", where="--report", got=f"{len(subjects)} plugins",
+                           instead="--json, which prints all reports")  # fmt: skip
+    pools: dict[int, Any] = {}
+    results = []
+    try:
+        for shown, subject in subjects:
+            results.append(
+                run_rules(
+                    subject,
+                    world_sizes=world_size or (1, 2),
+                    device=None if subject.kind == "accelerator" and len(subjects) > 1 else device,
+                    expected=dict(map(_expected, xfail or ())),
+                    only=rule or None,
+                    seed=seed,
+                    report=report,
+                    pools=pools,
+                    progress=_Progress(f"{subject.kind} {shown}") if sys.stderr.isatty() else None,
+                )
+            )
+            if not as_json:
+                _print(shown, results[-1])
+    finally:
+        for pool in pools.values():
+            pool.close()
+    if as_json:
+        sys.stdout.write(json.dumps([result.as_dict() for result in results], indent=2) + "\n")
+    if not all(result.passed for result in results):
+        raise typer.Exit(1)
+
+
+def _subjects(plugin: str) -> "Iterator[tuple[str, Subject]]":
+    """Find what is meant, and how to show it: one plugin, or by ``kind:*`` each that is installed, once."""
+    from fabric_core.choosing.registry import Registry
+    from fabric_core.conformance import Subject
+    from fabric_core.errors import FabricError
 
     kind, _, name = plugin.partition(":")
     if not name:
@@ -39,15 +92,37 @@ def conformance(
             got=plugin,
             instead="strategy:my_strategy",
         )
-    result = run_rules(
-        Subject.of(kind, name),
-        world_sizes=world_size or (1, 2),
-        device=device,
-        expected=dict(map(_expected, xfail or ())),
-        only=rule or None,
-        seed=seed,
-        report=report,
-    )
+    if name != "*":
+        yield name, Subject.of(kind, name)
+        return
+    seen = set()
+    for offer in Registry().offers(kind):
+        subject = Subject.of(kind, f"{offer.distribution}/{offer.name}")
+        try:
+            preset = subject.load()
+        except FabricError:
+            yield offer.name, subject  # a rule says why
+            continue
+        if (preset.plugin, repr(preset.options)) not in seen:
+            seen.add((preset.plugin, repr(preset.options)))
+            yield offer.name, subject
+
+
+class _Progress:
+    """Writes over one line of a terminal how far it is, and how long it may still take."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._begin = time.monotonic()
+
+    def __call__(self, verdict: Any, count: int, total: int) -> None:
+        left = (time.monotonic() - self._begin) / count * (total - count)
+        text = f"{self._name}: {count} of {total} rules, {verdict.rule}, some {left:.0f} s left"
+        sys.stderr.write(f"\r{text:<79}" + ("\r" + " " * 79 + "\r" if count == total else ""))
+        sys.stderr.flush()
+
+
+def _print(shown: str, result: "Report") -> None:
     console = Console()
     for verdict in result.failures:
         console.print(verdict.message, markup=False, highlight=False, soft_wrap=True)
@@ -55,10 +130,11 @@ def conformance(
     counts = ", ".join(f"{count} {status}" for status, count in result.as_dict()["counts"].items())
     profiles = ", ".join(f"{profile} {'kept' if kept else 'broken'}" for profile, kept in result.profiles().items())
     console.print(
-        f"{kind} {name}: {profiles or result.summary} ({counts})", markup=False, highlight=False, soft_wrap=True
+        f"{result.subject.kind} {shown}: {profiles or result.summary} ({counts})",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )
-    if not result.passed:
-        raise typer.Exit(1)
 
 
 def _expected(given: str) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 
 from fabric_core.conformance.pool import RankHang, RankPool, RankRaised
-from fabric_core.conformance.rule import Broken
+from fabric_core.conformance.rule import Broken, without_kit
 from fabric_core.conformance.snapshot import restored
 from fabric_core.conformance.subject import Subject
 from fabric_core.contracts import Plugin
@@ -21,6 +21,10 @@ __all__ = ["Bench", "Place"]
 
 _TIMEOUT: Final = 20.0
 """How many seconds one measurement may take; ``FABRIC_TIMEOUT_SCALE`` multiplies it."""
+
+
+_OURS: Final = frozenset({"FABRIC_TIMEOUT_SCALE", "FABRIC_DISABLE_PLUGINS"})
+"""Variables that the ranks heed."""
 
 
 class Bench:
@@ -33,14 +37,23 @@ class Bench:
         subject: The plugin under test.
         device: The name of the accelerator to run on; ``None`` is the kit's own, the CPU.
         timeout: How many seconds one measurement may take; ``FABRIC_TIMEOUT_SCALE`` multiplies it.
+        pools: Ranks that other benches use too, and that whoever made them ends.
     """
 
-    def __init__(self, subject: Subject, *, device: str | None = None, timeout: float = _TIMEOUT) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        *,
+        device: str | None = None,
+        timeout: float = _TIMEOUT,
+        pools: dict[int, RankPool] | None = None,
+    ) -> None:
         self.subject = subject
         self.device = device
         self.world_size = 1
         self._timeout = timeout
-        self._pools: dict[int, RankPool] = {}
+        self._pools: dict[int, RankPool] = {} if pools is None else pools
+        self._shared = pools is not None
         self._looked: tuple[dict[str, Any], str | None] | Exception | None = None
 
     @property
@@ -107,9 +120,9 @@ class Bench:
     def fresh(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run ``function(place, *args)`` in a new process that has only PyTorch and the core imported.
 
-        It may start processes of its own.
+        It may start processes of its own, which takes longer.
         """
-        with RankPool(1, timeout=self._timeout, parents=True) as pool:
+        with RankPool(1, timeout=3 * self._timeout, parents=True) as pool:
             return _run(pool, Place(self.subject, self.device), function, args)[0]
 
     def check(self, check: Callable[..., None], *example: Any) -> None:
@@ -124,7 +137,9 @@ class Bench:
             raise Broken(message)
 
     def close(self) -> None:
-        """End the ranks."""
+        """End the ranks, where no other bench has them too."""
+        if self._shared:
+            return
         for pool in self._pools.values():
             pool.close()
         self._pools.clear()
@@ -163,7 +178,7 @@ def _check(place: "Place", check: Callable[..., None], *example: Any) -> str | N
     except Broken as broken:
         return str(broken)
     except Exception as error:  # noqa: BLE001 - the plugin may raise anything
-        return f"{error!r}\n{traceback.format_exc()}"
+        return f"{error!r}\n{without_kit(traceback.format_exc())}"
     return None
 
 
@@ -185,7 +200,7 @@ def _run(pool: RankPool, place: "Place", function: Callable[..., Any], args: tup
         # The message of an error may go on in indented lines.
         last = [line for line in error.trace.strip().splitlines() if line[:1].strip()][-1]
         said = (
-            f"rank {error.rank} raised {last}\n{error.trace}"
+            f"rank {error.rank} raised {last}\n{without_kit(error.trace)}"
             if "\n" in error.trace.strip()
             else f"rank {error.rank}: {last}"
         )
@@ -197,6 +212,10 @@ def _measure(function: Callable[..., Any], place: "Place", args: tuple[Any, ...]
     # What is installed beside the plugin must not act on its measurements.
     os.environ["FABRIC_EXTENSIONS"] = ""
     with restored():
+        # What else is installed, or asked for by whoever runs the kit, takes no part.
+        for name in [name for name in os.environ if name.startswith("FABRIC_") and name not in _OURS]:
+            del os.environ[name]
+        os.environ["FABRIC_EXTENSIONS"] = ""
         try:
             return function(place, *args)
         finally:

@@ -388,6 +388,11 @@ class Scaled(Precision):
         self.scale = self.options.scale
         self.unscaled: set[int] = set()
         self.overflown = False
+        self.ranks: Collectives | None = None
+
+    def connect(self, collectives: Collectives) -> None:
+        """Keep them, to agree on whether a step overflowed."""
+        self.ranks = collectives
 
     @property
     def policy(self) -> PrecisionPolicy:
@@ -426,11 +431,17 @@ class Scaled(Precision):
                 result = closure()
         self.unscale_gradients(optimizer)
         self.unscaled.discard(id(optimizer))
-        if not self.finite(optimizer):
+        if not self.agreed(self.finite(optimizer)):
             self.overflown = True
             return None
         returned = step(None)
         return returned if closure is None else result
+
+    def agreed(self, finite: bool) -> bool:
+        """Say whether it is so on every rank."""
+        if self.ranks is None:
+            return finite
+        return bool(self.ranks.all_reduce(torch.tensor(float(finite)), None, "min"))
 
     def finite(self, optimizer: Optimizer) -> bool:
         """Say whether all gradients are finite."""

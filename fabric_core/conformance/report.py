@@ -105,7 +105,10 @@ class Report:
             status = self.status(verdict)
             counts[status] = counts.get(status, 0) + 1
         return {
-            "plugin": {**asdict(self.subject), "options": {k: repr(v) for k, v in self.subject.options.items()}},
+            "plugin": {
+                **{name: getattr(self.subject, name) for name in ("kind", "name", "value", "distribution", "version")},
+                "options": {name: repr(value) for name, value in self.subject.options.items()},
+            },
             "contract": API_VERSION,
             "versions": dict(self.versions),
             "device": self.device or "the kit's own accelerator",

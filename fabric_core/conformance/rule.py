@@ -1,5 +1,6 @@
 """What a rule is, and the table that rules are written into."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,13 +9,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-__all__ = ["Broken", "Level", "Rule", "Table"]
+__all__ = ["Broken", "Level", "Rule", "Table", "without_kit"]
 
 _SINGLE = (1,)
 
 
 class Broken(AssertionError):  # noqa: N818 - the rule is broken
     """A rule isn't kept; the text says what was seen."""
+
+
+def without_kit(trace: str) -> str:
+    """Leave the kit's own lines out of a traceback: what it shows is the plugin's way to the error."""
+    kept: list[str] = []
+    skipping = False
+    for line in trace.splitlines():
+        if line.startswith('  File "'):
+            skipping = f"{os.sep}fabric_core{os.sep}conformance{os.sep}" in line and "references.py" not in line
+        elif not line.startswith("    "):
+            skipping = False
+        if not skipping:
+            kept.append(line)
+    return "\n".join(kept)
 
 
 class Level(StrEnum):

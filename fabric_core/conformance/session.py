@@ -1,11 +1,13 @@
 """One run of the kit: what is asked is checked first, the rules share the ranks, and a report ends it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fabric_core.choosing.parsing import parse_plugin
 from fabric_core.choosing.registry import Registry
 from fabric_core.conformance.bench import Bench
+from fabric_core.conformance.pool import RankPool
 from fabric_core.conformance.report import Report
 from fabric_core.conformance.rule import Level, Rule
 from fabric_core.conformance.rules import RULES, rules_for
@@ -29,6 +31,7 @@ class Session:
         report: Where to write the report once all these rules were judged.
         shrink: Look for a smaller example where one fails.
         timeout: How many seconds one measurement may take.
+        pools: Ranks by their number that other sessions use too, and that whoever made them ends.
 
     Raises:
         RequestError: A rule, a number of processes, the device, ``expected`` or ``report`` can't be as asked.
@@ -47,12 +50,14 @@ class Session:
         report: str | Path | None = None,
         shrink: bool = True,
         timeout: float = 20.0,
+        pools: dict[int, RankPool] | None = None,
     ) -> None:
         self.subject = subject
         self.rules = _chosen(subject.kind, only)
         self.expected = _checked_expected(expected or {}, subject.kind)
-        self.bench = Bench(subject, device=device, timeout=timeout)
+        self.bench = Bench(subject, device=device, timeout=timeout, pools=pools)
         self._verdicts: dict[str, Verdict] = {}
+        self._causes: dict[str, str] = {}
         self._world_sizes = _checked_sizes(world_sizes, subject.kind)
         self._seed = seed
         self._report = None if report is None else _checked_path(Path(report))
@@ -74,12 +79,24 @@ class Session:
             if stale is not None:
                 raise RequestError(f"{rule.id} can't be broken: {stale}", where=f"xfail[{rule.id!r}]",
                                    instead="take it out of xfail")  # fmt: skip
+        verdict = self._told_once(verdict)
         self._verdicts[rule.id] = verdict
         if len(self._verdicts) == len(self.rules):
             self.close()
             if self._report is not None:
                 self.report().write(self._report)
         return verdict
+
+    def _told_once(self, verdict: Verdict) -> Verdict:
+        """Tell one cause once: of a rule that is broken by the error that broke an earlier one, only say so."""
+        cause = _cause(verdict.message) if verdict.failed else None
+        if cause is None:
+            return verdict
+        first = self._causes.setdefault(cause, verdict.rule)
+        if first == verdict.rule:
+            return verdict
+        head = verdict.message.partition("\n")[0]
+        return replace(verdict, message=f"{head}\n  seen: the error that breaks {first} too; see there")
 
     def report(self) -> Report:
         """Give the report of what was judged."""
@@ -102,8 +119,14 @@ def run_rules(
     report: str | Path | None = None,
     shrink: bool = True,
     timeout: float = 20.0,
+    pools: dict[int, RankPool] | None = None,
+    progress: Callable[[Verdict, int, int], None] | None = None,
 ) -> Report:
-    """Judge a plugin by every rule of its kind; takes what ``Session`` takes, and gives the report."""
+    """Judge a plugin by every rule of its kind; gives the report.
+
+    Takes what ``Session`` takes, and ``progress``, which is called after each rule with its verdict, how many were
+    judged, and how many there are.
+    """
     session = Session(
         subject,
         world_sizes=world_sizes,
@@ -114,13 +137,26 @@ def run_rules(
         report=report,
         shrink=shrink,
         timeout=timeout,
+        pools=pools,
     )
     try:
-        for rule in session.rules:
-            session.judge(rule)
+        for count, rule in enumerate(session.rules, 1):
+            verdict = session.judge(rule)
+            if progress is not None:
+                progress(verdict, count, len(session.rules))
     finally:
         session.close()
     return session.report()
+
+
+def _cause(message: str) -> str | None:
+    """Give the last line of the error that a message shows, with where it was raised; ``None`` where it shows none."""
+    _, there, trace = message.partition("Traceback (most recent call last):")
+    if not there:
+        return None
+    lines = trace.partition("\n  instead: ")[0].strip().splitlines()
+    places = [index for index, line in enumerate(lines) if line.startswith('  File "')]
+    return "\n".join(lines[places[-1] :]) if places else None
 
 
 def _chosen(kind: str, only: Sequence[str] | None) -> tuple[Rule, ...]:

@@ -39,6 +39,22 @@ def test_a_right_plugin_ends_with_zero_and_a_wrong_one_with_one(conformance: Any
     assert out.endswith("Lazy: breaks the contract (1 broken)\n")
 
 
+def test_several_plugins_in_one_call_give_one_report_each(conformance: Any) -> None:
+    """As JSON alone, in the order asked for; one that is wrong decides the exit code."""
+    code, out, _ = conformance("precision:32-true", LAZY, "--rule", "PRE-228", "--json")
+    assert code == 1
+    assert [(one["plugin"]["name"], one["passed"]) for one in json.loads(out)] == [("32-true", True), ("Lazy", False)]
+
+
+def test_a_star_is_every_plugin_of_a_kind(conformance: Any) -> None:
+    """Each class with its options once: an alias is no second plugin."""
+    code, out, _ = conformance("logger:*", "--rule", "REG-005", "--json")
+    names = [one["plugin"]["name"] for one in json.loads(out)]
+    assert code == 0
+    assert {"csv", "tensorboard"} <= set(names)
+    assert len(names) == len(set(names))
+
+
 def test_nothing_checked_ends_with_one(conformance: Any) -> None:
     """A run in which every rule was skipped isn't green."""
     code, out, _ = conformance("strategy:ddp:bucket_cap_mb=1", "--rule", "STR-319")
@@ -77,6 +93,7 @@ def test_the_report_lies_where_it_is_asked_for(conformance: Any, tmp_path: Path)
         (("strategy:ddp", "--world-size", "3"), "number of processes"),
         (("strategy:ddp", "--device", "nope"), "no accelerator 'nope'"),
         (("strategy:ddp", "--report", "x.md"), "x.json"),
+        (("strategy:ddp", "strategy:fsdp", "--report", "x.json"), "one report is for one plugin"),
         (("strategy:ddp", "--report", "/proc/no/x.json"), "there can be no report"),
     ],
 )

@@ -67,6 +67,15 @@ def test_a_failure_says_what_to_change_and_how_to_see_it_again() -> None:
         replay("strategy", SUMMING, "STR-301", example, world_size=2)
 
 
+def test_one_cause_is_told_once() -> None:
+    """Of rules that the same error breaks, the first shows it without the kit's own lines, the others name the first."""
+    broken = _run("proof.mutants.precision:Counting", "PRE-222", "PRE-224").failures
+    first, second = (verdict.message for verdict in broken)
+    assert "conformance/bench.py" not in first
+    if "Traceback" in first:
+        assert second.endswith("the error that breaks PRE-222 too; see there")
+
+
 def test_report_fits_its_schema_and_is_written(tmp_path: Path) -> None:
     """JSON, Markdown and the badge say the same: what is broken, and on what it ran."""
     report = _run(LAZY, "PRE-228", "PRE-229", "PRE-236", "REG-005")
@@ -104,7 +113,7 @@ def test_expected_failures_are_counted_apart_and_strict() -> None:
         ({"xfail": {"STR-397": "why"}}, "doesn't check"),
         ({"world_sizes": ()}, "number of processes"),
         ({"world_sizes": (3,)}, "number of processes"),
-        ({"kind": "precision", "plugin": "32-true", "world_sizes": (2,)}, "number of processes"),
+        ({"kind": "wrapper", "plugin": "compile", "world_sizes": (2,)}, "number of processes"),
         ({"device": "nope"}, "there is no accelerator 'nope'"),
         ({"kind": "accelerator", "plugin": "cpu", "device": "cpu"}, "its own devices"),
         ({"report": "report.md"}, "report.json"),

@@ -24,9 +24,21 @@ def _tree(factor: float = 1.0) -> dict[str, Any]:
             "count": torch.tensor([3, 5]),
             "empty": torch.zeros(0, 2),
             "scalar": torch.tensor(factor),
+            "transposed": (factor * torch.arange(6.0)).reshape(2, 3).t(),
+            "view": (factor * torch.arange(10.0))[2:8:3],
+            "expanded": torch.full((1, 3), factor).expand(2, 3),
+            "wild": torch.tensor([float("inf"), -float("inf"), -0.0, 3.4e38, 1e-45, 0.1, 16777217.0]),
+            "wide": torch.tensor([0.1, 1e308, 9007199254740993.0], dtype=torch.float64),
+            "large": torch.tensor([2**53 + 1, -(2**63)]),
+            "complex": torch.tensor([1 + 2j, factor]),
+            "flags": torch.tensor([True, False]),
+            "bytes": torch.tensor([0, 255], dtype=torch.uint8),
         },
         "epoch": 7,
-        "rate": 0.5,
+        "rate": 0.1,
+        "huge": 2**70,
+        "limits": [1e308, 5e-324, -0.0, float("inf")],
+        "": "an empty key, and \u00e4\u4e2d\n text",
         "name": "text",
         "done": True,
         "nothing": None,
@@ -38,14 +50,19 @@ def _tree(factor: float = 1.0) -> dict[str, Any]:
     }
 
 
+def _bits(tensor: torch.Tensor) -> tuple[Any, ...]:
+    whole = tensor.detach().cpu().contiguous().reshape(-1)
+    return tuple(tensor.shape), whole.view(torch.uint8).tolist() if whole.numel() else []
+
+
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and _bits(one) == _bits(other)
     if isinstance(one, dict):
         return isinstance(other, dict) and set(one) == set(other) and all(_same(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
         return type(one) is type(other) and len(one) == len(other) and all(map(_same, one, other))
-    return type(one) is type(other) and bool(one == other)
+    return type(one) is type(other) and repr(one) == repr(other)
 
 
 @TABLE.rule(
@@ -94,10 +111,15 @@ def _damaged(bench: Bench) -> None:
     with folder_of_its_own() as folder:
         path = folder / "state"
         bench.plugin().write(path, _tree())
-        for file in [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]:
-            data = file.read_bytes()
-            file.write_bytes(data[: len(data) // 2])
-        _refused(bench.plugin(), path, "half a checkpoint")
+        files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+        whole = {file: file.read_bytes() for file in files}
+        for eighth in range(8):
+            for file, data in whole.items():
+                file.write_bytes(data[: len(data) * eighth // 8])
+            _refused(bench.plugin(), path, f"{eighth} eighths of a checkpoint")
+        for file, data in whole.items():
+            file.write_bytes(data[:-1])
+        _refused(bench.plugin(), path, "a checkpoint without its last byte")
 
 
 @TABLE.rule(
@@ -209,6 +231,48 @@ def _leaves_nothing(bench: Bench) -> None:
         beside = sorted(one.name for one in folder.iterdir() if one.name != "state")
     if beside:
         raise Broken(f"there is {', '.join(beside)}")
+
+
+@TABLE.rule(
+    "CHK-611",
+    "Writing leaves the tree that is given as it was, and reading again gives objects of its own.",
+    reason="A training goes on with the very tensors that it saves.",
+    advice="copy what is changed; cache nothing that was read",
+)
+def _keeps_tree(bench: Bench) -> None:
+    plugin = bench.plugin()
+    with folder_of_its_own() as folder:
+        given = _tree()
+        held = list(given["model"].values())
+        plugin.write(folder / "state", given)
+        if not _same(_tree(), given) or any(
+            one is not other for one, other in zip(held, given["model"].values(), strict=True)
+        ):
+            raise Broken("the tree is another after it was written")
+        first, second = (plugin.read(folder / "state", None) for _ in range(2))
+        first["model"]["weight"].zero_()
+        first["nested"]["list"].append(4)
+        if not _same(_tree(), second):
+            raise Broken("what is changed in one reading is changed in the other")
+
+
+@TABLE.rule(
+    "CHK-612",
+    "Tensors that are equal and shared no memory share none after reading; tensors that shared it come back equal.",
+    reason="Two layers that start alike must not be tied for ever.",
+    advice="tell tensors apart by their memory, not by their values",
+)
+def _ties(bench: Bench) -> None:
+    shared = torch.ones(3)
+    tree = {"one": torch.ones(3), "other": torch.ones(3), "tied": shared, "again": shared}
+    with folder_of_its_own() as folder:
+        bench.plugin().write(folder / "state", tree)
+        got = bench.plugin().read(folder / "state", None)
+    got["one"].zero_()
+    if got["other"].sum() != 3 or got["tied"].sum() != 3:
+        raise Broken("equal tensors came back as one")
+    if not torch.equal(got["tied"], got["again"]):
+        raise Broken("one tensor came back as two that differ")
 
 
 def _write_parts(place: Place, path: str) -> tuple[bool, Any]:

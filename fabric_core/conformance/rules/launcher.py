@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from fabric_core.conformance import snapshot
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.pool import VARIABLES
 from fabric_core.conformance.rule import Broken, Table
@@ -150,3 +151,91 @@ def _teardown(bench: Bench) -> None:
     plugin = bench.plugin()
     plugin.teardown()
     plugin.teardown()
+
+
+def _start_several(place: Place, fails: int | None) -> Any:
+    """Start a function on two ranks, as a script does that nothing launched; say what came of it, and what is left."""
+    for name in VARIABLES:
+        os.environ.pop(name, None)
+    before = snapshot.take()
+    order = LaunchOrder(processes=2, function=_as_rank, args=(fails,))
+    try:
+        result = place.plugin().start(order)
+    except LaunchError as error:
+        # A failing rank is another error, of which this is no base.
+        return "refused", str(error), []
+    except Exception as error:  # noqa: BLE001 - what it raises is what is asked
+        result = f"raised {type(error).__name__}"
+    # PyTorch's own engine draws a port from Python's generator; the process that starts others trains nothing itself.
+    return "ran", result, [name for name in snapshot.differences(before) if not name.startswith("the random state")]
+
+
+def _as_rank(fails: int | None) -> Any:
+    rank = int(os.environ.get("RANK", "-1"))
+    if rank == fails:
+        raise ZeroDivisionError("the kit's own")
+    return rank, os.environ.get("WORLD_SIZE"), b"x" * 3_000_000
+
+
+@TABLE.rule(
+    "LAU-508",
+    "Who starts several processes gives what the function returned on rank 0, however large, and leaves the process "
+    "that started them as it was; who can't, refuses with LaunchError.",
+    reason="A notebook goes on after a training, in the same process.",
+    advice="wait for every rank, return rank 0's result, and undo what was set; or raise LaunchError at once",
+    inside=False,
+)
+def _several(bench: Bench) -> None:
+    outcome, result, left = bench.fresh(_start_several, None)
+    if outcome == "refused":
+        return
+    if not isinstance(result, tuple) or result[0] not in {0, -1} or len(result[2]) != 3_000_000:
+        raise Broken(f"it gives {repr(result)[:100]}, and rank 0 returned its rank, the number of ranks and 3 MB")
+    if left:
+        raise Broken(f"it leaves {', '.join(left)} changed")
+
+
+@TABLE.rule(
+    "LAU-509",
+    "A rank that fails, whichever, makes `start` raise, and no process is left.",
+    reason="A training in which one rank is gone must not look like one that ended.",
+    advice="end the other ranks, wait for them, and raise RankFailedError",
+    inside=False,
+)
+def _one_fails(bench: Bench) -> None:
+    outcome, result, left = bench.fresh(_start_several, 1)
+    if outcome == "refused":
+        return
+    if not str(result).startswith("raised"):
+        raise Broken(f"rank 1 failed, and it gives {repr(result)[:100]}")
+    if left:
+        raise Broken(f"after rank 1 failed it leaves {', '.join(left)} changed")
+
+
+_SCHEDULERS: Final[tuple[Mapping[str, str], ...]] = (
+    {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"},
+    {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+    {"PMI_RANK": "x", "LSB_JOBID": "3", "KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+    {"RANK": "", "WORLD_SIZE": "two"},
+)
+"""What jobs of several systems leave in the environment, whole and half."""
+
+
+@TABLE.rule(
+    "LAU-510",
+    "What jobs of other systems left in the environment gives nothing, a place that is possible, or LaunchError.",
+    reason="Variables of a scheduler stay in shells, containers and notebooks.",
+    advice="ask for every variable that you need, and check that ranks are below their numbers",
+)
+def _left_over(bench: Bench) -> None:
+    for environment in _SCHEDULERS:
+        try:
+            found = bench.plugin().detect(dict(environment))
+        except LaunchError:
+            continue
+        except Exception as error:
+            raise Broken(f"in {dict(environment)} it raises {error!r}") from error
+        if found is not None and not (
+            0 <= found.global_rank < found.world_size and 0 <= found.local_rank < found.local_world_size
+        ):
+            raise Broken(f"in {dict(environment)} it finds {found}")

@@ -1,12 +1,17 @@
 """Rules for loggers."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Final
 
+import torch
+
+from fabric_core.conformance import snapshot
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import folder_of_its_own
-from fabric_core.conformance.rule import Table
+from fabric_core.conformance.rule import Broken, Table
+from fabric_core.errors import FabricError
 
 TABLE: Final = Table("logger")
 
@@ -58,6 +63,44 @@ def _finalize(place: Place, times: int) -> None:
 )
 def _finalizes(bench: Bench) -> None:
     bench.run(_finalize, 2)
+
+
+def _hold(place: Place) -> list[str]:
+    """Log and finish; name what is another afterwards."""
+    with folder_of_its_own() as folder:
+        before = Path.cwd()
+        os.chdir(folder)
+        try:
+            look = snapshot.take()
+            params = {"rate": 0.5, "path": Path("x"), "type": torch.float32, "nested": {"list": [1, {"a": None}]}}
+            metrics = {"loss": 1.5, "accuracy": 0.5}
+            given = (repr(params), repr(metrics))
+            plugin = place.plugin()
+            plugin.log_hyperparams(params)
+            plugin.log_metrics(metrics, 3)
+            changed = ["what was handed over"] if (repr(params), repr(metrics)) != given else []
+            plugin.finalize("success")
+            with contextlib.suppress(FabricError):
+                plugin.log_metrics({"late": 1.0}, 4)
+            plugin.finalize("failed")
+            # It writes where it is told, which is here.
+            return [*changed, *(name for name in snapshot.differences(look) if name != "the working folder")]
+        finally:
+            os.chdir(before)
+
+
+@TABLE.rule(
+    "LOG-704",
+    "It leaves what it is given as it was, takes settings of any type, and once finished leaves the process as it was; "
+    "a metric after that is taken, or refused by an error of this project's.",
+    reason="Settings and metrics are the script's own; so are its hooks, threads and log handlers.",
+    advice="copy what is changed, write others by their text, and give back in finalize what was opened",
+    inside=False,
+)
+def _leaves(bench: Bench) -> None:
+    changed = bench.run_apart(_hold)[0]
+    if changed:
+        raise Broken(f"changed: {', '.join(changed)}")
 
 
 TABLE.untested(

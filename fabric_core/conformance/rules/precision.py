@@ -696,12 +696,14 @@ def _resumed(place: Place, state: bytes) -> tuple[Any, float]:
 
 @TABLE.rule(
     "PRE-232",
-    "Its state comes back in a new object, through a file that runs no code.",
+    "Its state is of plain values, and comes back in a new object, through a file that runs no code.",
     reason="A training that continues must continue with the same scale.",
-    advice="give plain values and tensors in state_dict, and take them all back in load_state_dict",
+    advice="give numbers, text, lists and dicts in state_dict, no tensors, and take them all back in load_state_dict",
 )
 def _state(bench: Bench) -> None:
     seen = bench.run(_steps, 1, (0,) if bench.plugin().policy.loss_scaling else ())[0]
+    if not _is_plain(seen["state"]):
+        raise Broken(f"it holds more than plain values: {seen['state']!r}")
     file = io.BytesIO()
     torch.save(seen["state"], file)
     state, scale = bench.run(_resumed, file.getvalue())[0]
@@ -783,6 +785,178 @@ def _two_scales(bench: Bench) -> None:
     before, after = bench.run(_apart)[0]
     if before != after:
         raise Broken(f"a step skipped by one changes the other's scale from {before} to {after}")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in {bool, int, float, str}
+
+
+def _given(place: Place) -> list[str]:
+    """Hand things over; name those that are others afterwards."""
+    plugin, found = place.plugin(), []
+    x = torch.ones(2, 3)
+    batch = {"x": x, "more": [torch.zeros(1, dtype=torch.float64), (torch.tensor([1]), "text")]}
+    before = repr(batch)
+    plugin.convert_input(batch)
+    plugin.convert_output(batch)
+    if repr(batch) != before or batch["x"] is not x:
+        found.append("a batch that was converted")
+    plugin.scale_loss(torch.ones((), requires_grad=True))
+    state = plugin.state_dict()
+    before = repr(state)
+    plugin.load_state_dict(state)
+    if repr(state) != before:
+        found.append("a state that was loaded")
+    return found
+
+
+@TABLE.rule(
+    "PRE-237",
+    "What it is given is as it was afterwards: batches that it converts, a state that it loads.",
+    reason="A batch is cached by its loader, and a state is loaded into several.",
+    advice="make new containers and tensors; take nothing out of what is given",
+)
+def _keeps_arguments(bench: Bench) -> None:
+    found = bench.run(_given)[0]
+    if found:
+        raise Broken(f"changed: {', '.join(found)}")
+
+
+def _unentered(place: Place) -> list[str]:
+    plugin = place.plugin()
+    before = snapshot.take()
+    contexts = [plugin.forward_context("cpu"), plugin.init_context()]
+    changed = snapshot.differences(before)
+    contexts.clear()
+    return changed
+
+
+@TABLE.rule(
+    "PRE-238",
+    "A context that is made and not entered changes nothing.",
+    reason="Whoever makes it may raise before its block begins.",
+    advice="do it in __enter__",
+)
+def _contexts_wait(bench: Bench) -> None:
+    changed = bench.run(_unentered)[0]
+    if changed:
+        raise Broken(f"it changes {', '.join(changed)}")
+
+
+_OVERFLOWS: Final = (3, 4, 20, 50, 51, 52)
+"""In which of a hundred steps a gradient is not finite."""
+
+
+def _hundred(place: Place, stop: int | None) -> list[float]:
+    """Take a hundred steps, some of which overflow; give each loss's scale. May go on in a new object from a state."""
+    scales: list[float] = []
+    state: dict[str, Any] | None = None
+    for steps in [range(100)] if stop is None else [range(stop), range(stop, 100)]:
+        with place.fabric() as fabric:
+            if state is not None:
+                fabric.precision.load_state_dict(state)
+            model = nn.Linear(1, 1, bias=False)
+            wrapped, stepper = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.0))
+            x = torch.ones(1, 1, device=fabric.device)
+            for step in steps:
+                scales.append(fabric.precision.scale_loss(torch.ones((), device=fabric.device)).item())
+                fabric.backward(wrapped(x).sum())
+                if step in _OVERFLOWS:
+                    _spoil(model, 0, float("inf"))
+                stepper.step()
+                stepper.zero_grad()
+            state = fabric.precision.state_dict()
+    return scales
+
+
+@TABLE.rule(
+    "PRE-239",
+    "Restored from its state in the middle of a hundred steps, its scale goes on as if nothing had happened.",
+    reason="A scale grows after a number of good steps; one that counts anew trains another training.",
+    advice="put the count of good steps into state_dict beside the scale",
+    needs=("loss_scaling",),
+)
+def _follows(bench: Bench) -> None:
+    expected = bench.run(_hundred, None)[0]
+    for stop in (4, 30):
+        got = bench.run(_hundred, stop)[0]
+        apart = [step for step, (one, other) in enumerate(zip(got, expected, strict=True)) if one != other]
+        if apart:
+            raise Broken(f"restored after {stop} steps, in step {apart[0]} the scale is {got[apart[0]]:g}, and "
+                         f"{expected[apart[0]]:g} without")  # fmt: skip
+
+
+def _spoilt_on(place: Place, which: int) -> tuple[float, float]:
+    """Step on gradients that are not finite on one rank alone; give how far parameters and the scale went."""
+    with place.fabric() as fabric:
+        model = cases.build(_CASE, torch.float32)
+        wrapped, stepper = fabric.setup(model, cases.optimizer_for(_CASE, model.parameters()))
+        x, y = (one.to(fabric.device) for one in next(cases.batches(_CASE, torch.float32)))
+        scale = fabric.precision.scale_loss(torch.ones((), device=fabric.device)).item()
+        out = wrapped(x)
+        fabric.backward(nn.functional.mse_loss(out, y.to(out)))
+        if place.rank == which:
+            _spoil(model, 0, float("inf"))
+        before = cases.copied(model)
+        stepper.step()
+        stepper.zero_grad()
+        after = fabric.precision.scale_loss(torch.ones((), device=fabric.device)).item()
+        return cases.distance(before, cases.copied(model)), after / scale
+
+
+@TABLE.rule(
+    "PRE-240",
+    "A gradient that is not finite on one rank, whichever, skips the step on all, and all scales stay equal.",
+    reason="Ranks that skip alone train different models from then on.",
+    advice="agree over the collectives that connect gives: the largest of what the ranks found counts",
+    needs=("loss_scaling",),
+    world_sizes=(2,),
+)
+def _skips_together(bench: Bench) -> None:
+    for which in range(bench.world_size):
+        seen = bench.run(_spoilt_on, which)
+        moved = [rank for rank, (gap, _) in enumerate(seen) if gap != 0]
+        if moved:
+            raise Broken(f"an infinity is on rank {which}, and rank {moved[0]} steps")
+        if len({factor for _, factor in seen}) > 1:
+            raise Broken(f"an infinity is on rank {which}, and the scales change by {[one for _, one in seen]}")
+
+
+def _train_parts(place: Place, case: cases.Training) -> cases.Weights:
+    with place.fabric() as fabric:
+        model = cases.build(case, torch.float32)
+        wrapped, stepper = fabric.setup(model, cases.optimizer_for(case, model.parameters()))
+        shard = fabric.strategy.data_shard()
+        for x, y in cases.batches(case, torch.float32):
+            out = wrapped(cases.part(x, shard).to(fabric.device))
+            fabric.backward(nn.functional.mse_loss(out, cases.part(y, shard).to(out)))
+            stepper.step()
+            stepper.zero_grad()
+        return {name: tensor.double().cpu() for name, tensor in cases.copied(model).items()}
+
+
+@TABLE.rule(
+    "PRE-241",
+    "A short training on two ranks ends on both where plain PyTorch's in one process does, to the policy's accuracy.",
+    reason="Most trainings in few digits are distributed.",
+    advice="decide over the ranks together, and keep nothing that differs between them",
+    lacks=("loss_scaling",),
+    world_sizes=(2,),
+)
+def _trains_on_two(bench: Bench) -> None:
+    case = cases.Training(steps=3, rows=2, optimizer="sgd")
+    expected = cases.trained_alone(case)
+    dtypes = [bench.declared.get(name) for name in _DTYPES]
+    allowed = 32 * max([torch.finfo(torch.float32).eps, *(torch.finfo(dtype).eps for dtype in dtypes if dtype)])
+    first, *others = bench.run(_train_parts, case)
+    if not cases.distance(first, expected) <= case.steps * allowed:
+        raise Broken(f"rank 0's parameters differ by {cases.distance(first, expected):.2g}")
+    if any(cases.distance(first, other) != 0 for other in others):
+        raise Broken("the ranks end with different parameters")
 
 
 TABLE.untested(

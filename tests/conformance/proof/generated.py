@@ -105,7 +105,7 @@ TARGETS: Final[tuple[Target, ...]] = (
     Target("checkpoint", "fabric_plugins.checkpoints.single_file:SingleFileCheckpoint",
            ("fabric_plugins.checkpoints.single_file", "fabric_plugins.checkpoints._plain")),
     Target("checkpoint", "fabric_plugins.checkpoints.distributed:DistributedCheckpoint",
-           ("fabric_plugins.checkpoints.distributed", "fabric_plugins.checkpoints._dcp")),
+           ("fabric_plugins.checkpoints.distributed", "fabric_plugins.checkpoints._manifest")),
     Target("wrapper", "fabric_plugins.wrappers.compile:CompileWrapper", ("fabric_plugins.wrappers.compile",),
            options={"backend": "eager"}),
     Target("wrapper", "fabric_plugins.wrappers.activation_checkpointing:ActivationCheckpointingWrapper",
@@ -304,9 +304,9 @@ def _chosen(given: argparse.Namespace, record: Record) -> list[int]:
     everyone = population()
     indices = list(range(len(everyone)))
     if given.only:
-        return [index for index in indices if any(text in everyone[index].key for text in given.only)]
+        indices = [index for index in indices if any(text in everyone[index].key for text in given.only)]
     if given.survivors:
-        return [index for index in indices if everyone[index].key in record.survivors]
+        indices = [index for index in indices if everyone[index].key in record.survivors]
     if given.new:
         indices = [index for index in indices if everyone[index].key not in record.seen]
     if given.sample is not None:

@@ -11,6 +11,8 @@ from typing import Final
 from fabric_core.conformance.report import profile_of
 from fabric_core.conformance.rule import Level, Rule
 from fabric_core.conformance.rules import RULES
+from proof.equivalent import EQUIVALENT
+from proof.generated import Record, population
 from proof.matrix import MUTANTS, REFERENCES, unproven
 
 __all__ = ["matrix_page", "pages", "specification_page"]
@@ -92,11 +94,50 @@ def _linked(rules: frozenset[str]) -> str:
     return ", ".join(f"[{rule}](conformance-rules.md#{rule.lower()})" for rule in sorted(rules))
 
 
+def survivors_page() -> str:
+    """Give the page about changes that nobody chose, and which of them no rule notices."""
+    record = Record.load()
+    seen, everyone = record.seen, population()
+    killed = sum(rule is not None for rule in seen.values())
+    lines = [
+        "# What the kit does not notice",
+        "",
+        "The [mutants](conformance-matrix.md) are mistakes that somebody thought of. Here are mistakes that nobody",
+        "chose: operators change one place of a right plugin's source, as mutation testing does (drop a statement,",
+        "negate a condition, swap sum and mean, reuse a stale value, forget an undo, ignore an argument, off by one),",
+        "and the kit judges each result until a rule is broken. `make generated` judges a sample, another each time;",
+        "`python -m proof.generated --new --record`, with `tests/conformance` on the path, adds to the record from",
+        "which this page is made.",
+        "",
+        f"Of {len(everyone)} changes {len(seen)} were judged: {killed} were noticed, {len(record.equivalent)} make no",
+        f"difference that anybody could see, and {len(record.survivors)} survive: {record.score:.1%} of those that are",
+        "not equivalent were noticed.",
+        "",
+        "| changed module | judged | noticed |",
+        "|---|---|---|",
+    ]
+    modules = {one.key: one.module for one in everyone}
+    for module in dict.fromkeys(modules.values()):
+        own = [rule for key, rule in seen.items() if modules[key] == module]
+        if own:
+            lines.append(f"| `{module}` | {len(own)} | {sum(rule is not None for rule in own)} |")
+    lines += ["", "## Survivors", "", "Each is a gap of the rules, or was not looked at yet.", ""]
+    lines += [f"- `{_code(key)}`" for key in record.survivors] or ["None."]
+    lines += ["", "## Equivalent", ""]
+    lines += [f"- `{_code(key)}`: {EQUIVALENT[key]}" for key in record.equivalent] or ["None was listed yet."]
+    return "\n".join(lines) + "\n"
+
+
+def _code(text: str) -> str:
+    return text.replace("`", "'").replace("|", "\\|")
+
+
 def pages() -> dict[str, str]:
     """Give every page, by its place below the documentation's folder."""
     return {
         "reference/conformance-rules.md": specification_page(),
         "reference/conformance-matrix.md": matrix_page(),
+        "reference/conformance-survivors.md": survivors_page(),
     }
 
 

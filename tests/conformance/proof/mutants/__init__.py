@@ -1,17 +1,21 @@
 """Deliberately wrong plugins: each changes one thing of a reference, and names the rules that must catch it.
 
-[Note: the law] For each mutant the set of rules that it fails is exactly the expected set. The references fail none.
-A rule of the level MUST that no mutant fails is published as UNPROVEN.
+[Note: the law] For each mutant the set of rules that it fails is exactly its row in ``rows.json``, which
+``python -m proof.matrix --accept`` writes anew and a review compares; and it fails each rule that is named at it, for
+which it was written. The references fail none. A rule of the level MUST that no mutant fails is published as UNPROVEN.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, TypeVar
 
 from fabric_core.conformance.subject import Subject
 from fabric_core.contracts import Plugin
 
-__all__ = ["Mutant", "Mutants"]
+__all__ = ["ROWS", "Mutant", "Mutants", "rows"]
 
 P = TypeVar("P", bound=type[Plugin])
 
@@ -23,17 +27,33 @@ class Mutant:
     Args:
         subject: Where it lies.
         what: What is wrong with it.
-        fails: The rules that it fails.
+        named: The rules that it was written for.
     """
 
     subject: Subject
     what: str
-    fails: frozenset[str] = field(default_factory=frozenset)
+    named: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def fails(self) -> frozenset[str]:
+        """The rules that it fails."""
+        return frozenset(rows().get(self.subject.value, self.named))
 
     @property
     def name(self) -> str:
         """The name of its class."""
         return self.subject.value.partition(":")[2]
+
+
+ROWS: Final = Path(__file__).parents[1] / "rows.json"
+"""For each mutant's place the rules that it fails."""
+
+
+@cache
+def rows() -> dict[str, list[str]]:
+    """Read the rows; a mutant without one fails what is named at it."""
+    found: dict[str, list[str]] = json.loads(ROWS.read_text(encoding="utf-8")) if ROWS.exists() else {}
+    return found
 
 
 class Mutants:

@@ -1,0 +1,156 @@
+"""Wrong plugins for the rules of the kit's second edition."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fabric_core.collectives import Collectives, ProcessGroup
+from fabric_core.conformance.references import Averaging, Full, OneFile, Remembering, Scaled, Surroundings
+from fabric_core.contracts import PrecisionPolicy, ProcessInfo, World
+from proof.mutants import Mutants
+
+MUTANTS = Mutants()
+mutant = MUTANTS.mutant
+
+
+# Strategies
+
+
+@mutant("gives zeros for gradients that no rank has", "STR-337", "STR-338")
+class Zeroing(Averaging):
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        super().average(parameters)
+
+
+@mutant("ends the outer context with the inner one", "STR-365")
+class Unnested(Averaging):
+    @contextmanager
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
+        if enabled:
+            self._skipping |= {id(module)}
+        try:
+            yield
+        finally:
+            self._skipping -= {id(module)}
+
+
+@mutant("keeps its own learning rate as it loads", "STR-381")
+class Stubborn(Averaging):
+    def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any], full: bool) -> None:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        super().load_optimizer_state(optimizer, state, full)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+@mutant("takes the groups out of the state that it loads", "STR-382")
+class Devouring(Averaging):
+    def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any], full: bool) -> None:
+        super().load_optimizer_state(optimizer, state, full)
+        if isinstance(state, dict):
+            state.pop("param_groups")
+
+
+@mutant("waits for ever, whatever the world says", "STR-367")
+class Patient(Averaging):
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
+        self._world = world
+        return ProcessGroup(world, timeout=timedelta(minutes=30))
+
+
+@mutant("clips whatever it has set up", "STR-345")
+class Sweeping(Averaging):
+    def clip_grad_norm(
+        self, parameters: Sequence[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
+    ) -> torch.Tensor:
+        every = [parameter for module in self._modules for parameter in module.parameters()]
+        return super().clip_grad_norm(every, max_norm, norm_type, error_if_nonfinite)
+
+
+# Precisions
+
+
+@mutant("takes out of the state what it loads", "PRE-237")
+class Emptying(Scaled):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if isinstance(state, dict):
+            state.clear()
+
+
+@mutant("sets the default type when a context is made", "PRE-238")
+class Hurrying(Full):
+    def init_context(self) -> Any:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return _back(before)
+
+
+@contextmanager
+def _back(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    yield
+
+
+@mutant("forgets how often it stepped as it is restored", "PRE-239")
+class Forgetting(Scaled):
+    def __init__(self, *arguments: Any, **given: Any) -> None:
+        super().__init__(*arguments, **given)
+        self.good = 0
+
+    def update(self) -> None:
+        self.good = 0 if self.overflown else self.good + 1
+        super().update()
+        if self.good == 40:
+            self.scale, self.good = self.scale * 2, 0
+
+
+@mutant("decides alone whether to step", "PRE-240")
+class Selfish(Scaled):
+    def agreed(self, finite: bool) -> bool:
+        return finite
+
+
+# Checkpoints, loggers, launchers
+
+
+@mutant("writes 64 bits as 32, in the tree that it is given", "CHK-601", "CHK-611")
+class Shrinking(OneFile):
+    def write(self, path: Path, tree: Mapping[str, Any]) -> None:
+        model = tree.get("model")
+        if isinstance(model, dict):
+            model.update({name: one.float() for name, one in model.items() if one.dtype == torch.float64})
+        super().write(path, tree)
+
+
+@mutant("takes equal tensors for one", "CHK-612")
+class Uniting(OneFile):
+    def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
+        tree = super().read(path, into)
+        tensors = {name: one for name, one in tree.items() if isinstance(one, torch.Tensor)}
+        return {**tree, **{name: next(o for o in tensors.values() if torch.equal(o, one)) for name, one in
+                           tensors.items()}}  # fmt: skip
+
+
+@mutant("takes settings apart as it logs them", "LOG-704")
+class Dismantling(Remembering):
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+        if isinstance(params, dict):
+            params.pop("nested", None)
+
+
+@mutant("takes any variable for its own", "LAU-510")
+class Credulous(Surroundings):
+    def detect(self, environment: Mapping[str, str]) -> ProcessInfo | None:
+        if "PMI_RANK" in environment:
+            return ProcessInfo(global_rank=int(environment["PMI_RANK"]))
+        return super().detect(environment)
