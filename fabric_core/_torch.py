@@ -20,6 +20,7 @@ __all__ = [
     "global_hooks",
     "loading_hooks",
     "original_of",
+    "print_options",
     "process_groups",
     "set_backward_state",
     "tree_flatten",
@@ -127,3 +128,8 @@ def tree_flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tup
 def tree_unflatten(leaves: list[Any], structure: Any) -> Any:
     """Give the nesting of a structure with these leaves; a public ``pytree`` would replace it."""
     return _pytree.tree_unflatten(leaves, structure)
+
+
+def print_options() -> dict[str, Any]:
+    """Give what ``torch.set_printoptions`` set; a public getter would replace it."""
+    return dict(vars(torch._tensor_str.PRINT_OPTS))  # noqa: SLF001

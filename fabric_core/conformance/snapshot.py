@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fabric_core._torch import compiler, global_hooks, print_options
+
 __all__ = ["Snapshot", "differences", "restored", "take"]
 
 Snapshot = Mapping[str, Any]
@@ -65,7 +67,6 @@ def take() -> Snapshot:
 
 
 def _torch_settings() -> dict[str, Any]:
-    from torch.nn.modules import module
 
     return {
         "the default type": torch.get_default_dtype(),
@@ -82,12 +83,8 @@ def _torch_settings() -> dict[str, Any]:
             torch.is_deterministic_algorithms_warn_only_enabled(),
         ),
         "settings of backends": [[getattr(place, name) for name in names] for place, names in _BACKENDS],
-        "how tensors print": vars(torch._tensor_str.PRINT_OPTS).copy(),  # noqa: SLF001 - there is no public question
-        "hooks on all modules": [
-            len(getattr(module, name))
-            for name in vars(module)
-            if name.startswith("_global_") and name.endswith("hooks")
-        ],
+        "how tensors print": print_options(),
+        "hooks on all modules": global_hooks(),
     }
 
 
@@ -138,7 +135,7 @@ def differences(before: Snapshot, after: Snapshot | None = None) -> list[str]:
     # A name that is new may come from an import; one that means another function was replaced.
     replaced = [name for name, value in ours.items() if theirs.get(name, value) is not value]
     # Compiling anything lets PyTorch replace two of its own.
-    return [*found, *sorted(one for one in replaced if not theirs[one].__module__.startswith("torch._dynamo"))]
+    return [*found, *sorted(one for one in replaced if not theirs[one].__module__.startswith(compiler()))]
 
 
 @contextmanager
