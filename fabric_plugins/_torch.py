@@ -1,7 +1,8 @@
 """Every private or undocumented part of PyTorch that the plugins use, with the reason, and what would replace it."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Final, cast
 
 import torch
 from torch import nn
@@ -10,15 +11,16 @@ from torch.optim import Optimizer
 from torch.utils import _pytree
 
 __all__ = [
+    "LocalGradScaler",
     "apply_to_tensors",
     "attention_operators",
     "checkpoint_activations",
     "clear_groups",
     "clear_unsynchronized",
     "found_inf",
-    "growth_count",
     "growth_tracker",
     "initializers",
+    "iterations_since_change",
     "leave_reducer",
     "loss_scale",
     "reduction_finished",
@@ -177,13 +179,44 @@ def set_found_inf(scaler: GradScaler, found: torch.Tensor | None) -> None:
 
 
 def growth_tracker(scaler: GradScaler) -> torch.Tensor | None:
-    """Give a scaler's count of iterations since its scale last changed, as it lies on the device.
-
-    ``None`` before its first loss. A public count would replace it.
-    """
-    return scaler._growth_tracker  # type: ignore[no-any-return, unused-ignore] # noqa: SLF001
+    """Give a scaler's count of iterations since its scale changed, to be added to; a public setter would replace it."""
+    return scaler._growth_tracker  # noqa: SLF001
 
 
-def growth_count(scaler: GradScaler) -> int:
-    """Give that count as a number, also where none was scaled yet; a public count would replace it."""
-    return scaler._get_growth_tracker()  # noqa: SLF001
+def iterations_since_change(scaler: GradScaler) -> int:
+    """Give that count as a number, for which the host waits for the device; a public getter would replace it."""
+    return int(scaler._get_growth_tracker())  # noqa: SLF001
+
+
+_PLAIN: Final = frozenset({torch.Tensor, type(None)})
+
+
+def local_gradients(optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    """Give this rank's own part of each gradient that there is."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if type(gradient) not in _PLAIN:
+                from torch.distributed.tensor import DTensor
+
+                if isinstance(gradient, DTensor):
+                    gradient = gradient.to_local()
+            yield gradient
+
+
+class LocalGradScaler(GradScaler):
+    """Looks at a rank's own part of each gradient; a scaler that takes gradients on several meshes would replace it."""
+
+    def _unscale_grads_(self, optimizer: Optimizer, *args: Any) -> dict[torch.device, torch.Tensor]:
+        if all(type(one.grad) in _PLAIN for group in optimizer.param_groups for one in group["params"]):
+            return super()._unscale_grads_(optimizer, *args)
+        # PyTorch compares over the mesh of the first gradient alone, and takes no plain gradients beside spread ones.
+        carriers = []
+        for gradient in local_gradients(optimizer):
+            carrier = gradient.detach()
+            carrier.grad = gradient
+            carriers.append(carrier)
+        local = cast("Optimizer", SimpleNamespace(param_groups=[{"params": carriers}]))
+        return super()._unscale_grads_(local, *args)

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fabric_core import _torch as core
@@ -191,8 +192,6 @@ def _loss_scaling() -> None:
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     torch.autograd.backward(scaler.scale(parameter * float("inf")))
     assert plugins.loss_scale(scaler) == 8
-    assert plugins.growth_count(scaler) == 0
-    assert plugins.growth_tracker(scaler) == 0
     scaler.unscale_(optimizer)
     assert [one.item() for one in plugins.found_inf(scaler, optimizer)] == [1.0]
     plugins.set_found_inf(scaler, None)
@@ -201,8 +200,47 @@ def _loss_scaling() -> None:
     assert plugins.loss_scale(scaler) == 4
 
 
+def _growth() -> None:
+    scaler = plugins.LocalGradScaler("cpu", init_scale=8.0)
+    assert plugins.growth_tracker(scaler) is None
+    parameter = torch.ones(1, requires_grad=True)
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    for count in (1, 2):
+        torch.autograd.backward(scaler.scale(parameter))
+        scaler.step(optimizer)
+        scaler.update()
+        assert plugins.iterations_since_change(scaler) == count
+    tracker = plugins.growth_tracker(scaler)
+    assert tracker is not None
+    assert tracker.add_(3).item() == plugins.iterations_since_change(scaler) == 5
+
+
+def _local_scaler() -> None:
+    with process_group():
+        mesh = dist.init_device_mesh("cpu", (1,))
+        spread = nn.Parameter(distribute_tensor(torch.ones(2), mesh))
+        plain = torch.ones(1, requires_grad=True)
+        scaler = plugins.LocalGradScaler("cpu", init_scale=8.0)
+        optimizer = torch.optim.SGD([spread, plain], lr=0.1)
+        torch.autograd.backward([scaler.scale(plain.sum()), cast("Any", spread * 8).sum().to_local()])
+        scaler.unscale_(optimizer)
+        assert plain.grad is not None
+        local: Any = spread.grad
+        assert [plain.grad.item(), *local.to_local().tolist()] == [1, 1, 1]
+
+
+def _print_options() -> None:
+    before = core.print_options()
+    torch.set_printoptions(precision=7)
+    try:
+        assert core.print_options()["precision"] == 7
+    finally:
+        torch.set_printoptions(precision=before["precision"])
+
+
 PROBES: dict[str, Callable[[], None]] = {
     "DispatchMode": _dispatch_mode,
+    "LocalGradScaler": _local_scaler,
     "after_backward": _after_backward,
     "apply_to_tensors": _apply_to_tensors,
     "attention_operators": _attention_operators,
@@ -215,9 +253,9 @@ PROBES: dict[str, Callable[[], None]] = {
     "compiler": _compiler,
     "found_inf": _loss_scaling,
     "global_hooks": _global_hooks,
-    "growth_count": _loss_scaling,
-    "growth_tracker": _loss_scaling,
+    "growth_tracker": _growth,
     "initializers": _initializers,
+    "iterations_since_change": _growth,
     "leave_reducer": _reducers,
     "loading_hooks": _loading_hooks,
     "loss_scale": _loss_scaling,

@@ -6,21 +6,27 @@ brought, at the scale of that loss. So gradients accumulate over several backwar
 or another optimizer ended an iteration, in between. The factors are powers of two by default, so nothing is rounded.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final
 from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import Field
-from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from fabric_core.contracts import Collectives, PluginOptions, Precision, PrecisionPolicy, Preset
 from fabric_core.errors import MisuseError
-from fabric_plugins._torch import found_inf, growth_count, growth_tracker, loss_scale, set_found_inf
+from fabric_plugins._torch import (
+    LocalGradScaler,
+    found_inf,
+    growth_tracker,
+    iterations_since_change,
+    local_gradients,
+    loss_scale,
+    set_found_inf,
+)
 
 __all__ = [
     "BFLOAT16_ALIAS",
@@ -215,7 +221,7 @@ class Float16MixedPrecision(_MixedPrecision):
         state = self._state_of(optimizer)
         self._unscale(optimizer, state)
         if state.losses == self._losses:
-            if next(_gradients(optimizer), None) is not None:
+            if next(local_gradients(optimizer), None) is not None:
                 raise MisuseError(
                     "the gradients don't come from a scaled loss, or the optimizer has stepped on them before",
                     where=f"{type(optimizer).__name__}.step",
@@ -252,7 +258,7 @@ class Float16MixedPrecision(_MixedPrecision):
         outstanding = []
         for optimizer, state in self._states.items():
             if state.losses != self._losses:
-                gradients = list(_gradients(optimizer))
+                gradients = list(local_gradients(optimizer))
                 if gradients:
                     outstanding.append((state, gradients))
                 else:
@@ -290,7 +296,7 @@ class _OptimizerState:
     found: torch.Tensor | None = None
 
 
-class _Scaler(GradScaler):
+class _Scaler(LocalGradScaler):
     """PyTorch's scaler; it looks at a rank's own part of each gradient, whatever mesh the whole is spread over.
 
     Most updates only count an iteration without an overflow. Those are counted here, and told to PyTorch's tensors when
@@ -315,7 +321,7 @@ class _Scaler(GradScaler):
     def skips_update(self) -> bool:
         """Count an iteration without an overflow, where that is all that an update would do."""
         if self._before_growth is None:
-            self._before_growth = self.get_growth_interval() - growth_count(self)
+            self._before_growth = self.get_growth_interval() - iterations_since_change(self)
         if self._before_growth <= 1:
             return False
         self._before_growth -= 1
@@ -357,36 +363,6 @@ class _Scaler(GradScaler):
         if scale is None:
             raise AssertionError("no loss was scaled yet")
         return scale
-
-    def _unscale_grads_(self, optimizer: Optimizer, *args: Any) -> dict[torch.device, torch.Tensor]:
-        if all(type(one.grad) in _PLAIN for group in optimizer.param_groups for one in group["params"]):
-            return super()._unscale_grads_(optimizer, *args)
-        # PyTorch compares over the mesh of the first gradient alone, and takes no plain gradients beside spread ones.
-        carriers = []
-        for gradient in _gradients(optimizer):
-            carrier = gradient.detach()
-            carrier.grad = gradient
-            carriers.append(carrier)
-        local = cast("Optimizer", SimpleNamespace(param_groups=[{"params": carriers}]))
-        return super()._unscale_grads_(local, *args)
-
-
-_PLAIN: Final = frozenset({torch.Tensor, type(None)})
-
-
-def _gradients(optimizer: Optimizer) -> Iterator[torch.Tensor]:
-    """Give this rank's own part of each gradient that there is."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            if type(gradient) not in _PLAIN:
-                from torch.distributed.tensor import DTensor
-
-                if isinstance(gradient, DTensor):
-                    gradient = gradient.to_local()
-            yield gradient
 
 
 BFLOAT16_ALIAS: Final = Preset.of(BFloat16MixedPrecision)

@@ -68,7 +68,7 @@ def test_a_failure_says_what_to_change_and_how_to_see_it_again() -> None:
 
 
 def test_one_cause_is_told_once() -> None:
-    """Of rules that the same error breaks, the first shows it without the kit's own lines, the others name the first."""
+    """Of rules that one error breaks, the first shows it without the kit's own lines, the others name the first."""
     broken = _run("proof.mutants.precision:Counting", "PRE-222", "PRE-224").failures
     first, second = (verdict.message for verdict in broken)
     assert "conformance/bench.py" not in first
