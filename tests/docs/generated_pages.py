@@ -56,7 +56,7 @@ def _signature(name: str, thing: Any) -> str:
         parameters = inspect.signature(thing).parameters.values()
     except (TypeError, ValueError):
         return name
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     return f"{name}({', '.join(stars.get(one.kind, '') + one.name for one in parameters)})"
 
 
