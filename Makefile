@@ -11,6 +11,7 @@ VENV := .venv$(if $(PYTHON),-$(shell "$(PYTHON)" -c 'import platform; print(plat
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
+SITE_INSTALLED := $(VENV)/.installed-site
 # Not quiet: the first installation takes minutes, and pip shows what it is at.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 EPOCHS := 10
@@ -44,6 +45,10 @@ docs: $(INSTALLED) ## Run every code block of the documentation and check its li
 support: $(INSTALLED) ## Run what differs most between Pythons and PyTorchs: checkpoints, strategies, the tutorial
 	$(BIN)/python -m pytest tests/plugins/checkpoints tests/plugins/strategies \
 		tests/docs/test_scripts_as_typed.py
+
+.PHONY: site
+site: $(SITE_INSTALLED) ## Build the site of the documentation into build/site; a warning is an error
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 .PHONY: mutants
 mutants: $(INSTALLED) ## Prove the conformance kit: every mutant by every rule
@@ -110,4 +115,9 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 $(BENCH_INSTALLED): $(INSTALLED)
 	@echo "Installing the peers to compare with into $(VENV)."
 	@$(PIP_INSTALL) --no-build-isolation -e '.[bench]'
+	@touch $@
+
+$(SITE_INSTALLED): $(INSTALLED)
+	@echo "Installing what builds the site into $(VENV)."
+	@$(PIP_INSTALL) --no-build-isolation -e '.[docs]'
 	@touch $@

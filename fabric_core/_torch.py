@@ -133,8 +133,3 @@ def tree_flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tup
 def tree_unflatten(leaves: list[Any], structure: Any) -> Any:
     """Give the nesting of a structure with these leaves; a public ``pytree`` would replace it."""
     return _pytree.tree_unflatten(leaves, structure)
-
-
-def print_options() -> dict[str, Any]:
-    """Give what ``torch.set_printoptions`` set; a public getter would replace it."""
-    return dict(vars(torch._tensor_str.PRINT_OPTS))  # noqa: SLF001

@@ -229,15 +229,6 @@ def _local_scaler() -> None:
         assert [plain.grad.item(), *local.to_local().tolist()] == [1, 1, 1]
 
 
-def _print_options() -> None:
-    before = core.print_options()
-    torch.set_printoptions(precision=7)
-    try:
-        assert core.print_options()["precision"] == 7
-    finally:
-        torch.set_printoptions(precision=before["precision"])
-
-
 PROBES: dict[str, Callable[[], None]] = {
     "DispatchMode": _dispatch_mode,
     "LocalGradScaler": _local_scaler,

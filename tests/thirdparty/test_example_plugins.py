@@ -79,11 +79,8 @@ def test_all_are_listed_and_sound_beside_each_other(environment: Any) -> None:
     done = environment.run("-m", "fabric_core", "plugins", "doctor", "--json")
     found = [one for one in json.loads(done.stdout) if one["distribution"] in PROJECTS]
     absent = {name for name, module in NEEDS.items() if importlib.util.find_spec(module) is None}
-    broken = [
-        one
-        for one in found
-        if one["status"] not in {"ok", "unavailable", "not installed"} and one["distribution"] not in absent
-    ]
+    sound = {"ok", "unavailable", "not installed"}
+    broken = [one for one in found if one["status"] not in sound and one["distribution"] not in absent]
     assert found
     assert not broken, broken
 
