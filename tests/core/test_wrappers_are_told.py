@@ -113,7 +113,7 @@ def test_who_looks_away_costs_nothing(in_memory: dict[str, Any]) -> None:
     def made(wrappers: list[Wrapper]) -> Any:
         fabric = Fabric(**{**in_memory, "wrappers": wrappers, "strategy": "alone"})
         optimizer: Any = fabric.setup_optimizers(SGD(model.parameters(), lr=0.1))
-        return optimizer._fabric_step
+        return optimizer._fabric_direct
 
     class Away(Wrapper):
         pass
