@@ -349,12 +349,6 @@ class Sharing(Scaled):
         type(self).missed = value
 
 
-@mutant("never changes its scale", "PRE-230")
-class Stubborn(Scaled):
-    def update(self) -> None:
-        self.overflown = False
-
-
 @mutant("makes its scale smaller for each optimizer", "PRE-231")
 class Nervous(Scaled):
     def finite(self, optimizer: Optimizer) -> bool:
