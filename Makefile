@@ -54,6 +54,10 @@ site: $(SITE_INSTALLED) ## Build the site of the documentation into build/site; 
 mutants: $(INSTALLED) ## Prove the conformance kit: every mutant by every rule
 	PYTHONPATH=tests/conformance $(BIN)/python -m proof.matrix
 
+.PHONY: faults
+faults: $(INSTALLED) ## Let ranks fail in every way, at every place, under every way of starting
+	$(BIN)/python -m pytest -m faults tests/distributed/test_faults.py
+
 .PHONY: authors
 authors: $(INSTALLED) ## Build, install and check the packages that authors start from and copy
 	$(BIN)/python -m pytest -m authors tests/thirdparty

@@ -60,6 +60,7 @@ _HOW = {
 }  # fmt: skip
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("place", ["start", "forward", "backward"])
