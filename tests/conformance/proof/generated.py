@@ -13,6 +13,7 @@ import io
 import json
 import multiprocessing
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Final
 
@@ -242,6 +244,7 @@ def _start() -> None:
     global _folder  # noqa: PLW0603 - one for each worker
     _folder = Path(tempfile.mkdtemp(prefix="fabric-generated-"))
     sys.path.insert(0, str(_folder))
+    Finalize(None, shutil.rmtree, args=(_folder,), kwargs={"ignore_errors": True}, exitpriority=10)
 
 
 def _judge_unchanged(workers: int) -> int:
