@@ -81,7 +81,7 @@ class Background:
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
         devices = {tensor.device.type for _, tensor in walk_tensors(tree)}
-        pinned = bool(devices - {"cpu"}) and torch.cuda.is_available()
+        pinned = bool(devices - {"cpu"}) and torch.accelerator.is_available()
         if self._stager is None or not reuse:
             self._stager = DefaultStager(
                 StagingOptions(
