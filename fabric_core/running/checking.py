@@ -143,7 +143,7 @@ class CheckedCalls:
     def setup_module(self) -> Generator[None, Any, Any]:
         """Compare, before each forward pass that may communicate, that it is one."""
         module: nn.Module = yield
-        module.register_forward_pre_hook(self._forward)
+        module.register_forward_pre_hook(self._forward, prepend=True)  # before FSDP2 gathers
         return module
 
     def _forward(self, module: nn.Module, _inputs: Any) -> None:

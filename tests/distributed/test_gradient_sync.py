@@ -65,6 +65,9 @@ class Forgetful(Averaging):
     def averages(self, module: nn.Module) -> bool:
         return False
 
+    def gradients_averaged(self, module: nn.Module, complete: bool) -> bool:
+        return False
+
 
 def _step(strategy: Any) -> str:
     with Fabric(accelerator="cpu", strategy=strategy, devices=2) as fabric:

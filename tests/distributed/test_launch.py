@@ -15,9 +15,8 @@ import torch
 
 from fabric_core import Fabric
 from fabric_core.choosing.registry import registered
-from fabric_core.contracts import StrategyCapabilities
 from fabric_core.errors import LaunchError, MisuseError, RankFailedError
-from fabric_plugins.strategies import SingleDeviceStrategy
+from fabric_plugins.strategies import DDPStrategy
 
 _SCRIPT = """
 import json, os, sys, torch
@@ -291,10 +290,8 @@ def _large(fabric: Fabric, megabytes: int) -> torch.Tensor:
     return torch.full((megabytes, 2**18), float(fabric.world_size))
 
 
-class Patient(SingleDeviceStrategy):
-    """A strategy that only this module knows, for any number of processes that ignore each other."""
-
-    capabilities = StrategyCapabilities()
+class Patient(DDPStrategy):
+    """A strategy that only this module knows."""
 
 
 class Trainer(Fabric):

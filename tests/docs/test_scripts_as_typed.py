@@ -31,7 +31,7 @@ def _on_two(line: str) -> str:
 
 PAGES = [ROOT / "README.md", TUTORIAL, *sorted(ROOT.glob("docs/how-to/*.md"))]
 ALONE = {"log-metrics", "resume-exactly", "save-and-load"}
-"""Pages whose scripts look at the files of one process; what they say of several is tested with checkpoints and loggers."""
+"""Pages whose scripts look at the files of one process; what they say of several is tested elsewhere."""
 SCRIPTS = [
     (page, devices)
     for page in PAGES

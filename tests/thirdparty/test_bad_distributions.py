@@ -205,7 +205,7 @@ def test_the_rest_keeps_working_and_says_what_it_left_out(environment: Any) -> N
     assert "acme-driver>=2" in result["rejected"]["needs-extra"]
     hook = [text for _, text in result["warnings"] if "misspelt-hook" in text]
     assert len(hook) == 1
-    assert "did you mean backward(self, loss, arguments)?" in hook[0]
+    assert "did you mean backward(self, loss, module, arguments)?" in hook[0]
     assert len(result["warnings"]) == len(broken) + 1
 
 

@@ -88,7 +88,7 @@ def test_diff_names_what_differs(tmp_path: Path) -> None:
 
 
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
-    """Converting a hundred tensors of 4 MB in a process that may have 240 MB more of its own than it has at the start."""
+    """Converting a hundred tensors of 4 MB in a process that may have 240 MB more of its own than at the start."""
     tensors = {f"w{number}": torch.full((1000, 1000), float(number)) for number in range(100)}
     with Fabric(accelerator="cpu", devices=1) as fabric:
         fabric.save(tmp_path / "a", {"model": tensors}, format="distributed")
@@ -101,7 +101,8 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "a"), str(tmp_path / "b")],
-        capture_output=True, text=True, timeout=100, check=False, env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+        capture_output=True, text=True, timeout=100, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert torch.load(tmp_path / "b", weights_only=True)["model"]["w99"].eq(99).all()
