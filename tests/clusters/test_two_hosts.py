@@ -91,6 +91,7 @@ def test_two_hosts_are_one_world_of_four(hosts: tuple[str, str], tmp_path: Path)
     assert [agent.returncode for agent in agents] == [0, 0]
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["link", "kill"])
 def test_a_host_that_is_lost_ends_the_others(hosts: tuple[str, str], tmp_path: Path, fault: str) -> None:
