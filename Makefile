@@ -56,7 +56,7 @@ mutants: $(INSTALLED) ## Prove the conformance kit: every mutant by every rule
 
 .PHONY: faults
 faults: $(INSTALLED) ## Let ranks fail in every way, at every place, under every way of starting
-	$(BIN)/python -m pytest -m faults tests/distributed/test_faults.py
+	$(BIN)/python -m pytest -m faults tests/distributed/test_faults.py tests/clusters
 
 .PHONY: authors
 authors: $(INSTALLED) ## Build, install and check the packages that authors start from and copy

@@ -6,7 +6,7 @@ The tree (the builtin that each class also is stands in brackets, so that ``exce
     ├── RequestError (ValueError)           what the user asked for can't be parsed
     │   ├── OptionError                     an option of a plugin: unknown, or of the wrong type
     │   └── DeviceError (TypeError)         devices: absent, doubled, negative or zero
-    ├── PluginError (RuntimeError)          a plugin can't be had
+    ├── PluginError (RuntimeError)          a plugin is not available, or can't be loaded
     │   ├── UnknownPluginError (ValueError) nobody offers that name
     │   ├── NotInstalledError (ModuleNotFoundError) a known name, or a needed package, that is not installed
     │   ├── ConflictError (ValueError)      several distributions offer that name
@@ -133,7 +133,7 @@ class DeviceError(RequestError, TypeError):
 
 
 class PluginError(FabricError, RuntimeError):
-    """A plugin can't be had."""
+    """A plugin is not available, or can't be loaded."""
 
 
 class UnknownPluginError(PluginError, ValueError):

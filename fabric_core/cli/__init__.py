@@ -17,9 +17,11 @@ from fabric_core.choosing.offers import Offer
 from fabric_core.choosing.plan import Plan, processes
 from fabric_core.choosing.registry import Registry
 from fabric_core.choosing.request import Request, fill, read_environment, read_file
+from fabric_core.cli._checkpoint import checkpoint
 from fabric_core.cli._conformance import conformance
 from fabric_core.cli._describe import contract_page, field_type, meanings
 from fabric_core.cli._new import new
+from fabric_core.cli._run import run
 from fabric_core.errors import FabricError, FabricWarning, RequestError, UnknownPluginError
 from fabric_core.kinds import EXTENSION, KINDS, Count, argument_defaults, groups
 from fabric_core.running.launching import environment
@@ -294,12 +296,14 @@ def _make_app() -> typer.Typer:
     app.callback()(_versioned)
     plugins = typer.Typer(no_args_is_help=True, help="The plugins that are installed.")
     app.add_typer(plugins, name="plugins")
+    app.add_typer(checkpoint, name="checkpoint")
     plugins.command("list")(list_plugins)
     plugins.command("show")(show_plugin)
     plugins.command("doctor")(examine_plugins)
     plugins.command("why")(_asking(why_plugin))
     for command in (conformance, new, _asking(explain), contract, schema):
         app.command()(command)
+    app.command(context_settings={"allow_interspersed_args": False})(run)
     return app
 
 

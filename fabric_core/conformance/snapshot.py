@@ -105,7 +105,7 @@ def _interpreter() -> dict[str, Any]:
         "signal handlers": {one: signal.getsignal(one) for one in signal.valid_signals()},
         "sys.excepthook": (_by_torch(sys.excepthook), threading.excepthook, sys.displayhook),
         "standard streams": (sys.stdout, sys.stderr, sys.stdin),
-        "sys.path": (sys.path[:], sys.meta_path[:], sys.argv[:]),
+        "sys.path": (sys.path[:], sys.argv[:]),
         "the start method of processes": multiprocessing.get_start_method(allow_none=True),
         "the garbage collector": (gc.isenabled(), gc.get_threshold()),
         "limits of the interpreter": (sys.getrecursionlimit(), sys.getswitchinterval()),

@@ -156,10 +156,10 @@ def test_a_report_claims_what_was_checked() -> None:
     kept = [Verdict(rule.id, Outcome.KEPT) for rule in rules_for("precision")]
     others = [one for one in kept if one.rule != "PRE-228"]
     broken = Verdict("PRE-228", Outcome.BROKEN, "why")
-    assert _colour(kept) == ("keeps the contract", "Core", "brightgreen")
+    assert _colour(kept) == ("keeps the contract", "Core + Distributed", "brightgreen")
     assert _colour(kept[:1]) == (f"judged by 1 of {len(kept)} rules",) * 2 + ("lightgrey",)
     assert _colour([*others, broken]) == ("breaks the contract", "1 rules broken", "red")
-    known = ("breaks the contract where it says so",) * 2 + ("yellow",)
+    known = ("breaks the contract where it says so", "Distributed", "yellow")
     assert _colour([*others, broken], expected={"PRE-228": "why"}) == known
     made = [one if one.rule.startswith("REG") else Verdict(one.rule, Outcome.SKIPPED) for one in kept]
     assert _colour(made) == ("could not be checked here",) * 2 + ("lightgrey",)

@@ -395,5 +395,5 @@ TABLE.untested(
     "REG-021",
     "It works on every version of Python and PyTorch that its distribution allows.",
     reason="The kit runs on the versions that are installed; run it once for each that you declare.",
-    advice="narrow the requirements, or mend it",
+    advice="narrow the requirements, or fix it",
 )
