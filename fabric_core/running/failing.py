@@ -48,7 +48,8 @@ class Failures:
     """
 
     def __init__(self, world: World, launcher: Launcher) -> None:
-        self._world = world
+        # Not the world: a Fabric that is dropped must be free to go, though the hook stays.
+        self._rank, self._ends_others = world.global_rank, world.agent_store
         self._launcher = launcher
         self._store: Store | None = None
         self._first: int | None = None
@@ -67,7 +68,7 @@ class Failures:
         """Give the rank that failed first: this one, if no other has claimed ([Note: who is first])."""
         if self._first is not None:
             return self._first
-        own = self._first = self._world.global_rank
+        own = self._first = self._rank
         if self._store is None:
             return own
         # In a thread, for a store on a host that was cut off answers never, whatever its timeout is.
@@ -80,7 +81,7 @@ class Failures:
         try:
             if _is_broken_connection(error):
                 self._wait(store)
-            self._first = int(store.compare_set("first", "", str(self._world.global_rank)))
+            self._first = int(store.compare_set("first", "", str(self._rank)))
         except (RuntimeError, ValueError):
             pass  # The store is gone: whoever made it ended before; better to say too much.
 
@@ -94,7 +95,7 @@ class Failures:
 
     def __call__(self, kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
         """Show a failure, as ``sys.excepthook`` does."""
-        own, first = self._world.global_rank, self.claim(value)
+        own, first = self._rank, self.claim(value)
         if first == own:
             if not self._launcher.report_failure(value, own):
                 print(f"[rank {own}] failed:", file=sys.stderr)  # noqa: T201 - in place of the interpreter's own
@@ -105,7 +106,7 @@ class Failures:
                 sys.stderr.flush()
             return
         # What started the ranks ends this one, or the cause has been shown by then.
-        time.sleep(_LAST if self._world.agent_store else _FIRST)
+        time.sleep(_LAST if self._ends_others else _FIRST)
         text = str(value).partition("\n")[0]
         print(f"[rank {own}] ended after rank {first} had failed: {kind.__name__}: {text}", file=sys.stderr)  # noqa: T201
         sys.stderr.flush()

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Generator
 from typing import Any, Final
+from weakref import ref
 
 from torch.distributed import Store
 
@@ -31,7 +32,7 @@ class WatchedWaits:
 
     def __init__(self, after: float) -> None:
         self._after = after
-        self._waiting: tuple[str, float] | None = None
+        self.waiting: tuple[str, float] | None = None
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._user = 0
@@ -43,10 +44,11 @@ class WatchedWaits:
             return
         self._stop.clear()
         self._user = threading.get_ident()
-        # A connection of its own: the other one is held by whoever waits in the store.
+        # A connection of its own: the other one is held by whoever waits in the store. And nothing of the Fabric's: one
+        # that is dropped without teardown must be free to go.
         store: Any = world.open_store()
-        arguments = (world, store.clone())
-        self._thread = threading.Thread(target=self._look, args=arguments, daemon=True, name="fabric-watch")
+        arguments = (ref(self), self._stop, self._after, self._user, store.clone(), world.global_rank, world.world_size)
+        self._thread = threading.Thread(target=_look, args=arguments, daemon=True, name="fabric-watch")
         self._thread.start()
         world.closing.callback(self._end)
 
@@ -56,34 +58,12 @@ class WatchedWaits:
             self._thread.join()
         self._thread = None
 
-    def _look(self, world: World, store: Store) -> None:
-        said: float | None = None
-        while not self._stop.wait(self._after / _LOOKS):
-            waiting = self._waiting
-            if waiting is None or waiting[1] == said or time.monotonic() - waiting[1] < self._after:
-                continue
-            what, since = waiting
-            said = since
-            line = frames_line(sys._current_frames().get(self._user))  # noqa: SLF001 - the documented way
-            store.set(f"waiting/{world.global_rank}", f"{what} at {line}")
-            others = [
-                f"rank {rank} in {store.get(f'waiting/{rank}').decode()}"
-                if store.check([f"waiting/{rank}"])
-                else f"rank {rank} in no collective of Fabric's, or for a shorter time"
-                for rank in range(world.world_size)
-            ]
-            print(  # noqa: T201 - asked for by ``warn_after``
-                f"[fabric, rank {world.global_rank}] has waited {time.monotonic() - since:.0f} s: {'; '.join(others)}",
-                file=sys.stderr,
-                flush=True,
-            )
-
     def _wait(self, what: str) -> Generator[None, Any, Any]:
-        self._waiting = (what, time.monotonic())
+        self.waiting = (what, time.monotonic())
         try:
             return (yield)
         finally:
-            self._waiting = None
+            self.waiting = None
 
     @around.collectives
     def all_reduce(self) -> Generator[None, Any, Any]:
@@ -109,3 +89,38 @@ class WatchedWaits:
     def barrier(self, name: str | None) -> Generator[None, Any, Any]:
         """Note that this rank is in one."""
         return (yield from self._wait(f"barrier({name or ''})"))
+
+
+def _look(
+    watched: "ref[WatchedWaits]",
+    stop: threading.Event,
+    after: float,
+    user: int,
+    store: Store,
+    rank: int,
+    world_size: int,
+) -> None:
+    """Look on until the ``Fabric`` ends, or is gone."""
+    said: float | None = None
+    while not stop.wait(after / _LOOKS):
+        one = watched()
+        if one is None:
+            return
+        waiting = one.waiting
+        del one
+        if waiting is None or waiting[1] == said or time.monotonic() - waiting[1] < after:
+            continue
+        what, said = waiting
+        line = frames_line(sys._current_frames().get(user))  # noqa: SLF001 - the documented way
+        store.set(f"waiting/{rank}", f"{what} at {line}")
+        others = [
+            f"rank {other} in {store.get(f'waiting/{other}').decode()}"
+            if store.check([f"waiting/{other}"])
+            else f"rank {other} in no collective of Fabric's, or for a shorter time"
+            for other in range(world_size)
+        ]
+        print(  # noqa: T201 - asked for by ``warn_after``
+            f"[fabric, rank {rank}] has waited {time.monotonic() - said:.0f} s: {'; '.join(others)}",
+            file=sys.stderr,
+            flush=True,
+        )

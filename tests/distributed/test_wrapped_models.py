@@ -226,7 +226,12 @@ def test_a_marked_method_is_the_strategys(everywhere: Everywhere) -> None:
 
 def _wrong_marks(fabric: Fabric) -> None:
     model = fabric.setup(make())
-    for mark, error in (("forward", ValueError), ("note", TypeError), ("body", TypeError), ("nothing", AttributeError)):
+    for mark, error in (
+        ("forward", ValueError),
+        ("note", AttributeError),
+        ("body", TypeError),
+        ("nothing", AttributeError),
+    ):
         with pytest.raises(error):
             model.mark_forward_method(mark)
 
