@@ -229,7 +229,7 @@ def _wrong_marks(fabric: Fabric) -> None:
     for mark, error in (
         ("forward", ValueError),
         ("note", AttributeError),
-        ("body", TypeError),
+        ("body", AttributeError),
         ("nothing", AttributeError),
     ):
         with pytest.raises(error):
