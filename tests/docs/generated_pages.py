@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import BaseModel
+
 from fabric_core.choosing.registry import Registry
 from fabric_core.cli._describe import field_type, meanings
 from fabric_core.kinds import KINDS
@@ -52,6 +54,8 @@ def _signature(name: str, thing: Any) -> str:
     """Give the names of the arguments: what their types are stands on the pages of contracts, and in editors."""
     if not callable(thing):
         return name
+    if isinstance(thing, type) and issubclass(thing, BaseModel):
+        thing.model_rebuild()  # it is built at its first use, and shows its fields from then on
     try:
         parameters = inspect.signature(thing).parameters.values()
     except (TypeError, ValueError):
