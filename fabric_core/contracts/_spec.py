@@ -132,7 +132,7 @@ class Plugin:
             ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel to another process as the options; what was taken in this one, and what wraps it here, stays here."""
+        """Travel to another process as the options; what was bound in this one, and what wraps it here, stays here."""
         return type(self), (self.options,)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -174,13 +174,14 @@ def check_connected(collectives: object, world: World, strategy: Strategy) -> No
     Raises:
         LaunchError: It has not.
     """
-    there = isinstance(collectives, Collectives)
-    if isinstance(collectives, Collectives) and (collectives.world_size > 1 or world.world_size == 1):
+    if not isinstance(collectives, Collectives):
+        fault = "returned no Collectives"
+    elif collectives.world_size == 1 < world.world_size:
+        fault = f"did not connect the {world.world_size} processes"
+    else:
         return
     raise LaunchError(
-        f"{type(strategy).__name__}.connect did not connect the {world.world_size} processes"
-        if there
-        else f"{type(strategy).__name__}.connect returned no Collectives",
+        f"{type(strategy).__name__}.connect {fault}",
         where="fabric.launch()",
         got=repr(collectives),
         instead="return ProcessGroup(world) from connect; SingleProcess() is for one process",

@@ -146,7 +146,8 @@ class Processes:
             raise LaunchTypeError(
                 f"{self._strategy!r} starts processes that run a function",
                 where="fabric.launch()",
-                instead='fabric.launch(function), or strategy="ddp", under which each process runs the whole script',
+                instead="fabric.launch(function), or a strategy without a start method, under which each process "
+                "runs the whole script",
             )
         _, launcher = found
         return launcher.start(

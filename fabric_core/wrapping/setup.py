@@ -31,7 +31,7 @@ from fabric_core.wrapping.module import Around, FabricModule, Route, first_devic
 from fabric_core.wrapping.optimizer import FabricOptimizer, wrap_optimizer
 from fabric_core.wrapping.step_guard import StepGuard
 
-__all__ = ["Setup"]
+__all__ = ["Setup", "check_set_up"]
 
 
 class Setup:
@@ -111,7 +111,8 @@ class Setup:
         if given is not module and uncompiled(given) is not given:
             called = compile_again(given, called)
         after = dict(module.named_parameters(remove_duplicate=False))
-        self._replaced.update({old: after[name] for name, old in before.items() if after[name] is not old})
+        replaced = {old: after[name] for name, old in before.items() if after[name] is not old}
+        self._replaced.update(replaced)
         for optimizer in self._optimizers:
             # One that was set up before its model holds parameters that are trained no more.
             self._strategy.setup_optimizer(optimizer, self._replaced)
@@ -127,7 +128,7 @@ class Setup:
         self._modules[module] = None
         self._models[next(self._numbers)] = wrapped
         for wrapper in self._wrappers:
-            wrapper.after_setup(module, {old: after[name] for name, old in before.items() if after[name] is not old})
+            wrapper.after_setup(module, replaced)
         self._watch_steps()
         if not declared.joint_setup:
             ready = [self._strategy.setup_optimizer(optimizer, self._replaced) for optimizer in optimizers]
@@ -212,7 +213,7 @@ class Setup:
     def called(self, model: FabricModule | None) -> nn.Module | None:
         """Give what the strategy made of a model; without one, of the only one that is set up."""
         if model is not None:
-            return strategy_module(_set_up(model, "fabric.backward(model=)"))
+            return strategy_module(check_set_up(model, "fabric.backward(model=)"))
         models = self.models
         return strategy_module(models[0]) if len(models) == 1 else None
 
@@ -222,7 +223,7 @@ class Setup:
         Raises:
             MisuseTypeError: The model was not set up.
         """
-        module = _set_up(module, "fabric.no_backward_sync")
+        module = check_set_up(module, "fabric.no_backward_sync")
         inner = strategy_module(module)
         context = self._strategy.no_backward_sync(inner, enabled)
         if self._sync is None or not enabled or not self._strategy.capabilities.no_backward_sync:
@@ -241,7 +242,7 @@ class Setup:
                 watching.close()
 
 
-def _set_up(model: Any, where: str) -> FabricModule:
+def check_set_up(model: Any, where: str) -> FabricModule:
     """Give a model that was set up, also out of ``torch.compile``.
 
     Raises:

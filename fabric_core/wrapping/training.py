@@ -11,13 +11,12 @@ from torch.optim import Optimizer
 
 from fabric_core.collectives import World
 from fabric_core.contracts import FabricActs, Precision, Strategy
-from fabric_core.errors import MisuseTypeError, RequestError
+from fabric_core.errors import RequestError
 from fabric_core.wrapping.checks import check_given
-from fabric_core.wrapping.compiled import uncompiled
 from fabric_core.wrapping.dataloader import FabricDataLoader, to_device
 from fabric_core.wrapping.module import FabricModule
 from fabric_core.wrapping.optimizer import FabricOptimizer, take_step
-from fabric_core.wrapping.setup import Setup
+from fabric_core.wrapping.setup import Setup, check_set_up
 from fabric_core.wrapping.unwrap import unwrap
 
 __all__ = ["Acts", "Training"]
@@ -239,11 +238,7 @@ class Training:
             RequestError: Both or none of ``clip_val`` and ``max_norm`` are given.
             MisuseTypeError: The model is not what ``setup`` returned.
         """
-        if not isinstance(uncompiled(module), FabricModule):
-            raise MisuseTypeError(
-                "the model was not set up", where="fabric.clip_gradients", got=type(module).__name__,
-                instead="what fabric.setup returned",
-            )  # fmt: skip
+        check_set_up(module, "fabric.clip_gradients")
         if (clip_val is None) == (max_norm is None):
             raise RequestError(
                 "exactly one way of clipping is needed",
