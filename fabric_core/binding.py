@@ -92,7 +92,7 @@ def _wraps(extension: object, name: str) -> str | None:
 
 
 def check_extension(extension: object) -> None:
-    """Check that every marked method of an extension wraps a behaviour, or listens to a hook, that there is.
+    """Check that every marked method of an extension wraps a known behaviour, or implements a known hook.
 
     Raises:
         RequestError: It has no marked method, or is a class.

@@ -290,7 +290,7 @@ class Fabric(Processes, Training):
 
         Args:
             path: Where from; ``folder/latest`` is the newest checkpoint of a folder, if nothing has that name.
-            state: What to fill; ``None`` gives back everything that the checkpoint has.
+            state: What to fill; ``None`` returns everything that the checkpoint has.
             strict: Everything that the state asks for must be there.
             weights_only: ``None`` and ``True`` read data alone; ``False`` also makes pickled objects, which runs what
                 the file says: only for a file that you trust.

@@ -22,4 +22,4 @@ event = _specification
 """Marks a life-cycle hook: it has any number of listeners."""
 
 hookimpl = pluggy.HookimplMarker(PROJECT)
-"""Marks a method of an extension that listens to a life-cycle hook."""
+"""Marks a method of an extension that implements a life-cycle hook."""

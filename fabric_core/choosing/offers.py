@@ -137,7 +137,7 @@ class Offer:
         """Check what the distribution says that it needs of the core, and for this entry point, before an import."""
         _, _, tail = self.value.partition("[")
         extras = [extra.strip() for extra in tail.rstrip("] ").split(",") if extra.strip()]
-        # Most requirements say nothing here; parsing one takes 50 µs, and importing the parser 10 ms.
+        # Most requirements do not apply here; parsing one takes 50 µs, and importing the parser 10 ms.
         telling = [text for text in self.requires if extras or _CORE in canonical(text)]
         if not telling:
             return

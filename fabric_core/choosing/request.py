@@ -1,7 +1,7 @@
 """What the user asked for, validated: code, variables and files become one request.
 
 [Note: who wins] What the code says wins over the variables ``FABRIC_*``, and those over a configuration file. An
-argument that the code leaves at its default says nothing.
+argument that the code leaves at its default is not asked for.
 """
 
 import warnings
@@ -56,7 +56,7 @@ def file_arguments() -> list[str]:
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for. Says nothing of what is possible here.
+    """What the user asked for. Independent of what is possible here.
 
     The arguments of ``Fabric`` are attributes too: ``request.strategy``, ``request.devices``.
 

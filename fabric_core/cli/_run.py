@@ -26,7 +26,9 @@ def run(
         str | None, typer.Option(help="HOST:PORT at which the nodes meet: the first node's.")
     ] = None,
     max_restarts: Annotated[int, typer.Option(help="How often a failed job is started again.", min=0)] = 0,
-    accelerator: Annotated[str | None, typer.Option(help="What `Fabric()` is given where it says nothing.")] = None,
+    accelerator: Annotated[
+        str | None, typer.Option(help="What `Fabric()` is given where the script leaves it at its default.")
+    ] = None,
     strategy: Annotated[str | None, typer.Option(help="Likewise.")] = None,
     devices: Annotated[str | None, typer.Option(help="Likewise; as many processes are started on this node.")] = None,
     num_nodes: Annotated[int | None, typer.Option(help="The same as --nnodes.", min=1)] = None,
@@ -61,7 +63,7 @@ def run(
     }
     target = ["-m", *script] if module else script
     environment = {**os.environ, **variables}
-    # As many processes as the script's `Fabric()` will want, where it says nothing itself.
+    # As many processes as the script's `Fabric()` will want, where it leaves this at its default.
     asked = Request.of(**fill({}, read_environment(environment)))
     count = str(len(make_plan(asked, environment).device_indices))
     if dry_run:

@@ -128,7 +128,7 @@ class SingleProcess(Collectives):
         return [tensor.clone() if sync_grads else tensor.detach().clone()]
 
     def broadcast(self, obj: Any, src: int) -> Any:
-        """Give it back."""
+        """Return it."""
         check_source(src, 1)
         return obj
 

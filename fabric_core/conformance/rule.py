@@ -57,8 +57,8 @@ class Rule:
         reason: Why users need it; for an untested rule also why the kit can't check it.
         advice: What an author changes who breaks it.
         check: Raises ``Broken`` where the rule isn't kept; takes the bench, and an example where there are any.
-        needs: The capabilities, or properties of the policy, without which the rule says nothing.
-        lacks: Those with which it says nothing.
+        needs: The capabilities, or properties of the policy, without which the rule does not apply.
+        lacks: Those with which it does not apply.
         world_sizes: The numbers of processes that it is checked on.
         examples: Makes the generator of the examples, drawn in the driver alone.
         count: How many examples are drawn.

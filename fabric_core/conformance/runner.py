@@ -63,15 +63,15 @@ class _Failed(Exception):  # noqa: N818 - the rule did, on the example
 
 
 def why_not(rule: Rule, declared: dict[str, Any]) -> str | None:
-    """Say why a rule says nothing about a plugin that declares this; ``None`` where it does."""
+    """Say why a rule does not apply to a plugin that declares this; ``None`` where it does."""
     for need in rule.needs:
         if need != "available" and not declared.get(need):
             if need == "detects":
                 return "it needs a job that the plugin's own system started, and the kit's are like torchrun's"
-            return f"it says nothing without {need!r}, which the plugin doesn't declare"
+            return f"it does not apply without {need!r}, which the plugin doesn't declare"
     for lack in rule.lacks:
         if declared.get(lack):
-            return f"it says nothing with {lack!r}, which the plugin declares"
+            return f"it does not apply with {lack!r}, which the plugin declares"
     return None
 
 
@@ -179,7 +179,7 @@ def _search(rule: Rule, bench: Bench, examples: Callable[[], Any], seed: int | N
     known: dict[str, _Failed | None] = {}
     deadline = float("inf")
 
-    def look(example: Any) -> None:
+    def judge(example: Any) -> None:
         nonlocal deadline
         key = repr(example)
         if key not in known:
@@ -204,8 +204,8 @@ def _search(rule: Rule, bench: Bench, examples: Callable[[], Any], seed: int | N
         verbosity=hypothesis.Verbosity.quiet,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    # Not `derandomize`, which draws others whenever a line of `look` is changed.
-    hypothesis.seed(seed or 0)(configured(hypothesis.given(examples())(look)))()
+    # Not `derandomize`, which draws others whenever a line of `judge` is changed.
+    hypothesis.seed(seed or 0)(configured(hypothesis.given(examples())(judge)))()
 
 
 def attempt(rule: Rule, bench: Bench, *example: Any) -> _Failed | None:

@@ -69,7 +69,7 @@ class Session:
         """Judge by one rule; the last one ends the ranks, and writes the report.
 
         Raises:
-            RequestError: The rule is in ``expected``, and says nothing about a plugin that declares what this one does.
+            RequestError: The rule is in ``expected``, and does not apply to a plugin that declares what this one does.
         """
         if self._report is not None and not self._verdicts:
             _make_folder(self._report)

@@ -39,7 +39,7 @@ class Subject:
         kind: Its kind.
         name: The name that it is offered under.
         value: Where it lies, as ``module:attribute``.
-        distribution: Which distribution brings it; empty where it was given as a class.
+        distribution: Which distribution provides it; empty where it was given as a class.
         version: That distribution's version.
         options: The options that it is made with.
         auto: Its priority in automatic choice; ``None`` where it takes no part in it.

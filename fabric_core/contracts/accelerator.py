@@ -110,7 +110,7 @@ class Accelerator(Plugin, ABC):
 
     @behaviour
     def teardown(self) -> None:
-        """Give back what ``setup_device`` took. May be called again, and without ``setup_device``."""
+        """Release what ``setup_device`` acquired. May be called again, and without ``setup_device``."""
 
 
 def parse_device_indices(spec: DeviceSpec, count: int, *, where: str, unbounded: bool = False) -> list[int]:

@@ -49,7 +49,7 @@ class StrategyCapabilities(_Capabilities):
     loss_scaling: bool = True
     """It works with a precision that scales the loss."""
     no_backward_sync: bool = False
-    """``no_backward_sync`` leaves gradients apart; without it, accumulation synchronises every time."""
+    """``no_backward_sync`` skips gradient synchronization; without it, accumulation synchronizes every time."""
     multiple_models: bool = True
     """Several models can be set up."""
     multiple_optimizers: bool = True

@@ -93,4 +93,4 @@ class Launcher(Plugin, ABC):
 
     @behaviour
     def teardown(self) -> None:
-        """Give back what ``setup_process`` took."""
+        """Release what ``setup_process`` acquired."""

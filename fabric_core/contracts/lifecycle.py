@@ -13,7 +13,7 @@ __all__ = ["LifeCycle"]
 
 
 class LifeCycle:
-    """The hooks that an extension may listen to with ``@hookimpl``; what changes a behaviour wraps it instead.
+    """The hooks that an extension may implement with ``@hookimpl``; what changes a behaviour wraps it instead.
 
     ``fabric`` is the ``Fabric`` that it happened to, with its ``plan``, its ``models`` and its ``step_count``; a
     listener takes those arguments that it needs.

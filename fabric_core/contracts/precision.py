@@ -120,7 +120,7 @@ class Precision(Plugin, ABC):
 
     @behaviour
     def unscale_gradients(self, optimizer: Optimizer) -> None:
-        """Bring the gradients of an optimizer's parameters to their true size; a second call in a step is harmless."""
+        """Unscale the gradients of an optimizer's parameters; a second call in a step is harmless."""
 
     @behaviour
     def optimizer_step(

@@ -102,7 +102,7 @@ class Background:
         self._pending.append(handle)
         return handle
 
-    def settle(self, agree: Agreement, *, wait: bool) -> None:
+    def collect(self, agree: Agreement, *, wait: bool) -> None:
         """Look how earlier saves went; every rank calls it.
 
         Args:

@@ -90,7 +90,7 @@ class Checkpointing:
         agree = Agreement(collectives)
         queued = asynchronous == "queued"
         where = agree.each(lambda: _as_path(path), where=path)
-        self._background.settle(agree, wait=not queued)
+        self._background.collect(agree, wait=not queued)
         parts = agree.each(
             lambda: self._asked(state, {} if filter is None else filter, asynchronous, "fabric.save"), where=path
         )
@@ -224,7 +224,7 @@ class Checkpointing:
     ) -> tuple[Any, dict[str, Any]]:
         """Load, as ``fabric.load`` says; gives where from, and what the checkpoint has beyond the state."""
         agree = Agreement(collectives)
-        self._background.settle(agree, wait=True)
+        self._background.collect(agree, wait=True)
         formats = [one for _, one in self._formats]
         where = agree.on_zero(lambda: latest(_as_path(path), formats), where=path)
         checkpoint = agree.each(lambda: self._recognised(where), where=path)
@@ -250,7 +250,7 @@ class Checkpointing:
     ) -> None:
         """Load a bare state, as ``fabric.load_raw`` says."""
         agree = Agreement(collectives)
-        self._background.settle(agree, wait=True)
+        self._background.collect(agree, wait=True)
         where = agree.each(lambda: _as_path(path), where=path)
         checkpoint = agree.each(lambda: self._recognised(where), where=path)
         read = checkpoint.read_trusted if weights_only is False else lambda at: checkpoint.read(at, None)

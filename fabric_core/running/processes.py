@@ -281,7 +281,7 @@ class Processes:
     # The end
 
     def teardown(self) -> None:
-        """Give back all that was taken: process group, devices, loggers. May be called again."""
+        """Release all resources: process group, devices, loggers. May be called again."""
         world, launcher, failures = self._world, self._launcher, self._failures
         self._failures = None
         if failures is not None:

@@ -15,7 +15,7 @@ __all__ = ["Undo", "in_place", "restore", "restore_modules", "template"]
 
 
 class Undo:
-    """What brings objects back to how they were, in the order in which they were changed."""
+    """What restores objects to how they were, in the order in which they were changed."""
 
     def __init__(self) -> None:
         self._acts: list[Callable[[], Any]] = []
@@ -109,7 +109,7 @@ def restore(parts: list[Part], tree: Mapping[str, Any], strategy: Strategy, undo
         parts: What in the user's state has a state of its own.
         tree: What the checkpoint holds, read.
         strategy: The bound strategy.
-        undo: Gets, for each object, what brings it back to how it was.
+        undo: Gets, for each object, what restores it.
         full: Whether tensors are whole.
     """
     # Those whose own code could refuse come first.

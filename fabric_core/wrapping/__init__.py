@@ -1,4 +1,4 @@
-"""What ``setup`` gives back in place of models, optimizers and data loaders."""
+"""What ``setup`` returns in place of models, optimizers and data loaders."""
 
 from fabric_core.wrapping.dataloader import FabricDataLoader
 from fabric_core.wrapping.module import FabricModule

@@ -238,11 +238,11 @@ class OutputGuard(BackwardGuard):
         # The leaf itself holds its node but weakly.
         node = get_gradient_edge(leaf).node
 
-        def look(_gradients: Any) -> None:
+        def check(_gradients: Any) -> None:
             if running_pass(self._owner) is None and any(one.requires_grad for one in module.parameters()):
                 raise self._refuse(f"backward of an output of {type(module).__name__}")
 
-        node.register_prehook(look)
+        node.register_prehook(check)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             result = run(*args, **kwargs)

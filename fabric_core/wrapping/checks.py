@@ -182,7 +182,7 @@ def check_trains(optimizer: Optimizer, models: Iterable[Any], replaced: Containe
 
 
 def check_same(result: nn.Module, module: nn.Module, wrapper: Wrapper) -> None:
-    """Refuse a wrapper that, before the strategy, gives back another module.
+    """Refuse a wrapper that, before the strategy, returns another module.
 
     Raises:
         SetupError: It does.

@@ -218,7 +218,7 @@ def _prefetched(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
         batch = next(batches, _END)
         if batch is _END:
             return _END
-        # The copy may take memory that an earlier batch gave back, so what used that batch must be through with it.
+        # The copy may take memory that an earlier batch released, so what used that batch must be through with it.
         # Only this keeps every object safe, whatever tensors it hides.
         stream.wait_stream(torch.accelerator.current_stream(device))
         with stream:
@@ -444,6 +444,6 @@ def _shuffles(sampler: Any, dataset: object) -> bool | None:
 
 
 def _random_samplers() -> set[Callable[..., Any]]:
-    """Give the classes of plain shuffles; a loader of torchdata's brings one of its own, with the same attributes."""
+    """Give the classes of plain shuffles; a loader of torchdata's has one of its own, with the same attributes."""
     torchdata = sys.modules.get("torchdata.stateful_dataloader.sampler")
     return {RandomSampler} if torchdata is None else {RandomSampler, torchdata.RandomSampler}

@@ -71,7 +71,7 @@ class Around:
         """Choose, once, what a run needs; what it doesn't need costs nothing.
 
         Returns:
-            A function that puts it round a run. Where nothing is needed it gives back the very same run.
+            A function that puts it round a run. Where nothing is needed it returns the very same run.
         """
         contexts: list[Callable[[], AbstractContextManager[Any] | None]] = [
             wrapper.forward_context for wrapper in self.wrappers
@@ -458,12 +458,12 @@ def _watched(members: WeakSet[nn.Module], refuse: Callable[[nn.Module], None]) -
     """Refuse that this thread calls one of the members inside the context, unless the strategy does."""
     thread = threading.get_ident()
 
-    def look(module: nn.Module, _inputs: Any) -> None:
+    def refuse_direct_call(module: nn.Module, _inputs: Any) -> None:
         if threading.get_ident() == thread and module in members and not _in_route():
             refuse(module)
 
     # One hook for all modules of all threads: its cost doesn't grow with the model, which is not touched.
-    handle = register_module_forward_pre_hook(look)
+    handle = register_module_forward_pre_hook(refuse_direct_call)
     try:
         yield
     finally:

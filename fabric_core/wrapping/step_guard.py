@@ -51,13 +51,13 @@ class StepGuard:
         return self._handle is not None
 
     def open(self) -> Callable[[], None]:
-        """Watch every optimizer of the process until ``close``; gives the way to end it without this object."""
+        """Watch every optimizer of the process until ``close``; returns a function that ends it without this object."""
         if self._handle is None:
             method = WeakMethod(self._before)
 
             def before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-                look = method()
-                return None if look is None else look(optimizer, args, kwargs)
+                check = method()
+                return None if check is None else check(optimizer, args, kwargs)
 
             self._handle = register_optimizer_step_pre_hook(before)
         remove: Callable[[], None] = self._handle.remove

@@ -222,7 +222,7 @@ def _die_with_parent() -> None:
 
 @contextlib.contextmanager
 def _restored() -> Iterator[None]:
-    """Bring back the environment and the signal handlers that torchelastic changes."""
+    """Restore the environment and the signal handlers that torchelastic changes."""
     environment = dict(os.environ)
     in_main = threading.current_thread() is threading.main_thread()
     handlers = {name: signal.getsignal(getattr(signal, name)) for name in _SIGNALS} if in_main else {}

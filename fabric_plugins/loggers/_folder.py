@@ -151,7 +151,7 @@ class FolderLogger(Logger):
         """Take the graph of a model; nothing is written of it here."""
 
     def save(self) -> None:
-        """Bring what was written to the disk."""
+        """Flush what was written to the disk."""
 
 
 class Silent:
@@ -215,7 +215,7 @@ class AppendedFile:
 
     Args:
         path: The file; where it is there already it is continued.
-        sync_every: After how many lines the system is told to bring them to the disk.
+        sync_every: After how many lines the system is told to write them to the disk.
     """
 
     def __init__(self, path: Path, sync_every: int) -> None:
@@ -237,7 +237,7 @@ class AppendedFile:
             self.sync()
 
     def sync(self) -> None:
-        """Bring every line to the disk."""
+        """Write every line to the disk."""
         os.fsync(self._file.fileno())
         self._unsynced = 0
 

@@ -71,12 +71,12 @@ class CSVLogger(FolderLogger):
         self._writer().log_metrics(metrics, step)
 
     def save(self) -> None:
-        """Bring every row to the disk, in one file."""
+        """Write every row to the disk, in one file."""
         if self._rows is not None:
             self._rows.save()
 
     def finalize(self, status: str) -> None:
-        """Bring every row to the disk, in one file, and close it."""
+        """Write every row to the disk, in one file, and close it."""
         if self._rows is not None:
             self._rows.close()
             self._rows = None
@@ -124,13 +124,13 @@ class Rows:
         self._file.append(_line(self.metrics_keys))
 
     def save(self) -> None:
-        """Bring every row to the disk, in one file."""
+        """Write every row to the disk, in one file."""
         if self._file is not None:
             self._file.sync()
         self._join()
 
     def close(self) -> None:
-        """Bring every row to the disk, in one file, and close it."""
+        """Write every row to the disk, in one file, and close it."""
         if self._file is not None:
             self._file.close()
             self._file = None

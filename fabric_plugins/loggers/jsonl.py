@@ -70,12 +70,12 @@ class JSONLLogger(FolderLogger):
         self._writer().append(json.dumps(finite(row), default=str))
 
     def save(self) -> None:
-        """Bring every row to the disk."""
+        """Write every row to the disk."""
         if self._file is not None:
             self._file.sync()
 
     def finalize(self, status: str) -> None:
-        """Bring every row to the disk, and close the file."""
+        """Write every row to the disk, and close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -144,12 +144,12 @@ class TensorBoardLogger(FolderLogger):
         self._writer().flush()
 
     def save(self) -> None:
-        """Bring every event to the file."""
+        """Write every event to the file."""
         if self._events is not None:
             self._events.flush()
 
     def finalize(self, status: str) -> None:
-        """Bring every event to the file, and close it."""
+        """Write every event to the file, and close it."""
         if self._events is not None:
             self._events.close()
             self._events = None

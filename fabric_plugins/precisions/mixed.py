@@ -249,7 +249,7 @@ class Float16MixedPrecision(_MixedPrecision):
         self._rescale(lambda: self._scaler.update_scale(overflowed=overflowed), end=True)
 
     def _rescale(self, change: Callable[[], None], *, end: bool = False) -> None:
-        """Change the scale, and bring outstanding gradients to the new one ([Note: outstanding gradients]).
+        """Change the scale, and rescale outstanding gradients to the new one ([Note: outstanding gradients]).
 
         Args:
             change: Changes it, or does nothing.

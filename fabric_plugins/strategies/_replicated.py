@@ -24,7 +24,7 @@ class Known(WeakSet[Any]):
 
 
 class Replicated(DistributedDataParallel):
-    """Adds itself, and its deep copies, to what is known; says so where gradients would stay apart for good."""
+    """Adds itself, and its deep copies, to what is known; says so where gradients would never be synchronized."""
 
     known: Known
     frozen: tuple[nn.Parameter, ...]

@@ -24,11 +24,11 @@ _TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--
 VOCABULARY = 256
 # Each with what it is compared with. PyTorch's DDP keeps gradients and buckets apart unless told otherwise.
 CONTESTANTS = {
-    "ddp by hand, PyTorch's defaults": "ddp by hand",
-    "ddp by hand": "ddp by hand",
-    "ddp": "ddp by hand",
-    "fsdp by hand": "fsdp by hand",
-    "fsdp": "fsdp by hand",
+    "plain ddp, PyTorch's defaults": "plain ddp",
+    "plain ddp": "plain ddp",
+    "ddp": "plain ddp",
+    "plain fsdp": "plain fsdp",
+    "fsdp": "plain fsdp",
 }
 
 
@@ -106,7 +106,7 @@ def main() -> None:
         for name, value in found.items()
     ]
     title = f"Peak resident memory per process, {size / 1e6:.0f} MB of parameters in {depth} blocks, AdamW, 2 processes"
-    print(table(title, ("strategy", "MiB", "of DDP's defaults", "of `ddp`", "of the same by hand"), rows))
+    print(table(title, ("strategy", "MiB", "of DDP's defaults", "of `ddp`", "of the same in plain PyTorch"), rows))
 
 
 if __name__ == "__main__":

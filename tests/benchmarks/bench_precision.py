@@ -1,4 +1,4 @@
-"""What precision costs: µs added per forward and per step over autocast and ``GradScaler`` written by hand.
+"""What precision costs: µs added per forward and per step over autocast and ``GradScaler`` in plain PyTorch.
 
 Every contestant runs once a round, in turn; a number is the median of its rounds.
 """
@@ -137,7 +137,7 @@ def main() -> None:
                     f"+{found['theirs'] - hand:.1f}" if peers else "not installed",
                 )
             )
-        print(table(title, ("precision", "by hand, µs", "this project, µs", "Lightning Fabric, µs"), rows))
+        print(table(title, ("precision", "plain PyTorch, µs", "this project, µs", "Lightning Fabric, µs"), rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long a training step takes under `ddp` and `fsdp`, beside the same by hand and beside Lightning Fabric.
+"""How long a training step takes under `ddp` and `fsdp`, beside the same in plain PyTorch and beside Lightning Fabric.
 
 Two ranks on the CPU, one thread each. All contestants live in the same two processes and take turns, in a new order
 each round. A step's time is the slower rank's; its work is the CPU time of both ranks, which other programs on the
@@ -24,7 +24,7 @@ from torch import nn
 
 _TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 WIDTH, DEPTH, VOCABULARY, BATCH, TIME = 256, 4, 512, 4, 64
-_HEAD = ("strategy", "ms", "times by hand", "CPU ms of both", "times by hand")
+_HEAD = ("strategy", "ms", "times plain PyTorch", "CPU ms of both", "times plain PyTorch")
 Step = Callable[[torch.Tensor], None]
 
 
@@ -60,9 +60,9 @@ def contestants() -> dict[str, Step]:
     from fabric_core import Fabric
 
     steps = {
-        "ddp by hand": by_hand(hand_ddp),
+        "plain ddp": by_hand(hand_ddp),
         "ddp": by_fabric(Fabric, "ddp"),
-        "fsdp by hand": by_hand(hand_fsdp),
+        "plain fsdp": by_hand(hand_fsdp),
         "fsdp": by_fabric(Fabric, "fsdp"),
     }
     if importlib.util.find_spec("lightning") is not None:

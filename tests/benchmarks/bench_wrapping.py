@@ -78,7 +78,7 @@ def plain(precision: str, model: nn.Module, *optimizers: Any) -> Any:
 
 
 def autocast_alone(_precision: str, model: nn.Module) -> Any:
-    """Autocast by hand, and leave the results in 16 bits."""
+    """Plain autocast, and leave the results in 16 bits."""
 
     def run(*args: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16):

@@ -50,7 +50,7 @@ def bind(owner: Owner, *extensions: object) -> Bindings:
 
 
 def test_a_bound_plugin_is_the_plugin_and_only_what_is_wrapped_differs() -> None:
-    """An unwrapped behaviour is the method itself; letting go gives back the instance as it was."""
+    """An unwrapped behaviour is the method itself; letting go restores the instance as it was."""
     owner = Owner()
     before = dict(vars(owner))
     bindings = bind(owner, Speaker("one"))

@@ -73,7 +73,7 @@ def test_a_direct_step_on_scaled_gradients_is_refused(fabric: Fabric, which: str
 
 
 def test_what_is_not_scaled_steps_directly(fabric: Fabric) -> None:
-    """Gradients made by hand, cleared ones, and those of another model are nobody's business."""
+    """Gradients computed without ``backward``, cleared ones, and those of another model are nobody's business."""
     model, optimizer, net, raw = prepared(fabric)
     for clear in (optimizer.zero_grad, model.zero_grad):
         fabric.backward(model(X).sum())

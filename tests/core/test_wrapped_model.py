@@ -551,11 +551,11 @@ def test_marked_methods_run_in_several_threads_at_once(set_up: Setup) -> None:
 def test_no_attribute_of_the_model_is_touched(set_up: Setup) -> None:
     """After every kind of run the original has the attributes, hooks and methods that it had."""
 
-    def look(net: Net) -> Mapping[str, Any]:
+    def seen(net: Net) -> Mapping[str, Any]:
         return {name: value for name, value in vars(net).items() if name != "seen"} | {"class": type(net)}
 
     model, net = set_up()
-    before = copy.copy(look(net))
+    before = copy.copy(seen(net))
     model.mark_forward_method("generate")
     model.generate(X)
     model(X).sum().backward()
@@ -563,7 +563,7 @@ def test_no_attribute_of_the_model_is_touched(set_up: Setup) -> None:
     model.mark_forward_method("fail")
     with pytest.raises(KeyError):
         model.fail(X)
-    assert look(net) == before
+    assert seen(net) == before
 
 
 def test_the_route_passes_forward_and_methods() -> None:

@@ -77,7 +77,7 @@ class Run:
         return torch.optim.SGD([one for net in modules for one in net.parameters()], lr=0.05, momentum=0.5)
 
     def setup(self, net: Any, *optimizers: Any) -> Any:
-        """Set up, or give back what was given."""
+        """Set up, or return what was given."""
         if self.fabric is None:
             return (net, *optimizers) if optimizers else net
         return self.fabric.setup(net, *optimizers)

@@ -123,5 +123,5 @@ def built_wheels(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def distribution() -> type[Distribution]:
-    """Give the class of distributions that are written by hand."""
+    """Give the class of distributions that are in plain PyTorch."""
     return Distribution

@@ -97,7 +97,7 @@ def environment(make_environment: Callable[[str], Any], tmp_path_factory: pytest
 @pytest.mark.slow
 @pytest.mark.parametrize("strategies", [["single_device"], ["ddp", "fsdp", "model_parallel"]])
 def test_float8_trains_as_torchao_by_hand(environment: Any, strategies: list[str]) -> None:
-    """Parameters equal those of torchao and PyTorch written by hand, bit for bit, on one process and on two."""
+    """Parameters equal those of torchao and PyTorch in plain PyTorch, bit for bit, on one process and on two."""
     done = environment.run("train.py", *strategies)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("equal")]

@@ -240,7 +240,7 @@ def _device_type(bench: Bench) -> None:
 
 
 def _use(place: Place) -> str | None:
-    """Compute on the device between setting it up and giving it back."""
+    """Compute on the device between setting it up and tearing it down."""
     plugin = place.plugin()
     device = plugin.devices(plugin.parse_devices(1))[0]
     plugin.setup_device(device)
@@ -283,7 +283,7 @@ def _tear(place: Place, times: str) -> None:
     "ACC-115",
     "`teardown` may be called without `setup_device`.",
     reason="What failed half-way is torn down too; an error then would hide the cause.",
-    advice="let teardown check what there is to give back",
+    advice="let teardown check what there is to release",
 )
 def _teardown_unused(bench: Bench) -> None:
     bench.run(_tear, "unused")
@@ -293,7 +293,7 @@ def _teardown_unused(bench: Bench) -> None:
     "ACC-116",
     "`teardown` may be called twice, and the device can be set up again after it.",
     reason="A Fabric may be torn down twice, and another one follows in the same process.",
-    advice="forget what was given back, and take it again in setup_device",
+    advice="forget what was released, and acquire it again in setup_device",
     needs=("available",),
 )
 def _teardown_twice(bench: Bench) -> None:

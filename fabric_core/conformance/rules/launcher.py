@@ -22,7 +22,7 @@ _FOREIGN: Final[tuple[Mapping[str, str], ...]] = (
 
 @TABLE.rule(
     "LAU-501",
-    "`detect` says nothing where its system did not start the process.",
+    "`detect` returns `None` where its system did not start the process.",
     reason="Every launcher is asked, in every process.",
     advice="return None where your system's variables are absent",
 )
@@ -145,7 +145,7 @@ def _raises(bench: Bench) -> None:
     "LAU-507",
     "`teardown` may be called without `setup_process`, and twice.",
     reason="What failed half-way is torn down too.",
-    advice="let teardown look at what there is to give back",
+    advice="let teardown look at what there is to release",
 )
 def _teardown(bench: Bench) -> None:
     plugin = bench.plugin()

@@ -94,7 +94,7 @@ def _hold(place: Place) -> list[str]:
     "It leaves what it is given as it was, takes settings of any type, and once finished leaves the process as it was; "
     "a metric after that is taken, or refused by an error of this project's.",
     reason="Settings and metrics are the script's own; so are its hooks, threads and log handlers.",
-    advice="copy what is changed, write others by their text, and give back in finalize what was opened",
+    advice="copy what is changed, write others by their text, and close in finalize what was opened",
     inside=False,
 )
 def _leaves(bench: Bench) -> None:

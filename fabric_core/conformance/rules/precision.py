@@ -125,7 +125,7 @@ def _is_float(leaf: Any) -> bool:
 
 
 def _flat(data: Any) -> tuple[list[Any], Any]:
-    # The kit's dataclass is no registered container; it is opened by hand.
+    # The kit's dataclass is no registered container; the kit opens it itself.
     opened = tree_map_only(cases.Record, lambda one: {"value": _open(one.value), "label": one.label}, data)
     return tree_flatten(opened)
 
@@ -198,7 +198,7 @@ def _other_inputs(bench: Bench, payload: cases.Payload) -> None:
 
 @TABLE.rule(
     "PRE-209",
-    "`convert_input` gives back the very same object where nothing had to change.",
+    "`convert_input` returns the very same object where nothing had to change.",
     reason="Copying every batch costs time, and breaks a batch that is compared by identity.",
     advice="use fabric_core.contracts.convert_tensors",
     examples=_payloads,
@@ -234,7 +234,7 @@ def _other_outputs(bench: Bench, payload: cases.Payload) -> None:
 
 @TABLE.rule(
     "PRE-212",
-    "`convert_output` gives back the very same object where nothing had to change.",
+    "`convert_output` returns the very same object where nothing had to change.",
     reason="A model may return an object that its caller knows.",
     advice="use fabric_core.contracts.convert_tensors",
     examples=_payloads,
@@ -760,7 +760,7 @@ def _leaves_settings(bench: Bench) -> None:
         raise Broken(f"{', '.join(left)} is changed")
 
 
-def _apart(place: Place) -> tuple[float, float]:
+def _scale_of_another(place: Place) -> tuple[float, float]:
     one, other = place.plugin(), place.plugin()
     with place.fabric(precision=one) as fabric:
         model = cases.build(_CASE, torch.float32)
@@ -782,7 +782,7 @@ def _apart(place: Place) -> tuple[float, float]:
     needs=("loss_scaling",),
 )
 def _two_scales(bench: Bench) -> None:
-    before, after = bench.run(_apart)[0]
+    before, after = bench.run(_scale_of_another)[0]
     if before != after:
         raise Broken(f"a step skipped by one changes the other's scale from {before} to {after}")
 

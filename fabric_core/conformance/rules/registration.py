@@ -27,7 +27,7 @@ from fabric_core.kinds import KINDS
 TABLE: Final = Table("any")
 
 _HEAVY: Final = 150
-"""How many modules an import may bring; PyTorch's sharding brings some 400, a data-parallel wrapper 800."""
+"""How many modules an import may load; PyTorch's sharding loads some 400, a data-parallel wrapper 800."""
 
 _IMPORT: Final = 60.0
 """How many seconds an import in a new interpreter may take; ``FABRIC_TIMEOUT_SCALE`` multiplies it."""
@@ -110,7 +110,7 @@ def _import_is_silent(bench: Bench) -> None:
 
 @TABLE.rule(
     "REG-004",
-    f"Importing its module brings at most {_HEAVY} other modules that PyTorch and the core don't bring.",
+    f"Importing its module imports at most {_HEAVY} other modules that PyTorch and the core don't import.",
     reason="A choice by name must cost nothing before it is used; seconds of imports on every rank add up.",
     advice="import what is heavy inside the methods that use it",
     level=Level.SHOULD,
@@ -119,7 +119,7 @@ def _import_is_silent(bench: Bench) -> None:
 def _import_is_light(bench: Bench) -> None:
     _, count, _ = _import(bench)
     if count > _HEAVY:
-        raise Broken(f"it brings {count} modules")
+        raise Broken(f"it imports {count} modules")
 
 
 @TABLE.rule(

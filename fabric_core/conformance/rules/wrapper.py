@@ -31,7 +31,7 @@ def _wrapped(bench: Bench, case: Training) -> tuple[nn.Module, nn.Module, nn.Mod
 
 @TABLE.rule(
     "WRA-401",
-    "Before the strategy it gives back the very module that it was given.",
+    "Before the strategy it returns the very module that it was given.",
     reason="The user's own references, and the optimizer's, stay true.",
     advice='change the module in place, or declare the stage "after_strategy"',
 )
@@ -112,7 +112,7 @@ def _trains(bench: Bench, case: Training) -> None:
 
 @TABLE.rule(
     "WRA-405",
-    "`unwrap` gives back the user's own module.",
+    "`unwrap` returns the user's own module.",
     reason="Users save, export and evaluate it.",
     advice="leave what the core wraps to the core",
 )

@@ -69,7 +69,7 @@ class ShardedStrategy(DistributedStrategy):
         return optimizer
 
     def _check_undivided(self, module: nn.Module) -> None:
-        """Refuse what another model shares, and what was divided by hand.
+        """Refuse what another model shares, and what is divided already.
 
         Raises:
             SetupError: A parameter is divided already.
@@ -80,7 +80,7 @@ class ShardedStrategy(DistributedStrategy):
         divided = [name for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)]
         if divided:
             raise SetupError(
-                "a part of the model is divided among the ranks already, with another model or by hand",
+                "a part of the model is divided among the ranks already, with another model or by your own code",
                 where="fabric.setup",
                 got=", ".join(divided),
                 instead="set up one module that holds everything that shares the part; mark its methods with"

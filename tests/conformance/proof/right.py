@@ -202,7 +202,7 @@ class OwnGroup(Averaging):
 
 
 class Announcing(Averaging):
-    """Leaves gradients apart in a context that is an object of its own."""
+    """Skips gradient synchronization in a context that is an object of its own."""
 
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> Any:
         """Give the context."""

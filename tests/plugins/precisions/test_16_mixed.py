@@ -78,7 +78,7 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(strategy: str, two_ranks:
 
 
 def _beside_another(strategy: str) -> float:
-    """Accumulate apart in one model, while another's steps let the scale grow; gives the norm of the gradients."""
+    """Accumulate in one model, while another's steps let the scale grow; gives the norm of the gradients."""
     precision = Float16MixedPrecision(init_scale=64.0, growth_interval=1)
     with Fabric(accelerator="cpu", strategy=strategy, devices=2, precision=precision) as fabric:
         fabric.launch()

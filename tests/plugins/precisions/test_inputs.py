@@ -95,7 +95,7 @@ def leaves(data: Any) -> list[Any]:
 
 
 class Echo(nn.Module):
-    """Gives back what it got, so that a test sees it."""
+    """Returns what it got, so that a test sees it."""
 
     def __init__(self) -> None:
         super().__init__()

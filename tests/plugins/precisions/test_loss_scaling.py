@@ -1,4 +1,4 @@
-"""16-mixed scales the loss as a loop with `torch.amp.GradScaler` written by hand does, whatever the gradients are."""
+"""16-mixed scales the loss as a loop with `torch.amp.GradScaler` in plain PyTorch does, whatever the gradients are."""
 
 import math
 from typing import Any, NamedTuple

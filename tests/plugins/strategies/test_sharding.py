@@ -371,7 +371,7 @@ def _gradients(model: nn.Module) -> list[Any]:
 
 
 def _accumulate(strategy: str) -> Any:
-    """Two models; one leaves its gradients apart: nested, with an exception, and the other does not."""
+    """Two models; one skips gradient synchronization: nested, with an exception, and the other does not."""
     with Fabric(accelerator="cpu", strategy=strategy, devices=2) as fabric:
         fabric.launch()
         models = [_made("plain"), _made("plain")]
@@ -394,7 +394,7 @@ def _accumulate(strategy: str) -> Any:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp:auto_wrap_policy=null"])
 def test_no_backward_sync_nests_and_restores(strategy: str, two_ranks: RankPool) -> None:
-    """Gradients left apart, whatever happened in between, come together at the next backward; of that model alone."""
+    """Unsynchronized gradients, whatever came between, are averaged at the next backward; of that model alone."""
     model = _made("plain")
     torch.autograd.backward(model(_x()).square().mean())
     single = [one.grad for one in model.parameters()]

@@ -132,5 +132,5 @@ class First(nn.Module):
 
 
 def test_an_optimizer_without_gradients_may_step_after_accumulation(two_ranks: RankPool) -> None:
-    """That a part of the model was not used is no sign of gradients that are apart."""
+    """That a part of the model was not used is no sign of unsynchronized gradients."""
     two_ranks.run(_unused)

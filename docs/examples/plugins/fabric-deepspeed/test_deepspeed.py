@@ -112,7 +112,7 @@ def test_it_trains_as_plain_deepspeed(ranks: RankPool, stage: int) -> None:
 
 @pytest.mark.parametrize("strategy", STAGES)
 def test_it_trains_as_ddp(ranks: RankPool, strategy: str) -> None:
-    """Also where several backward passes come before a step, and the norm that clipping gives back is the same."""
+    """Also where several backward passes come before a step, and the norm that clipping returns is the same."""
     (got, norms), _ = ranks.run(_by_fabric, strategy, 0.05, 3)
     (expected, others), _ = ranks.run(_by_fabric, "ddp", 0.05, 3)
     _same(got, expected, rtol=1e-4, atol=1e-5)

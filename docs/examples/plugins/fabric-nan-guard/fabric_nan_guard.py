@@ -61,7 +61,7 @@ class NaNGuard:
             self._stop()
             self._stop = None
 
-    def look(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+    def check(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
         """Look at what a module made, now and at its gradient in the backward pass."""
         name = self._names.get(module)
         if name is None:
@@ -117,7 +117,7 @@ class NaNGuard:
 def _look(guard: Callable[[], NaNGuard | None], module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
     found = guard()
     if found is not None and not torch.compiler.is_compiling():
-        found.look(module, (args, kwargs), outputs)
+        found.check(module, (args, kwargs), outputs)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

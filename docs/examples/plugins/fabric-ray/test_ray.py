@@ -76,7 +76,7 @@ def _die(fabric: Fabric) -> None:
 
 
 def test_a_rank_that_is_lost_is_reported_with_its_cause(cluster: None) -> None:
-    """A process that was killed says nothing; Ray says what became of it."""
+    """A process that was killed reports nothing; Ray says what became of it."""
     with pytest.raises(RankFailedError, match=r"rank 1 was lost: .*died") as caught:
         _fabric().launch(_die)
     assert caught.value.fields["rank"] == 1

@@ -89,7 +89,7 @@ def _reduces_a_copy(bench: Bench, example: cases.Tensors) -> None:
     for rank, seen in enumerate(bench.run(_reduce, example)):
         for operation, one in seen.items():
             if not one["kept"] or one["aliased"]:
-                raise Broken(f"rank {rank}: {operation} changed its argument, or gave it back")
+                raise Broken(f"rank {rank}: {operation} changed its argument, or returned it")
 
 
 def _counts() -> "SearchStrategy[cases.Tensors]":

@@ -108,7 +108,7 @@ def _accumulates_apart(bench: Bench, case: Training) -> None:
 
 @TABLE.rule(
     "STR-306",
-    "Inside `no_backward_sync` gradients stay apart: each rank has its own, or keeps them until the end.",
+    "Inside `no_backward_sync` gradients are not synchronized: each rank has its own, or keeps them until the end.",
     reason="Who declares it promises that nothing travels; a script counts on the time saved.",
     advice="leave gradients alone inside the context, or take no_backward_sync out of the capabilities",
     needs=("no_backward_sync",),
@@ -126,7 +126,7 @@ def _stays_apart(bench: Bench) -> None:
 @TABLE.rule(
     "STR-307",
     "Without the capability, `no_backward_sync` changes nothing: gradients are the mean.",
-    reason="A strategy that can't leave them apart must not half do it; what works must be declared.",
+    reason="A strategy that can't skip synchronization must not half do it; what works must be declared.",
     advice="declare no_backward_sync, or leave the context as the contract has it",
     lacks=("no_backward_sync",),
     needs=("distributed",),
@@ -153,7 +153,7 @@ def _not_enabled(bench: Bench) -> None:
 @TABLE.rule(
     "STR-309",
     "An exception inside `no_backward_sync` ends it: the next pass is averaged.",
-    reason="A script that catches the error and goes on must not train apart.",
+    reason="A script that catches the error and goes on must not train with unsynchronized gradients.",
     advice="undo in `finally`",
     world_sizes=SEVERAL,
 )
@@ -271,8 +271,8 @@ def _needs_no_backward(bench: Bench) -> None:
     needs=("requires_strategy_backward",),
     world_sizes=ALWAYS,
 )
-def _needs_backward(bench: Bench) -> None:
+def _requires_strategy_backward(bench: Bench) -> None:
     if bench.world_size < (bench.declared["max_world_size"] or SEVERAL[0]):
         return
-    if all(gap(got, mean) <= EXACT for got, _, mean in bench.run(one_pass, "past Fabric")):
+    if all(gap(got, mean) <= EXACT for got, _, mean in bench.run(one_pass, "raw")):
         raise Broken("they are")

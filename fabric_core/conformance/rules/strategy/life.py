@@ -42,7 +42,7 @@ def _tear(place: Place, how: str) -> None:
     "STR-390",
     "`teardown` may be called without `connect`.",
     reason="What failed half-way is torn down too; an error then would hide the cause.",
-    advice="let teardown look at what there is to give back",
+    advice="let teardown look at what there is to release",
 )
 def _unconnected(bench: Bench) -> None:
     bench.run(_tear, "unconnected")
@@ -52,7 +52,7 @@ def _unconnected(bench: Bench) -> None:
     "STR-391",
     "`teardown` may be called twice.",
     reason="A with block and a handler may both do it.",
-    advice="forget what was given back",
+    advice="forget what was released",
     world_sizes=ALWAYS,
 )
 def _torn_twice(bench: Bench) -> None:
@@ -103,7 +103,7 @@ def _again(place: Place) -> float:
     "STR-393",
     "After a teardown the next Fabric of the process works as the first did.",
     reason="Notebooks, sweeps and tests make many.",
-    advice="keep no state on the class, and give everything back",
+    advice="keep no state on the class, and release everything",
     world_sizes=ALWAYS,
 )
 def _works_again(bench: Bench) -> None:
@@ -130,7 +130,7 @@ def _others_group(place: Place) -> tuple[bool, float]:
 @TABLE.rule(
     "STR-394",
     "A process group that was there before is there after.",
-    reason="What a script made it gives back itself.",
+    reason="What a script made it releases itself.",
     advice="destroy only what connect made",
     needs=("distributed",),
     world_sizes=ALWAYS,
@@ -149,7 +149,7 @@ def _one_fails(place: Place, which: int) -> str:
         outcome = type(error).__name__
     else:
         outcome = "went on"
-    # A rank that ends gives back what its model holds; this one stays up for the next measurement.
+    # A rank that ends releases what its model holds; this one stays up for the next measurement.
     gc.collect()
     return outcome
 

@@ -40,7 +40,7 @@ def _frozen(place: Place) -> tuple[bool, float, torch.Tensor]:
     "STR-312",
     "A model with nothing to train is set up, and runs.",
     reason="A teacher or a frozen encoder goes through the same setup.",
-    advice="wrap it without gradients, or give it back as it is",
+    advice="wrap it without gradients, or return it as it is",
     world_sizes=ALWAYS,
 )
 def _nothing_to_train(bench: Bench) -> None:
@@ -247,7 +247,7 @@ def _needs_no_mark(bench: Bench, case: Training) -> None:
 
 
 def _two_models(place: Place) -> tuple[Weights, Weights] | str:
-    """Train two models in turn; while the second is trained, the first one's gradients may stay apart."""
+    """Train two models in turn; while the second is trained, the first one's gradients may stay unsynchronized."""
     first, second = Training(seed=1), Training(seed=2, optimizer="adam")
     with place.fabric() as fabric:
         one = set_up(fabric, first, How())

@@ -75,7 +75,7 @@ def _nest(place: Place) -> tuple[Weights, float]:
     "STR-365",
     "`no_backward_sync` nests: what is gathered inside the outermost is synchronized once, by the pass after it.",
     reason="A helper that accumulates is called by one that does.",
-    advice="remember what was before, and give it back; an inner context ends nothing",
+    advice="remember what was before, and restore it; an inner context ends nothing",
     world_sizes=ALWAYS,
 )
 def _nests(bench: Bench) -> None:
@@ -222,7 +222,7 @@ def _on_a_node_of_its_own(place: Place) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _apart(place: Place) -> tuple[Weights, str, list[float]]:
+def _on_own_nodes(place: Place) -> tuple[Weights, str, list[float]]:
     with _on_a_node_of_its_own(place):
         trained = train(place, Training(), How(unequal_start=True), nodes=place.world_size)
         with place.fabric(nodes=place.world_size) as fabric:
@@ -241,7 +241,7 @@ def _apart(place: Place) -> tuple[Weights, str, list[float]]:
 )
 def _nodes(bench: Bench) -> None:
     expected = cases.trained_alone(Training())
-    for rank, (trained, said, seen) in enumerate(bench.run_apart(_apart)):
+    for rank, (trained, said, seen) in enumerate(bench.run_apart(_on_own_nodes)):
         if not distance(trained, expected) <= EXACT:
             raise Broken(f"rank {rank}'s parameters differ by {distance(trained, expected):.3g}")
         if said != "rank 1" or seen != [float(one) for one in range(bench.world_size)]:
@@ -313,7 +313,7 @@ def _outlive(place: Place) -> Weights:
     "STR-398",
     "Of two that live in one process, one trains on after the other was torn down.",
     reason="A script evaluates with a second Fabric, and goes on.",
-    advice="give back in teardown what this one took, and nothing that others use",
+    advice="release in teardown what this one acquired, and nothing that others use",
     world_sizes=ALWAYS,
 )
 def _outlives(bench: Bench) -> None:

@@ -36,7 +36,7 @@ class Fickle(Host):
 
 
 @mutant("is available without a device", "ACC-104", "ACC-109")
-class Hollow(Host):
+class Deviceless(Host):
     def device_count(self) -> int:
         return 0
 

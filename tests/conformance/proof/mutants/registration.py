@@ -217,7 +217,7 @@ class Elsewhere(Remembering):
         return f"Elsewhere(process={os.getpid()})"
 
 
-@mutant("says nothing about itself", "REG-017")
+@mutant("describes itself by nothing", "REG-017")
 class Mute(Remembering):
     __doc__ = ""
 

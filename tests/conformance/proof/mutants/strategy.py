@@ -186,7 +186,7 @@ class Chatty(Averaging):
         yield
 
 
-@mutant("leaves gradients apart, and doesn't declare it", "STR-307")
+@mutant("skips gradient synchronization, and doesn't declare it", "STR-307")
 class Shy(Averaging):
     capabilities = Averaging.capabilities.model_copy(update={"no_backward_sync": False})
 
@@ -215,7 +215,7 @@ class Always(Averaging):
             yield
 
 
-@mutant("stays apart after an exception", "STR-309")
+@mutant("stays unsynchronized after an exception", "STR-309")
 class Sulking(Averaging):
     @contextmanager
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
@@ -252,7 +252,7 @@ class Presuming(Averaging):
                 parameter.grad /= self.world.world_size
 
 
-@mutant("leaves all models' gradients apart where one model's are asked", "STR-326")
+@mutant("skips synchronization of all models where it is asked for one", "STR-326")
 class Sweeping(Averaging):
     @contextmanager
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
@@ -576,7 +576,7 @@ class OneOptimizer(Averaging):
     capabilities = Averaging.capabilities.model_copy(update={"multiple_optimizers": False})
 
 
-@mutant("says nothing of what a closure returned", "STR-330")
+@mutant("drops what a closure returned", "STR-330")
 class Mute(Averaging):
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
         super().optimizer_step(optimizer, closure)
