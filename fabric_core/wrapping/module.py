@@ -2,163 +2,24 @@
 
 import copy
 import inspect
-import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial, update_wrapper
-from types import FrameType, FunctionType, MethodType
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import update_wrapper
+from types import FunctionType, MethodType
 from typing import Any, Final, cast
 from weakref import WeakSet
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
-from fabric_core.contracts import Precision, Wrapper, converter
 from fabric_core.contracts._spec import warn_of_lost_extensions
-from fabric_core.errors import MisuseError
-from fabric_core.wrapping.backward_guard import BackwardGuard
-from fabric_core.wrapping.gradient_sync import GradientSync
-from fabric_core.wrapping.step_guard import StepGuard
+from fabric_core.wrapping.forward import Around, Run
+from fabric_core.wrapping.method_guard import guarded
 
-__all__ = ["Around", "FabricModule", "Route", "first_device", "strategy_module"]
+__all__ = ["FabricModule", "first_device", "strategy_module"]
 
 _STEPS: Final = ("training_step", "validation_step", "test_step", "predict_step")
 """Methods that count as marked where they exist."""
-
-Run = Callable[..., Any]
-
-
-class Route(nn.Module):
-    """What a strategy wraps in place of the user's module, so that other methods than ``forward`` pass through it too.
-
-    ``route("forward", x)`` is ``module(x)``, and ``route("generate", x)`` is ``module.generate(x)``.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
-        """Run the module, or a method of it."""
-        if method == "forward":
-            return self.module(*args, **kwargs)
-        return getattr(self.module, method)(*args, **kwargs)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Around:
-    """What goes round every run of a model.
-
-    Args:
-        precision: The bound precision.
-        carried: The strategy carries the precision's types itself, so inputs stay and nothing autocasts.
-        wrappers: The bound wrappers, each of which may give a context.
-        guard: Refuses a raw ``loss.backward()``, where that is needed.
-        sync: Knows which gradients were not averaged, where that is needed.
-        steps: Is told when gradients are cleared, where that is needed.
-    """
-
-    precision: Precision
-    carried: bool = False
-    wrappers: tuple[Wrapper, ...] = ()
-    guard: BackwardGuard | None = None
-    sync: GradientSync | None = None
-    steps: StepGuard | None = None
-
-    def bind(self, module: nn.Module, inner: nn.Module, device: torch.device) -> Callable[[Run], Run]:
-        """Choose, once, what a run needs; what it doesn't need costs nothing.
-
-        Returns:
-            A function that puts it round a run. Where nothing is needed it returns the very same run.
-        """
-        contexts: list[Callable[[], AbstractContextManager[Any] | None]] = [
-            wrapper.forward_context for wrapper in self.wrappers
-        ]
-        if not self.carried:
-            contexts.append(partial(self.precision.forward_context, device.type))
-        needed = [make for make in contexts if make() is not None]
-        policy = self.precision.policy
-        convert_input, kept_in = _conversion(self.precision, "convert_input", policy.input_dtype)
-        convert_output, kept_out = _conversion(self.precision, "convert_output", policy.output_dtype)
-        if self.carried:
-            convert_input = None
-        if self.guard is not None:
-            self.guard.watch_module(module)
-        synchronized = None if self.sync is None else self.sync.watch(module, inner)
-
-        def around(run: Run) -> Run:
-            for make in reversed(needed[1:]):
-                run = _within(make, run)
-            outermost: Callable[[], Any] = needed[0] if needed else nullcontext
-            if convert_input is not None or convert_output is not None:
-                conversions = (convert_input or _as_it_is, kept_in, convert_output or _as_it_is, kept_out)
-                run = _converted(outermost, run, *conversions)
-            elif needed:
-                run = _within(outermost, run)
-            if synchronized is not None:
-                run = synchronized.around(run)
-            return run if self.guard is None else self.guard.around(run, module, device)
-
-        return around
-
-
-def _conversion(
-    precision: Precision, name: str, dtype: torch.dtype | None
-) -> tuple[Run | None, frozenset[torch.dtype]]:
-    """Give a conversion, or ``None`` where there is none, and the types that it leaves alone for certain.
-
-    The contract's own is taken apart: its type is looked up once, and most tensors are seen to need nothing.
-    """
-    bound: Run = getattr(precision, name)
-    if getattr(bound, "__func__", None) is not getattr(Precision, name):
-        return bound, frozenset()
-    if dtype is None:
-        return None, frozenset()
-    return converter(dtype), _EXACT | {dtype}
-
-
-_EXACT: Final = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
-"""Types of numbers that no precision rounds."""
-
-
-def _as_it_is(data: Any) -> Any:
-    return data
-
-
-def _within(make: Callable[[], Any], run: Run) -> Run:
-    def in_context(*args: Any, **kwargs: Any) -> Any:
-        with make():
-            return run(*args, **kwargs)
-
-    return in_context
-
-
-def _converted(
-    make: Callable[[], Any],
-    run: Run,
-    convert_input: Run,
-    kept_in: frozenset[torch.dtype],
-    convert_output: Run,
-    kept_out: frozenset[torch.dtype],
-) -> Run:
-    plain = torch.Tensor
-
-    def converted(*args: Any, **kwargs: Any) -> Any:
-        if kwargs:
-            args, kwargs = convert_input((args, kwargs))
-        else:
-            for one in args:
-                # Looked at here, because a walk takes a microsecond to find that there is nothing to do.
-                if one.__class__ is not plain or one.dtype not in kept_in:
-                    args, kwargs = convert_input((args, kwargs))
-                    break
-        with make():
-            result = run(*args, **kwargs)
-        return result if result.__class__ is plain and result.dtype in kept_out else convert_output(result)
-
-    return converted
 
 
 class FabricModule(nn.Module):
@@ -293,7 +154,7 @@ class FabricModule(nn.Module):
         elif name in self._fabric_marked:
             run = _renamed(self._fabric_bound(_routed(inner, name) if routed else method), method)
         elif routed and not hasattr(nn.Module, name):
-            run = _renamed(_guarded(method, self._fabric_members), method)
+            run = _renamed(guarded(method, self._fabric_members), method)
         else:
             return cast("Run", method)
         run._fabric_wraps = method  # type: ignore[attr-defined] # noqa: SLF001
@@ -431,74 +292,6 @@ def _renamed(run: Run, method: Run) -> Run:
         return run(*args, **kwargs)
 
     return update_wrapper(stand_in, method)
-
-
-def _guarded(method: MethodType, members: WeakSet[nn.Module]) -> Run:
-    """Let a method run as long as it reaches no submodule: one that does must be marked."""
-    kind, name = type(method.__self__).__name__, method.__name__
-
-    def refuse(module: nn.Module) -> None:
-        raise MisuseError(
-            f"{kind}.{name} calls a part of the model directly, so the strategy would not synchronize its gradients",
-            where=f"{kind}.{name}, at {type(module).__name__}",
-            instead=f"mark it once after setup: model.mark_forward_method({name!r})",
-            method=name,
-        )
-
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        with _watched(members, refuse):
-            result = method(*args, **kwargs)
-        return _resumed(result, members, refuse) if inspect.isgenerator(result) else result
-
-    return guarded
-
-
-@contextmanager
-def _watched(members: WeakSet[nn.Module], refuse: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Refuse that this thread calls one of the members inside the context, unless the strategy does."""
-    thread = threading.get_ident()
-
-    def refuse_direct_call(module: nn.Module, _inputs: Any) -> None:
-        if threading.get_ident() == thread and module in members and not _in_route():
-            refuse(module)
-
-    # One hook for all modules of all threads: its cost doesn't grow with the model, which is not touched.
-    handle = register_module_forward_pre_hook(refuse_direct_call)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _in_route() -> bool:
-    """Say whether the calls that led here pass through a route; asked only before an error."""
-    frame: FrameType | None = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is Route.forward.__code__:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _resumed(
-    inner: Generator[Any, Any, Any], members: WeakSet[nn.Module], refuse: Callable[[nn.Module], None]
-) -> Generator[Any, Any, Any]:
-    """Watch a generator while it runs, and not while it waits."""
-    step: Callable[[Any], Any] = inner.send
-    value: Any = None
-    while True:
-        try:
-            with _watched(members, refuse):
-                item = step(value)
-        except StopIteration as stop:
-            return stop.value
-        try:
-            step, value = inner.send, (yield item)
-        except GeneratorExit:
-            inner.close()
-            raise
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it is the generator's to handle
-            step, value = inner.throw, error
 
 
 def strategy_module(module: FabricModule) -> nn.Module:

@@ -26,8 +26,9 @@ from fabric_core.wrapping.checks import (
 )
 from fabric_core.wrapping.compiled import compile_again, uncompiled
 from fabric_core.wrapping.dataloader import FabricDataLoader, seed_apart, shard
+from fabric_core.wrapping.forward import Around, Route
 from fabric_core.wrapping.gradient_sync import gradient_sync
-from fabric_core.wrapping.module import Around, FabricModule, Route, first_device, strategy_module
+from fabric_core.wrapping.module import FabricModule, first_device, strategy_module
 from fabric_core.wrapping.optimizer import FabricOptimizer, wrap_optimizer
 from fabric_core.wrapping.step_guard import StepGuard
 

@@ -17,7 +17,7 @@ from fabric_core import Fabric, FabricModule, Precision, Strategy
 from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import PrecisionPolicy, StrategyCapabilities, World
 from fabric_core.errors import MisuseError
-from fabric_core.wrapping.module import Route
+from fabric_core.wrapping.forward import Route
 
 
 class Outer(nn.Module):
