@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["Broken", "Level", "Rule", "Table", "without_kit"]
 
 _SINGLE = (1,)
+_KIT: Final = f"{os.sep}fabric_core{os.sep}conformance{os.sep}"
 
 
 class Broken(AssertionError):  # noqa: N818 - the rule is broken
@@ -24,7 +25,10 @@ def without_kit(trace: str) -> str:
     skipping = False
     for line in trace.splitlines():
         if line.startswith('  File "'):
-            skipping = f"{os.sep}fabric_core{os.sep}conformance{os.sep}" in line and "references.py" not in line
+            skipping = (
+                f"{os.sep}fabric_core{os.sep}conformance{os.sep}" in line
+                and "reference" not in line.rpartition(os.sep)[2]
+            )
         elif not line.startswith("    "):
             skipping = False
         if not skipping:

@@ -41,6 +41,7 @@ RECORD: Final = Path(__file__).with_name("generated.json")
 
 _TIMEOUT: Final = 12.0
 _REFERENCES: Final = "fabric_core.conformance.references"
+_REFERENCE_STRATEGIES: Final = "fabric_core.conformance.reference_strategies"
 _GROUP: Final = "fabric_core.collectives.process_group"
 _SINGLE: Final = "fabric_core.collectives.interface"
 
@@ -72,7 +73,8 @@ class Target:
 
 
 def _reference(kind: str, name: str, *more: str) -> Target:
-    return Target(kind, f"{_REFERENCES}:{name}", (_REFERENCES,), frozenset({name, *more}))
+    module = _REFERENCE_STRATEGIES if kind == "strategy" else _REFERENCES
+    return Target(kind, f"{module}:{name}", (module,), frozenset({name, *more}))
 
 
 _STRATEGIES: Final = "fabric_plugins.strategies"
@@ -92,9 +94,9 @@ TARGETS: Final[tuple[Target, ...]] = (
     _reference("launcher", "Surroundings"),
     _reference("checkpoint", "OneFile"),
     _reference("logger", "Remembering"),
-    Target("strategy", f"{_REFERENCES}:Averaging", (_GROUP,), beside=(_REFERENCES,)),
-    Target("strategy", f"{_REFERENCES}:Alone", (_SINGLE,), frozenset({"SingleProcess", "check_reduction",
-           "check_source"}), beside=(_REFERENCES,)),
+    Target("strategy", f"{_REFERENCE_STRATEGIES}:Averaging", (_GROUP,), beside=(_REFERENCE_STRATEGIES,)),
+    Target("strategy", f"{_REFERENCE_STRATEGIES}:Alone", (_SINGLE,), frozenset({"SingleProcess", "check_reduction",
+           "check_source"}), beside=(_REFERENCE_STRATEGIES,)),
     Target("accelerator", "fabric_plugins.accelerators.cpu:CPUAccelerator", ("fabric_plugins.accelerators.cpu",)),
     Target("precision", "fabric_plugins.precisions.mixed:Float16MixedPrecision", ("fabric_plugins.precisions.mixed",)),
     Target("precision", "fabric_plugins.precisions.true:DoublePrecision", ("fabric_plugins.precisions.true",)),
