@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from fabric_core.choosing.registry import Registry
+from fabric_core.cli._asking import find_registry
+from fabric_core.cli._output import AsJson, Exit, print_json, progress
 from fabric_core.contracts import ABOUT, Checkpoint, walk_tensors
 from fabric_core.errors import CheckpointError, NoCheckpointError
 
@@ -19,12 +19,11 @@ __all__ = ["checkpoint"]
 checkpoint = typer.Typer(no_args_is_help=True, help="Look into checkpoints, check, convert and compare them.")
 
 _Path = Annotated[str, typer.Argument(help="A checkpoint: a file, a folder, or a URL.")]
-_AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _Entries = Annotated[list[str] | None, typer.Option("--entry", help="Only this entry; may be given several times.")]
 
 
-@checkpoint.command()
-def info(path: _Path, as_json: _AsJson = False) -> None:
+@checkpoint.command(epilog="Example: fabric-core checkpoint info runs/step-100")
+def info(path: _Path, as_json: AsJson = False) -> None:
     """Show the format, what the checkpoint is of, and its entries; reads no tensor."""
     name, found, where = _found(path)
     outline, about = found.outline(where), found.describe(where).get(ABOUT, {})
@@ -36,7 +35,7 @@ def info(path: _Path, as_json: _AsJson = False) -> None:
     plain = sorted(str(key) for key, value in outline.items() if not [*walk_tensors(value)] and key != ABOUT)
     total = sum(one["bytes"] for one in entries)
     if as_json:
-        _json({"path": path, "format": name, "about": about, "bytes": total, "tensors": entries, "plain": plain})
+        print_json({"path": path, "format": name, "about": about, "bytes": total, "tensors": entries, "plain": plain})
         return
     console = Console()
     console.print(f"{path}: {name}, {len(entries)} tensors, {total} bytes", markup=False)
@@ -52,25 +51,26 @@ def info(path: _Path, as_json: _AsJson = False) -> None:
         typer.echo(f"  {one['entry']}  {one['dtype']} {tuple(one['shape'])}")
 
 
-@checkpoint.command()
-def verify(path: _Path, as_json: _AsJson = False) -> None:
+@checkpoint.command(epilog="Example: fabric-core checkpoint verify runs/step-100")
+def verify(path: _Path, as_json: AsJson = False) -> None:
     """Read every byte, and compare sizes and checksums; exit code 2 where something is damaged."""
     name, found, where = _found(path)
     count = total = 0
     for _, tensor in _watched(found, where, "reading"):
         count, total = count + 1, total + tensor.nbytes
     if as_json:
-        _json({"path": path, "format": name, "sound": True, "tensors": count, "bytes": total})
+        print_json({"path": path, "format": name, "sound": True, "tensors": count, "bytes": total})
     else:
         typer.echo(f"{path}: sound ({name}, {count} tensors, {total} bytes)")
 
 
-@checkpoint.command()
+@checkpoint.command(epilog="Example: fabric-core checkpoint convert runs/step-100 model.safetensors --entry model")
 def convert(
     source: _Path,
     target: _Path,
     to: Annotated[str | None, typer.Option("--format", help="The format to write; else by the path's ending.")] = None,
     entry: _Entries = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint again in another format."""
     formats = _formats()
@@ -84,20 +84,20 @@ def convert(
             got=repr(to) if to else None,
             instead=" or ".join(f"--format {name}" for name, _ in formats),
         )
-    _copy(source, target, writer, entry)
+    _copy(source, target, writer, entry, as_json)
 
 
-@checkpoint.command()
-def consolidate(source: _Path, target: _Path, entry: _Entries = None) -> None:
+@checkpoint.command(epilog="Example: fabric-core checkpoint consolidate runs/step-100 step-100.pt")
+def consolidate(source: _Path, target: _Path, entry: _Entries = None, as_json: AsJson = False) -> None:
     """Make one file, which ``torch.load`` reads, of a checkpoint in parts."""
     writer = dict(_formats()).get("single_file")
     if writer is None:
         raise CheckpointError("the format single_file isn't installed", where="fabric-core checkpoint consolidate")
-    _copy(source, target, writer, entry)
+    _copy(source, target, writer, entry, as_json)
 
 
-@checkpoint.command()
-def diff(one: _Path, other: _Path, as_json: _AsJson = False) -> None:
+@checkpoint.command(epilog="Example: fabric-core checkpoint diff runs/step-100 runs/step-200")
+def diff(one: _Path, other: _Path, as_json: AsJson = False) -> None:
     """Compare two checkpoints entry by entry; exit code 1 where they differ."""
     import torch
 
@@ -119,18 +119,18 @@ def diff(one: _Path, other: _Path, as_json: _AsJson = False) -> None:
                 largest = (here.to(torch.complex128) - there.to(torch.complex128)).abs().max().item()
                 differences.append({"entry": name, "largest_difference": largest})
     if as_json:
-        _json({"equal": not differences, "differences": differences})
+        print_json({"equal": not differences, "differences": differences})
     else:
         for difference in differences:
             typer.echo("  ".join(f"{key}: {value}" for key, value in difference.items()))
         typer.echo("equal" if not differences else f"{len(differences)} entries differ")
     if differences:
-        raise typer.Exit(1)
+        raise typer.Exit(Exit.NO)
 
 
 def _formats() -> list[tuple[str, Checkpoint]]:
     """Make every format that is installed and not broken."""
-    registry = Registry()
+    registry = find_registry()
     priority = {offer.name: offer.auto or 0 for offer in registry.automatic("checkpoint")}
     made = []
     for offer in registry.offers("checkpoint"):
@@ -156,14 +156,11 @@ def _found(path: str) -> tuple[str, Checkpoint, Any]:
 
 
 def _watched(found: Checkpoint, where: Any, what: str) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Read tensors one by one, with a progress bar on a terminal."""
+    """Read tensors one by one, and show how far it is."""
     total = sum(one.nbytes for _, one in walk_tensors(found.outline(where)))
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
+    with progress(what, total, in_bytes=True) as advance:
         for at, tensor in found.tensors(where):
-            progress.advance(task, tensor.nbytes)
+            advance(tensor.nbytes, "")
             yield at, tensor
 
 
@@ -215,7 +212,7 @@ def _leaves(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
         yield above, value
 
 
-def _copy(source: str, target: str, writer: Checkpoint, entries: list[str] | None) -> None:
+def _copy(source: str, target: str, writer: Checkpoint, entries: list[str] | None, as_json: bool) -> None:
     _, found, where = _found(source)
     there = _where(target)
     if isinstance(there, str) and not writer.capabilities.remote:
@@ -223,10 +220,7 @@ def _copy(source: str, target: str, writer: Checkpoint, entries: list[str] | Non
     about = found.describe(where).get(ABOUT, {})
     with _spilled(found, where, entries, there) as tree:
         writer.write(there, {**{key: one for key, one in tree.items() if key != ABOUT}, ABOUT: about})
-    typer.echo(f"{target}: written")
-
-
-def _json(data: Any) -> None:
-    import json
-
-    typer.echo(json.dumps(data, indent=2))
+    if as_json:
+        print_json({"source": source, "target": target})
+    else:
+        typer.echo(f"{target}: written")

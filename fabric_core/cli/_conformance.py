@@ -1,6 +1,5 @@
 """``fabric-core conformance``: whether plugins keep the contract of their kind, from the command line."""
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from fabric_core.cli._output import AsJson, Exit, print_json
 from fabric_core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ def conformance(
     report: Annotated[
         Path | None, typer.Option(help="Write JSON here, Markdown and a badge beside it; for one plugin.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the reports as JSON, and nothing else: a list, one for each plugin.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Judge plugins by the rules of their kind; exit code 1 where one breaks one, or none could be checked."""
     from fabric_core.conformance import run_rules
@@ -73,14 +71,14 @@ def conformance(
         for pool in pools.values():
             pool.close()
     if as_json:
-        sys.stdout.write(json.dumps([result.as_dict() for result in results], indent=2) + "\n")
+        print_json([result.as_dict() for result in results])
     if not all(result.passed for result in results):
-        raise typer.Exit(1)
+        raise typer.Exit(Exit.NO)
 
 
 def _subjects(plugin: str) -> "Iterator[tuple[str, Subject]]":
     """Find what is meant, and how to show it: one plugin, or by ``kind:*`` each that is installed, once."""
-    from fabric_core.choosing.registry import Registry
+    from fabric_core.cli._asking import find_registry
     from fabric_core.conformance import Subject
     from fabric_core.errors import FabricError
 
@@ -96,7 +94,7 @@ def _subjects(plugin: str) -> "Iterator[tuple[str, Subject]]":
         yield name, Subject.of(kind, name)
         return
     seen = set()
-    for offer in Registry().offers(kind):
+    for offer in find_registry().offers(kind):
         subject = Subject.of(kind, f"{offer.distribution}/{offer.name}")
         try:
             preset = subject.load()

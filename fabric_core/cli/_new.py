@@ -12,6 +12,7 @@ from typing import Annotated, Final
 
 import typer
 
+from fabric_core.cli._output import AsJson, print_json
 from fabric_core.errors import RequestError
 from fabric_core.kinds import EXTENSION, KINDS, groups
 
@@ -38,6 +39,7 @@ def new(
     distribution: Annotated[str | None, typer.Option(help="The distribution's name; fabric-NAME by default.")] = None,
     author: Annotated[str | None, typer.Option(help="Who holds the rights; asked for on a terminal.")] = None,
     description: Annotated[str | None, typer.Option(help="One sentence; asked for on a terminal.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make a package for a plugin: it installs, is found by its name, and passes its tests and type checks."""
     folder = folder or Path(name)
@@ -74,7 +76,10 @@ def new(
             (made / path).parent.mkdir(parents=True, exist_ok=True)
             (made / path).write_text(_filled(template, words), encoding="utf-8")
         shutil.move(made, folder)
-    typer.echo(f"{folder}: the {kind} {name!r}. Next:\n  pip install -e '{folder}[test]'\n  pytest {folder}")
+    if as_json:
+        print_json({"folder": str(folder), "kind": kind, "name": name, "distribution": words["distribution"]})
+    else:
+        typer.echo(f"{folder}: the {kind} {name!r}. Next:\n  pip install -e '{folder}[test]'\n  pytest {folder}")
 
 
 def _ask(what: str, given: str | None, default: str) -> str:

@@ -11,6 +11,7 @@ import typer
 
 from fabric_core.assembly import make_plan
 from fabric_core.choosing.request import Request, fill, read_environment
+from fabric_core.cli._output import AsJson, print_json
 from fabric_core.errors import RequestError
 
 __all__ = ["run"]
@@ -35,6 +36,7 @@ def run(
     precision: Annotated[str | None, typer.Option(help="Likewise.")] = None,
     module: Annotated[bool, typer.Option("-m", "--module", help="SCRIPT is the name of a module.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Print what each node would start, and start nothing.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Start the processes of this node, which join the others in `Fabric()`; the same command on every node."""
     nodes = nnodes if num_nodes is None else str(num_nodes)
@@ -68,8 +70,12 @@ def run(
     count = str(len(make_plan(asked, environment).device_indices))
     if dry_run:
         said = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
-        for node in range(int(most)):
-            words = _words(nodes, node, count, rdzv_endpoint, max_restarts, target)
+        every = [_words(nodes, node, count, rdzv_endpoint, max_restarts, target) for node in range(int(most))]
+        if as_json:
+            print_json([{"node": node, "variables": variables, "command": ["torchrun", *words]}
+                        for node, words in enumerate(every)])  # fmt: skip
+            return
+        for node, words in enumerate(every):
             typer.echo(f"node {node}: {said + ' ' if said else ''}{shlex.join(['torchrun', *words])}")
         return
     os.environ.update(variables)

@@ -1,0 +1,191 @@
+"""Every command of the command line keeps the same promises: JSON, an example, exit codes, completion, no traceback."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import typer
+from rich.console import Console
+
+from fabric_core import cli
+from fabric_core.cli import _output
+from fabric_core.cli._output import progress
+
+
+def _commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    # Not by class: typer brings a click of its own in newer versions.
+    for name, one in getattr(command, "commands", {}).items():
+        yield from _commands(one, (*path, name))
+    if not hasattr(command, "commands"):
+        yield " ".join(path), command
+
+
+COMMANDS = dict(_commands(typer.main.get_command(cli._make_app())))
+
+each_command = pytest.mark.parametrize("name", COMMANDS)
+
+
+@pytest.fixture
+def fabric(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Give a function that runs the command and returns exit code, output and errors."""
+
+    def run(*arguments: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr("sys.argv", ["fabric-core", *arguments])
+        code: Any = None
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_commands_are_found() -> None:
+    """Those in groups too: what follows is about all of them."""
+    assert {"explain", "plugins list", "checkpoint verify"} <= set(COMMANDS)
+
+
+@each_command
+def test_every_command_prints_json(name: str) -> None:
+    """It has the option ``--json``."""
+    assert any("--json" in parameter.opts for parameter in COMMANDS[name].params)
+
+
+@each_command
+def test_the_help_of_every_command_has_an_example_that_can_be_parsed(name: str) -> None:
+    """The example begins with the command's own name, and its options and arguments are those that there are."""
+    begin = f"Example: fabric-core {name}"
+    example = COMMANDS[name].epilog
+    assert example.startswith(begin)
+    words = example.removeprefix(begin).partition(">")[0].split()
+    COMMANDS[name].make_context(name, words).close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "what"),
+    [
+        (("explain", "--strategy", "dpp"), "UnknownPluginError", "there is no strategy 'dpp'"),
+        (("explain", "--config", "absent.toml"), "RequestError", "the configuration file can't be read"),
+        (("plugins", "show", "dpp"), "UnknownPluginError", "there is no plugin 'dpp'"),
+        (("checkpoint", "info", "absent"), "NoCheckpointError", "there is no checkpoint"),
+        (("checkpoint", "diff", "absent"), "MissingParameter", "Missing argument"),
+        (("explain", "--strateg", "ddp"), "NoSuchOption", "No such option: --strateg"),
+        (("explain", "--num-nodes", "two"), "BadParameter", "Invalid value for '--num-nodes'"),
+        (("contract", "samplers"), "RequestError", "there is no such kind"),
+        (("conformance", "strategy"), "RequestError", "what to judge can't be parsed"),
+        (("new", "strategy", "A B"), "RequestError", "a name is written in small letters"),
+        (("run", "absent.py"), "RequestError", "there is no such script"),
+    ],
+)
+def test_a_mistake_is_a_message_or_json(fabric: Any, arguments: tuple[str, ...], kind: str, what: str) -> None:
+    """Exit code 2 and no traceback; with ``--json`` standard output is one JSON document, which says the same."""
+    code, out, err = fabric(*arguments)
+    assert code == 2
+    assert not out
+    assert what in " ".join(err.split())
+    assert "Traceback" not in err
+    command, *rest = arguments
+    group = [rest.pop(0)] if command in {"plugins", "checkpoint"} else []
+    code, out, err = fabric(command, *group, "--json", *rest)
+    assert code == 2
+    assert not err
+    error = json.loads(out)["error"]
+    assert error["type"] == kind
+    assert error["what"].startswith(what)
+    assert set(error) == {"type", "what", "where", "got", "instead"}
+
+
+def test_what_the_system_refuses_is_a_mistake_too(fabric: Any, tmp_path: Any) -> None:
+    """A folder where a file should be made: the system's words, and no traceback."""
+    (tmp_path / "file").touch()
+    code, _, err = fabric("new", "strategy", "mine", str(tmp_path / "file" / "below"), "--author", "Ada")
+    assert code == 2
+    assert "Not a directory" in err or "File exists" in err
+    assert "Traceback" not in err
+
+
+def test_a_bug_has_an_exit_code_of_its_own(fabric: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3, with the traceback on the error stream, and JSON where JSON was asked for."""
+
+    def broken(_kind: str) -> str:
+        raise KeyError("broken")
+
+    monkeypatch.setattr("fabric_core.cli.contract_page", broken)
+    code, out, err = fabric("contract", "strategy", "--json")
+    assert (code, json.loads(out)["error"]["type"]) == (3, "KeyError")
+    assert "Traceback" in err
+    assert fabric("contract", "strategy")[:2] == (3, "")
+
+
+def test_an_interrupt_ends_quietly(fabric: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 130, as shells have it."""
+
+    def interrupted(_kind: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fabric_core.cli.contract_page", interrupted)
+    code, _, err = fabric("contract", "strategy")
+    assert (code, "Traceback" in err) == (130, False)
+
+
+def _typed(command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", command],  # noqa: S607 - the reader's shell
+        env={**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", **variables},  # noqa: PTH120
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
+    """``| head -1``: what it saw, and nothing on the error stream."""
+    done = _typed("fabric-core contract strategy | head -1")
+    assert done.stdout == "# The contract of a strategy\n"
+    assert not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("fabric-core pl", "plugins"),
+        ("fabric-core explain --strategy mod", "model_parallel"),
+        ("fabric-core plugins show chan", "channels_last"),
+        ("fabric-core explain --prec", "--precision"),
+    ],
+)
+def test_a_shell_completes_commands_options_and_names(words: str, completed: str) -> None:
+    """As bash asks for it; the script that it needs is printed by ``--show-completion``."""
+    count = str(len(words.split()) - 1)
+    done = _typed("fabric-core", _FABRIC_CORE_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=count)
+    assert completed in done.stdout.split()
+
+
+def test_the_script_for_a_shell_can_be_had() -> None:
+    """It is what ``--install-completion`` would install."""
+    assert "_FABRIC_CORE_COMPLETE" in _typed("fabric-core --show-completion bash").stdout
+
+
+@pytest.mark.parametrize(("seconds", "terminal", "shown"), [(0.4, True, True), (0.0, True, False), (0.4, False, False)])
+def test_a_bar_comes_late_and_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, terminal: bool, shown: bool
+) -> None:
+    """What is quick shows none, and what goes to a file has none."""
+    import io
+
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=terminal, width=80)
+    monkeypatch.setattr(_output, "Console", lambda **_: console)
+    monkeypatch.setattr(_output, "_PATIENCE", 0.1)
+    with progress("reading", 2) as advance:
+        advance(1, "the first")
+        time.sleep(seconds)
+        advance(1, "the second")
+    assert ("reading" in written.getvalue()) == shown
