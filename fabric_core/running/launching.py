@@ -20,7 +20,16 @@ from fabric_core.errors import LaunchError, LaunchTypeError
 from fabric_core.running.failing import Failures
 from fabric_core.running.meeting import meet
 
-__all__ = ["agree", "check_connected", "check_launched", "detect", "environment", "make_world"]
+__all__ = [
+    "agree",
+    "check_connected",
+    "check_launched",
+    "check_nodes",
+    "detect",
+    "environment",
+    "make_world",
+    "starter",
+]
 
 
 _LOOK: Final = 1.0
@@ -44,6 +53,40 @@ def detect(launchers: Iterable[tuple[str, Launcher]]) -> tuple[str, Launcher, Pr
         if info is not None:
             return name, launcher, info
     return None
+
+
+def starter(launchers: Iterable[tuple[str, Launcher]], nodes: int) -> Launcher:
+    """Choose who starts the processes: the launcher with the highest priority that works for this number of nodes.
+
+    Raises:
+        LaunchError: No launcher is installed, or there are several nodes and none declares ``multi_node``.
+    """
+    names = []
+    for name, launcher in launchers:
+        if nodes == 1 or launcher.capabilities.multi_node:
+            return launcher
+        names.append(name)
+    raise LaunchError(
+        f"no launcher that starts processes on {nodes} nodes is installed" if names else "no launcher is installed",
+        where="fabric.launch()",
+        got=f"{', '.join(names)}, which don't declare multi_node" if names else None,
+        instead="num_nodes=1, or install one that declares multi_node=True" if names else "install one",
+    )
+
+
+def check_nodes(name: str, launcher: Launcher, info: ProcessInfo) -> None:
+    """Refuse several nodes under a launcher that doesn't declare them.
+
+    Raises:
+        LaunchError: There are more processes than on this node, and ``multi_node`` is not declared.
+    """
+    if info.world_size > info.local_world_size and not launcher.capabilities.multi_node:
+        raise LaunchError(
+            f"the launcher {name!r} found processes on several nodes, and doesn't declare multi_node",
+            where="fabric.launch()",
+            got=f"{info.world_size} processes, {info.local_world_size} of them on this node",
+            instead="start all processes on one node, or a launcher with LauncherCapabilities(multi_node=True)",
+        )
 
 
 def make_world(info: ProcessInfo, plan: Plan, accelerator: Accelerator, timeout: timedelta) -> World:

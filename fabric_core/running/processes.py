@@ -16,10 +16,18 @@ from fabric_core.choosing.plan import Plan
 from fabric_core.choosing.resolve import start_clash
 from fabric_core.collectives import Collectives, ProcessInfo, World
 from fabric_core.contracts import Accelerator, Launcher, LaunchOrder, Logger, Precision, Strategy, map_tensors
-from fabric_core.errors import LaunchError, LaunchTypeError, MisuseError, SetupError
+from fabric_core.errors import LaunchError, LaunchTypeError, MisuseError
 from fabric_core.running import reporting
 from fabric_core.running.failing import Failures
-from fabric_core.running.launching import agree, check_connected, check_launched, detect, make_world
+from fabric_core.running.launching import (
+    agree,
+    check_connected,
+    check_launched,
+    check_nodes,
+    detect,
+    make_world,
+    starter,
+)
 from fabric_core.running.seeding import last_seed, seed_everything
 
 __all__ = ["Processes"]
@@ -124,6 +132,7 @@ class Processes:
         if self._world is None:
             found = detect(self._launchers)
             if found is not None and (found[2].world_size > 1 or self._plan.world_size > 1):
+                check_nodes(*found)
                 self._join(found[1], found[2])
             elif self._plan.world_size > 1:
                 return self._start(function, args, kwargs)
@@ -132,9 +141,7 @@ class Processes:
         return None if function is None else function(self, *args, **kwargs)
 
     def _start(self, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        found = next(iter(self._launchers), None)
-        if found is None:
-            raise SetupError("no launcher is installed", where="fabric.launch()", instead="install one")
+        launcher = starter(self._launchers, self._plan.num_nodes)
         clash = start_clash(self._strategy, self._accelerator)
         if clash is not None:
             raise LaunchError(
@@ -149,7 +156,6 @@ class Processes:
                 instead="fabric.launch(function), or a strategy without a start method, under which each process "
                 "runs the whole script",
             )
-        _, launcher = found
         return launcher.start(
             LaunchOrder(
                 processes=len(self._plan.device_indices),
