@@ -44,9 +44,10 @@ def meanings(model: type[BaseModel]) -> dict[str, str]:
 
 
 def field_type(annotation: Any) -> str:
-    """Show a type as one writes it."""
-    shown = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    return shown.replace("typing.", "").replace("NoneType", "None")
+    """Show a type as one writes it: a class without its module, ``torch.device`` and the like with it."""
+    shown = f"{annotation.__module__}.{annotation.__qualname__}" if isinstance(annotation, type) else str(annotation)
+    shown = re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", shown).replace("NoneType", "None")
+    return shown.removeprefix("builtins.")
 
 
 def contract_page(kind: str) -> str:
@@ -76,24 +77,32 @@ def contract_page(kind: str) -> str:
     if properties:
         lines += ["## Properties", ""]
     for name, one in properties.items():
-        lines += [f"### `{name}`{_must(one.fget)}", "", *_prose(inspect.getdoc(one) or ""), ""]
+        typed = field_type(inspect.signature(one.fget).return_annotation)
+        lines += [f"### `{name}`{_must(one.fget)}", "", f"`{typed}`", "", *_prose(inspect.getdoc(one) or ""), ""]
     lines += ["## Life-cycle hooks" if kind == EXTENSION else "## Behaviours", ""]
     for name, arguments in behaviours(contract).items():
-        method = vars(contract)[name]
-        lines += [
-            f"### `{name}({', '.join(arguments)})`{_must(method)}",
-            "",
-            *_prose(inspect.getdoc(method) or ""),
-            "",
-        ]
+        lines += _method(name, arguments, vars(contract)[name])
     for cls in _ALSO.get(kind, ()):
         lines += [f"## `{cls.__name__}`", "", *_prose(inspect.getdoc(cls) or ""), ""]
         for name, arguments in behaviours(cls).items():
-            text = inspect.getdoc(vars(cls)[name]) or ""
-            lines += [f"### `{name}({', '.join(arguments)})`{_must(vars(cls)[name])}", "", *_prose(text), ""]
+            lines += _method(name, arguments, vars(cls)[name])
     if kind != EXTENSION:
         lines += ["## What plugins of every kind keep", "", *_prose(inspect.getdoc(Plugin) or ""), ""]
     return "\n".join(lines)
+
+
+def _method(name: str, arguments: tuple[str, ...], method: Any) -> list[str]:
+    """Give a method's name, the types of its arguments and of what it returns, and its docstring."""
+    signature = inspect.signature(method)
+    typed = [f"{one}: {field_type(signature.parameters[one].annotation)}" for one in arguments]
+    return [
+        f"### `{name}({', '.join(arguments)})`{_must(method)}",
+        "",
+        f"`({', '.join(typed)}) -> {field_type(signature.return_annotation)}`",
+        "",
+        *_prose(inspect.getdoc(method) or ""),
+        "",
+    ]
 
 
 _ALSO: Final[Mapping[str, tuple[type[Any], ...]]] = {
