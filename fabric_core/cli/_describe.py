@@ -73,12 +73,12 @@ def contract_page(kind: str) -> str:
         for name, info in type(declared).model_fields.items():
             lines.append(f"| `{name}` | `{_cell(info.default)}` | {_code(said.get(name, ''))} |")
         lines.append("")
-    properties = {name: one for name, one in vars(contract).items() if isinstance(one, property)}
+    properties = {name: one.fget for name, one in vars(contract).items() if isinstance(one, property) and one.fget}
     if properties:
         lines += ["## Properties", ""]
     for name, one in properties.items():
-        typed = field_type(inspect.signature(one.fget).return_annotation)
-        lines += [f"### `{name}`{_must(one.fget)}", "", f"`{typed}`", "", *_prose(inspect.getdoc(one) or ""), ""]
+        typed = field_type(inspect.signature(one).return_annotation)
+        lines += [f"### `{name}`{_must(one)}", "", f"`{typed}`", "", *_prose(inspect.getdoc(one) or ""), ""]
     lines += ["## Life-cycle hooks" if kind == EXTENSION else "## Behaviours", ""]
     for name, arguments in behaviours(contract).items():
         lines += _method(name, arguments, vars(contract)[name])

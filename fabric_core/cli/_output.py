@@ -33,7 +33,7 @@ _PATIENCE: Final = 2.0
 _CLICK_ERROR: Final[type[Exception]] = next(
     one for one in typer.BadParameter.__mro__ if issubclass(one, Exception) and one.__name__ == "ClickException"
 )
-"""The base of the errors in words; typer brings a click of its own, or uses the one that is installed."""
+"""The base of the errors in words; typer has a click of its own, or uses the one that is installed."""
 
 
 class Exit(IntEnum):
