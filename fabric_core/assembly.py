@@ -42,9 +42,10 @@ def assemble(request: Request, environment: Mapping[str, str], rank: Callable[[]
     Raises:
         RequestError: An argument can't be parsed.
         PluginError: A plugin is not available, or can't be loaded.
+        LockError: The lock doesn't let a plugin run, or can't be read.
         PlanError: The choices don't fit together.
     """
-    registry = make_registry(environment)
+    registry = make_registry(environment, request.lock)
     extensions = find_extensions(request, environment, registry, check_extension)
     trace = _tracer(rank) if environment.get("FABRIC_TRACE", "0") not in {"", "0"} else None
     around = [one.plugin for one in extensions]
@@ -77,9 +78,18 @@ def make_plan(request: Request, environment: Mapping[str, str]) -> Plan:
     return assembly.chosen.plan
 
 
-def make_registry(environment: Mapping[str, str]) -> Registry:
-    """Give what there is, but for what is switched off."""
-    return Registry(disabled=items(environment.get("FABRIC_DISABLE_PLUGINS", "")))
+def make_registry(environment: Mapping[str, str], lock: str | None) -> Registry:
+    """Give what there is, but for what is switched off, and with the lock file that says what may run.
+
+    Raises:
+        LockError: The lock file can't be read.
+    """
+    disabled = items(environment.get("FABRIC_DISABLE_PLUGINS", ""))
+    if lock is None:
+        return Registry(disabled=disabled)
+    from fabric_core.choosing.lock import Lock  # who has none doesn't wait for it
+
+    return Registry(disabled=disabled, lock=Lock.read(lock))
 
 
 def _tracer(rank: Callable[[], int | None]) -> Trace:

@@ -12,6 +12,7 @@ The tree (the builtin that each class also is stands in brackets, so that ``exce
     │   ├── ConflictError (ValueError)      several distributions offer that name
     │   ├── QuarantinedError                the plugin could not be loaded, or breaks its contract
     │   ├── IncompatibleApiError            the plugin was written for another version of the contracts
+    │   ├── LockError                       the lock file doesn't let the plugin run, or is damaged
     │   └── UnavailableError                the plugin is sound, but can't run on this machine
     ├── PlanError (ValueError)              the choices don't fit together
     ├── LaunchError (RuntimeError)          processes could not be started, or don't agree
@@ -46,6 +47,7 @@ __all__ = [
     "IncompatibleApiError",
     "LaunchError",
     "LaunchTypeError",
+    "LockError",
     "MisuseError",
     "MisuseTypeError",
     "NoCheckpointError",
@@ -154,6 +156,10 @@ class QuarantinedError(PluginError):
 
 class IncompatibleApiError(PluginError):
     """The plugin was written for another version of the contracts."""
+
+
+class LockError(PluginError):
+    """The lock file doesn't let the plugin run, or can't be read."""
 
 
 class UnavailableError(PluginError):

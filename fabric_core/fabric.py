@@ -64,15 +64,18 @@ class Fabric(Processes, Training):
             why a program hangs, as it costs some operations of the store each time.
         warn_after: After how many seconds in a collective of Fabric's own a line says which ranks wait where; ``None``
             is never.
+        lock: A lock file, as ``fabric-core plugins lock`` writes it: no other plugin is imported, whatever is
+            installed.
 
     Every plugin is a name, a name with options (``"name:option=value"``), a mapping, or an instance.
     What is left at its default is filled from the variables ``FABRIC_ACCELERATOR``, ``FABRIC_STRATEGY``,
     ``FABRIC_DEVICES``, ``FABRIC_NUM_NODES``, ``FABRIC_PRECISION``, ``FABRIC_WRAPPERS``, ``FABRIC_LOGGERS``,
-    ``FABRIC_CHECK`` and ``FABRIC_WARN_AFTER``.
+    ``FABRIC_CHECK``, ``FABRIC_WARN_AFTER`` and ``FABRIC_LOCK``.
 
     Raises:
         RequestError: An argument can't be parsed.
         PluginError: A plugin is not available, or can't be loaded.
+        LockError: The lock doesn't let a plugin run, or can't be read.
         PlanError: The choices don't fit together.
     """
 
@@ -93,6 +96,7 @@ class Fabric(Processes, Training):
         loggers: Any = None,
         check: bool = False,
         warn_after: float | None = 30.0,
+        lock: str | os.PathLike[str] | None = None,
     ) -> None:
         code = {
             "accelerator": accelerator,
@@ -106,6 +110,7 @@ class Fabric(Processes, Training):
             "loggers": loggers,
             "check": check,
             "warn_after": warn_after,
+            "lock": lock,
         }
         self._request = Request.of(**fill(code, read_environment(environment())))
         self._build()

@@ -103,6 +103,7 @@ def argument_defaults() -> Mapping[str, Any]:
         "callbacks": None,
         "check": False,
         "warn_after": 30.0,
+        "lock": None,
     }
 
 

@@ -16,6 +16,8 @@ from fabric_core.kinds import KINDS, groups
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
+    from fabric_core.choosing.lock import Lock
+
 __all__ = ["Offer", "canonical", "causes", "matches", "same"]
 
 _CORE: Final = "fabric-registry"
@@ -34,6 +36,7 @@ class Offer:
         requires: What the distribution says that it needs.
         loaded: The plugin itself, where it was registered in this process.
         auto: Its priority in automatic choice; ``None`` where it takes no part in it.
+        lock: What says which code may run; asked before the plugin is imported.
     """
 
     kind: str
@@ -44,6 +47,7 @@ class Offer:
     requires: tuple[str, ...] = field(default=(), compare=False, repr=False)
     loaded: type[Plugin] | Preset | None = field(default=None, compare=False)
     auto: int | None = None
+    lock: "Lock | None" = field(default=None, compare=False, repr=False)
 
     @property
     def owner(self) -> str:
@@ -75,6 +79,7 @@ class Offer:
             IncompatibleApiError: It was written for another version of the core or of the contracts.
             NotInstalledError: A package that it needs isn't installed.
             QuarantinedError: It can't be imported, or is no plugin of its kind.
+            LockError: The lock doesn't let it run; nothing was imported.
         """
         return self._preset
 
@@ -125,6 +130,7 @@ class Offer:
     def _imported(self) -> object:
         if self.loaded is not None:
             return self.loaded
+        self.check_lock()
         self._check_requirements()
         try:
             return EntryPoint(self.name, self.value, groups()[self.kind]).load()
@@ -132,6 +138,15 @@ class Offer:
             raise
         except BaseException as error:  # a plugin's module may raise anything, SystemExit too
             raise self.quarantine(f"importing {self.value} failed: {causes(error)}") from error
+
+    def check_lock(self) -> None:
+        """Ask the lock, if there is one; imports nothing.
+
+        Raises:
+            LockError: It doesn't let the plugin run.
+        """
+        if self.lock is not None and self.loaded is None:
+            self.lock.refuse(self)
 
     def _check_requirements(self) -> None:
         """Check what the distribution says that it needs of the core, and for this entry point, before an import."""

@@ -8,6 +8,7 @@ before it, in ``plugins``: ``launcher=name:option=value``.
 
 import json
 import math
+import os
 import re
 import reprlib
 import sys
@@ -27,6 +28,7 @@ __all__ = [
     "parse_list",
     "parse_nodes",
     "parse_part",
+    "parse_path",
     "parse_plugin",
 ]
 
@@ -257,6 +259,19 @@ def parse_seconds(given: Any, where: str) -> float | None:
             f"{where} can't be parsed", where=where, got=brief(given), instead="a number of seconds, or None for never"
         )
     return seconds or None
+
+
+def parse_path(given: Any, where: str) -> str | None:
+    """Validate the path of a file; ``None``, or nothing, is none.
+
+    Raises:
+        RequestError: It is no path.
+    """
+    if given is None or isinstance(given, str | os.PathLike):
+        path = None if given is None else os.fspath(given)
+        if not isinstance(path, bytes):
+            return path or None
+    raise RequestError(f"{where} can't be parsed", where=where, got=brief(given), instead="the path of a file")
 
 
 def parse_devices(given: Any, where: str) -> int | str | tuple[int, ...]:

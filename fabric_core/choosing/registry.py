@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, distributions
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fabric_core.choosing.offers import Offer, canonical, matches, same
 from fabric_core.contracts import Plugin, Preset
@@ -33,6 +33,9 @@ from fabric_core.errors import (
     UnknownPluginError,
 )
 from fabric_core.kinds import AUTO_GROUP, KINDS, Count, groups
+
+if TYPE_CHECKING:
+    from fabric_core.choosing.lock import Lock
 
 __all__ = ["IN_PROCESS", "Registry", "Stray", "register", "registered", "registrations"]
 
@@ -125,11 +128,18 @@ class Registry:
     Args:
         installed: The offers of distributions; by default the entry points, scanned at the first look-up.
         disabled: What must not be used: names, distributions, or ``distribution/name``.
+        lock: What says which distributions' code may run; ``None`` lets all run.
     """
 
-    def __init__(self, installed: Collection[Offer] | None = None, disabled: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        installed: Collection[Offer] | None = None,
+        disabled: Collection[str] = (),
+        lock: "Lock | None" = None,
+    ) -> None:
         self._installed = None if installed is None else _Scan(tuple(installed), {}, ())
         self.disabled = frozenset(disabled)
+        self._lock = lock
 
     def offers(self, kind: str) -> list[Offer]:
         """List the offers of a kind in the order of their names; imports none of them.
@@ -143,8 +153,15 @@ class Registry:
         return sorted([*hidden, *local.values()], key=lambda offer: (offer.name, offer.distribution))
 
     def automatic(self, kind: str) -> list[Offer]:
-        """List the offers of a kind that take part in automatic choice, the highest priority first."""
+        """List the offers of a kind that take part in automatic choice, the highest priority first.
+
+        Raises:
+            LockError: The lock doesn't let one of them run: what came along uninvited is told, not passed over.
+        """
         offers = [one for one in self.offers(kind) if one.auto is not None]
+        for one in offers:
+            if not self.is_disabled(one):
+                one.check_lock()
         return sorted(offers, key=lambda one: one.rank)
 
     @property
@@ -170,6 +187,7 @@ class Registry:
         """Find the one offer of a name: the exact name first, then whatever its case.
 
         Raises:
+            LockError: The lock doesn't let one that offers it run.
             ConflictError: Several distributions offer it.
             UnavailableError: It is switched off.
             NotInstalledError: It is known, and the distribution that provides it isn't installed.
@@ -181,6 +199,8 @@ class Registry:
             offer for offer in offers if offer.name.casefold() == name.casefold()
         ]
         usable = [offer for offer in found if not self.is_disabled(offer)]
+        for offer in usable:
+            offer.check_lock()
         if len(usable) == 1:
             return usable[0]
         if usable:
@@ -249,7 +269,10 @@ class Registry:
 
     @cached_property
     def _scan(self) -> "_Scan":
-        return _scan() if self._installed is None else self._installed
+        scan = _scan() if self._installed is None else self._installed
+        if self._lock is None:
+            return scan
+        return replace(scan, offers=tuple(replace(offer, lock=self._lock) for offer in scan.offers))
 
 
 def _near(name: str, names: list[str]) -> list[str]:

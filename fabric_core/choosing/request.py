@@ -19,6 +19,7 @@ from fabric_core.choosing.parsing import (
     parse_list,
     parse_nodes,
     parse_part,
+    parse_path,
     parse_plugin,
     parse_seconds,
     parse_switch,
@@ -38,6 +39,7 @@ _PLAIN: Final[Mapping[str, Callable[[Any, str], Any]]] = {
     "callbacks": lambda given, _where: tuple(listed(given)),
     "check": parse_switch,
     "warn_after": parse_seconds,
+    "lock": parse_path,
 }
 """How the arguments are validated that name no plugins."""
 

@@ -83,5 +83,6 @@ def plan_of(**asked: Any) -> Plan:
 
 
 def find_registry() -> Registry:
-    """Give what is installed, but for what the variables switch off."""
-    return make_registry(environment())
+    """Give what is installed, but for what the variables switch off, or lock out."""
+    variables = environment()
+    return make_registry(variables, variables.get("FABRIC_LOCK") or None)

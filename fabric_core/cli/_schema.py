@@ -40,6 +40,8 @@ def make_schema(registry: Registry) -> dict[str, Any]:
             properties[name] = {"type": "boolean"}
         elif name == "warn_after":
             properties[name] = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]}
+        elif name == "lock":
+            properties[name] = {"type": "string"}
         elif name == "plugins":
             parts = [_reference(registry, one.name, False, f"{one.name}=") for one in KINDS.values() if one.in_plugins]
             properties[name] = _list({"anyOf": [*parts, _extensions(registry)]})

@@ -51,6 +51,7 @@ def test_names_of_the_facade() -> None:
         "binding",
         "wrapping",
         "choosing.candidates",
+        "choosing.lock",
         "choosing.offers",
         "choosing.parsing",
         "choosing.plan",

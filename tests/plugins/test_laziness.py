@@ -40,6 +40,7 @@ MODULES = """
 import sys, torch
 from fabric_core import Fabric
 Fabric(accelerator="cpu", devices=1)
+assert "fabric_core.choosing.lock" not in sys.modules  # who has no lock doesn't wait for it
 found = [name for name in sys.modules if name.startswith("fabric_plugins.")]
 print([name for name in found if not hasattr(sys.modules[name], "__path__")])
 """

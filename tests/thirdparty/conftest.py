@@ -1,11 +1,13 @@
 """Distributions of third parties: built, installed into an environment of their own, and run there."""
 
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import venv
 import zipfile
+from base64 import urlsafe_b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,10 +49,12 @@ class Environment:
 
 @dataclass(frozen=True)
 class Distribution:
-    """What a wheel made by hand holds: one module, entry points, requirements."""
+    """What a wheel made by hand holds: one module or files, entry points, requirements."""
 
     name: str
     source: str = ""
+    version: str = "1.0"
+    files: Mapping[str, str] = field(default_factory=dict)
     points: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     requires: Sequence[str] = ()
     extras: Sequence[str] = ()
@@ -62,8 +66,8 @@ class Distribution:
 
     def write(self, folder: Path) -> Path:
         """Write it as a wheel."""
-        info = f"{self.module}-1.0.dist-info"
-        metadata = ["Metadata-Version: 2.1", f"Name: {self.name}", "Version: 1.0"]
+        info = f"{self.module}-{self.version}.dist-info"
+        metadata = ["Metadata-Version: 2.1", f"Name: {self.name}", f"Version: {self.version}"]
         metadata += [f"Provides-Extra: {extra}" for extra in self.extras]
         metadata += [f"Requires-Dist: {need}" for need in self.requires]
         points = [
@@ -72,13 +76,16 @@ class Distribution:
             for line in (f"[{group}]", *(f"{name} = {value}" for name, value in names.items()))
         ]
         files = {
-            f"{self.module}.py": self.source,
+            **(self.files or {f"{self.module}.py": self.source}),
             f"{info}/METADATA": "\n".join(metadata) + "\n",
             f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
             f"{info}/entry_points.txt": "\n".join(points) + "\n",
         }
-        files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"])
-        wheel = folder / f"{self.module}-1.0-py3-none-any.whl"
+        hashes = {name: urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+                  for name, text in files.items()}  # fmt: skip
+        record = [f"{name},sha256={one},{len(files[name].encode())}" for name, one in hashes.items()]
+        files[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,"]) + "\n"
+        wheel = folder / f"{self.module}-{self.version}-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w") as archive:
             for name, text in files.items():
                 archive.writestr(name, text)
