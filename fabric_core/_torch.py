@@ -13,6 +13,7 @@ from torch.utils import _python_dispatch, _pytree
 __all__ = [
     "DispatchMode",
     "after_backward",
+    "apply_to_tensors",
     "backends_of",
     "backward_state",
     "compile_like",
@@ -22,6 +23,7 @@ __all__ = [
     "original_of",
     "print_options",
     "process_groups",
+    "run_backward",
     "set_backward_state",
     "tree_flatten",
     "tree_is_leaf",
@@ -67,6 +69,35 @@ def set_backward_state(state: Any) -> None:
     Contexts that reach them would replace it.
     """
     torch._C._stash_obj_in_tls(_STATE, state)  # noqa: SLF001
+
+
+def run_backward(
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+    gradient: Any = None,
+) -> None:
+    """As ``torch.autograd.backward`` and ``torch.Tensor.backward``, with the function modes of the caller left on.
+
+    These hand themselves to the modes, each of which is off while it is asked, and so during the pass. A backward pass
+    that runs in its caller's modes would replace it.
+    """
+    given = (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+    grads = grad_tensors if gradient is None else gradient
+    grads = torch.autograd._tensor_or_tensors_to_tuple(grads, len(given))  # noqa: SLF001
+    grads = torch.autograd._make_grads(given, grads, is_grads_batched=False)  # noqa: SLF001
+    leaves = () if inputs is None else (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+    retain_graph = create_graph if retain_graph is None else retain_graph
+    torch.autograd.graph._engine_run_backward(  # noqa: SLF001
+        given, grads, retain_graph, create_graph, leaves, allow_unreachable=True, accumulate_grad=True
+    )
+
+
+def apply_to_tensors(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace the tensors of a module in place; a ``Module.to`` that keeps complex tensors would replace it."""
+    module._apply(function)  # type: ignore[no-untyped-call] # noqa: SLF001
 
 
 def loading_hooks(module: nn.Module) -> list[Any]:

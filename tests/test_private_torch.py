@@ -64,6 +64,22 @@ def _backward_state() -> None:
         core.set_backward_state(None)
 
 
+def _run_backward() -> None:
+    named: list[dict[str, Any]] = [
+        {},
+        {"grad_tensors": torch.ones(1)},
+        {"gradient": torch.ones(1), "retain_graph": True},
+    ]
+    for given in named:
+        x = torch.ones(1, requires_grad=True)
+        core.run_backward(2 * x, **given)
+        assert x.grad == torch.tensor(2.0)
+    x, y = (torch.ones(1, requires_grad=True) for _ in range(2))
+    core.run_backward((x * y, y), (torch.ones(1), torch.ones(1)), inputs=[y])
+    assert x.grad is None
+    assert y.grad == torch.tensor(2.0)
+
+
 def _loading_hooks() -> None:
     module = nn.Linear(1, 1)
     module.register_load_state_dict_pre_hook(print)
@@ -151,9 +167,10 @@ def _storage_info() -> None:
 
 
 def _apply_to_tensors() -> None:
-    module = nn.Linear(1, 1)
-    plugins.apply_to_tensors(module, torch.Tensor.double)
-    assert module.weight.dtype is torch.float64
+    for package in (core, plugins):
+        module = nn.Linear(1, 1)
+        package.apply_to_tensors(module, torch.Tensor.double)
+        assert module.weight.dtype is torch.float64
 
 
 def _was_written() -> None:
@@ -254,6 +271,7 @@ PROBES: dict[str, Callable[[], None]] = {
     "print_options": _print_options,
     "process_groups": _process_groups,
     "reduction_finished": _reducers,
+    "run_backward": _run_backward,
     "set_backward_state": _backward_state,
     "set_found_inf": _loss_scaling,
     "storage_info": _storage_info,

@@ -6,6 +6,8 @@ from typing import Any, Final
 import torch
 from torch.overrides import TorchFunctionMode
 
+from fabric_core._torch import run_backward
+
 __all__ = ["DefaultDtype"]
 
 _ALWAYS: Final = frozenset({
@@ -24,6 +26,8 @@ _MAKERS: Final = _ALWAYS | _INFERRING
 _DATA: Final = ("data", "obj", "fill_value", "start", "end", "step", "mean", "std")
 """The keyword arguments of the inferring functions that a type is inferred from."""
 _NUMBERS: Final = frozenset({bool, int, float})
+_BACKWARD: Final = frozenset({torch.Tensor.backward, torch.autograd.backward})
+"""What may run parts of a forward pass again, where activations were not kept."""
 
 
 class DefaultDtype(TorchFunctionMode):
@@ -31,6 +35,7 @@ class DefaultDtype(TorchFunctionMode):
 
     It does for one thread what ``torch.set_default_dtype`` does for the process, as ``with torch.device(...)`` does for
     devices. What is made from tensors or arrays keeps their type, and integers, booleans and complex numbers theirs.
+    Where a backward pass runs in it, so do the forward passes that it runs again, also in the threads of the engine.
 
     Args:
         dtype: The type, a floating-point one.
@@ -45,6 +50,9 @@ class DefaultDtype(TorchFunctionMode):
     ) -> Any:
         """Add the type to a call that makes a tensor and gives none."""
         kwargs = kwargs or {}
+        if func in _BACKWARD:
+            with self:  # a mode is off while it is asked
+                return run_backward(*args, **kwargs)
         if func in _MAKERS and kwargs.get("dtype") is None and kwargs.get("out") is None:
             data = (*args, *(kwargs[name] for name in _DATA if name in kwargs))
             if func in _ALWAYS or _is_python_floats(data):

@@ -50,9 +50,10 @@ def _map_items(
     objects: Callable[[Any], Any] | None,
 ) -> Any:
     new: Any = None
+    traced = torch.compiler.is_compiling()  # Dynamo compares no tuples by identity; what it traces is copied
     for key, before in items:
         after = function(before) if isinstance(before, torch.Tensor) else map_tree(before, function, objects)
-        if after is not before:
+        if traced or after is not before:
             if new is None:
                 new = list(data) if type(data) is tuple else data.copy()
             new[key] = after

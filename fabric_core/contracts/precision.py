@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fabric_core._torch import apply_to_tensors
 from fabric_core.collectives import Collectives
 from fabric_core.contracts._default_dtype import DefaultDtype
 from fabric_core.contracts._spec import Plugin
@@ -73,9 +74,14 @@ class Precision(Plugin, ABC):
 
     @behaviour
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Convert a module's parameters and buffers, in place where possible, before it is moved or sharded."""
+        """Convert a module's parameters and buffers, in place where possible, before it is moved or sharded.
+
+        Unless it is overridden, it converts the floating-point ones to ``param_dtype``; complex ones stay complex.
+        """
         dtype = self.policy.param_dtype
-        return module if dtype is None else module.to(dtype)
+        if dtype is not None:
+            apply_to_tensors(module, lambda one: one.to(dtype) if one.is_floating_point() else one)
+        return module
 
     @behaviour
     def convert_input(self, data: Any) -> Any:
@@ -97,6 +103,15 @@ class Precision(Plugin, ABC):
     @behaviour
     def forward_context(self, device_type: str) -> AbstractContextManager[Any] | None:
         """Give a new context for one run of ``forward``; ``None`` where none is needed, always or never."""
+        return None
+
+    @behaviour
+    def backward_context(self) -> AbstractContextManager[Any] | None:
+        """Give a new context for one run of ``fabric.backward``; ``None`` where none is needed.
+
+        It is for parts of ``forward`` that a backward pass runs again, as with activation checkpointing. Autocast needs
+        none: PyTorch restores it there.
+        """
         return None
 
     @behaviour

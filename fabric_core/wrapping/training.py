@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Final, TypeVar, overload
 
 import torch
@@ -193,9 +193,14 @@ class Training:
         """How often the optimizers that were set up were stepped, together; steps that the precision skipped count."""
         return self._acts.steps
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Give the precision's forward context, for computations outside a model."""
-        return self._precision.forward_context(self.device.type) or ExitStack()
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Compute outside a model as in one: in the precision's forward context, and with tensors made in its type."""
+        with ExitStack() as stack:
+            for context in (self._precision.forward_context(self.device.type), self._precision.init_context()):
+                if context is not None:
+                    stack.enter_context(context)
+            yield
 
     def backward(self, tensor: torch.Tensor, *args: Any, model: FabricModule | None = None, **kwargs: Any) -> None:
         """Run the backward pass in the place of ``tensor.backward()``.
@@ -305,7 +310,8 @@ class Acts(FabricActs):
         if fabric._world is None:
             fabric.world  # noqa: B018 - connects a single process, and refuses several that are not launched
         loss = fabric._precision.scale_loss(tensor)
-        with fabric._setup.backward_pass():
+        context = fabric._precision.backward_context()
+        with fabric._setup.backward_pass(), context or nullcontext():
             fabric._strategy.backward(loss, fabric._setup.called(model), arguments)
 
     def step(self, optimizer: Any, closure: Callable[[], Any] | None) -> Any:

@@ -42,7 +42,8 @@ class MixedOptions(PluginOptions):
     """The options of mixed precisions."""
 
     cast_inputs: bool = True
-    """Convert floating-point inputs to 32 bits; otherwise they are left to autocast, or to the strategy."""
+    """Convert floating-point inputs to the type that is computed in; otherwise they are left to autocast, or to a
+    strategy that keeps parameters in that type for ``forward``, as ``fsdp`` does."""
 
 
 class _MixedPrecision(Precision):
@@ -59,7 +60,7 @@ class _MixedPrecision(Precision):
         return PrecisionPolicy(
             compute_dtype=self.dtype,
             reduce_dtype=torch.float32,
-            input_dtype=torch.float32 if self.options.cast_inputs else None,
+            input_dtype=self.dtype if self.options.cast_inputs else None,
             output_dtype=torch.float32,
             autocast=True,
             loss_scaling=self.loss_scaling,

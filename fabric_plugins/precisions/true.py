@@ -1,17 +1,31 @@
 """True precisions: parameters, inputs and computations in one type."""
 
-from typing import ClassVar, Final
+import re
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, ClassVar, Final
 
 import torch
 
-from fabric_core.contracts import Precision, PrecisionPolicy, Preset
+from fabric_core.contracts import DefaultDtype, PluginOptions, Precision, PrecisionPolicy, Preset
 
-__all__ = ["ALIAS", "BFloat16Precision", "DoublePrecision", "Float16Precision"]
+__all__ = ["ALIAS", "BFloat16Precision", "DoublePrecision", "Float16Precision", "TrueOptions"]
+
+
+class TrueOptions(PluginOptions):
+    """The options of true precisions."""
+
+    default_dtype_in_forward: bool = False
+    """Let what makes tensors in ``forward`` without a type, such as ``torch.zeros(1)``, make them in the precision's
+    type, in this thread; it takes about a microsecond for each call of a torch function. Then ``fabric.backward`` must
+    run the backward pass wherever activations are computed again."""
 
 
 class _TruePrecision(Precision):
     """Everything in one type; outputs come back in 32 bits, PyTorch's default type."""
 
+    Options = TrueOptions
+    options: TrueOptions
     dtype: ClassVar[torch.dtype]
 
     @property
@@ -23,6 +37,48 @@ class _TruePrecision(Precision):
             input_dtype=self.dtype,
             output_dtype=torch.float32,
         )
+
+    def forward_context(self, device_type: str) -> AbstractContextManager[Any]:
+        """Make tensors in the one type, as the option says; without it, name it where types met that don't fit."""
+        return DefaultDtype(self.dtype) if self.options.default_dtype_in_forward else _NamingTheOption(self.dtype)
+
+    def backward_context(self) -> AbstractContextManager[Any] | None:
+        """Likewise for what the backward pass computes again."""
+        return DefaultDtype(self.dtype) if self.options.default_dtype_in_forward else None
+
+
+class _NamingTheOption:
+    """Adds a note to PyTorch's error that an operator was given float32 and another type.
+
+    Args:
+        dtype: The other type.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Look at the error, if there is one."""
+        if isinstance(error, RuntimeError) and _FLOAT32.search(str(error)) and _NAMES[self._dtype].search(str(error)):
+            error.add_note(
+                f"The precision computes in {self._dtype}, and what forward makes without a type, as torch.zeros(1)"
+                " does, is of float32. Write torch.zeros(1, dtype=x.dtype), or choose the precision with the option"
+                " default_dtype_in_forward=true."
+            )
+
+
+_FLOAT32: Final = re.compile(r"\b(float|float32)\b", re.IGNORECASE)
+_NAMES: Final = {
+    torch.bfloat16: re.compile(r"\bbfloat16\b", re.IGNORECASE),
+    torch.float16: re.compile(r"\b(half|float16)\b", re.IGNORECASE),
+    torch.float64: re.compile(r"\b(double|float64)\b", re.IGNORECASE),
+}
+"""What PyTorch's errors call each type."""
 
 
 class DoublePrecision(_TruePrecision):
