@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -14,36 +15,8 @@ from fabric_core.kinds import KINDS
 
 REFERENCE: Final = Path(__file__).parents[2] / "docs" / "reference"
 
-MODULES: Final = ("fabric_core", "fabric_core.contracts", "fabric_core.collectives", "fabric_core.conformance")
-
-EXAMPLES: Final = {
-    "Accelerator": 'assert issubclass(type(Fabric(accelerator="cpu").accelerator), Accelerator)',
-    "Checkpoint": "assert not Checkpoint.capabilities.sharded",
-    "Fabric": 'with Fabric(accelerator="cpu", devices=1) as fabric:\n    fabric.launch()\n    print(fabric.plan)',
-    "FabricDataLoader": "from torch.utils.data import DataLoader\n\n"
-    "loader = fabric.setup_dataloaders(DataLoader(list(range(4)), batch_size=2))\n"
-    "assert isinstance(loader, FabricDataLoader)",
-    "FabricModule": "model = fabric.setup(torch.nn.Linear(2, 1))\nassert isinstance(model, FabricModule)",
-    "FabricOptimizer": "bare = torch.nn.Linear(2, 1)\n"
-    "model, optimizer = fabric.setup(bare, torch.optim.SGD(bare.parameters(), lr=0.1))\n"
-    "assert isinstance(optimizer, FabricOptimizer)",
-    "Launcher": "assert not Launcher.capabilities.multi_node",
-    "Logger": "class Quiet(Logger):\n    def log_metrics(self, metrics, step):\n        pass\n\n\n"
-    'fabric_with_logger = Fabric(accelerator="cpu", devices=1, loggers=[Quiet()])',
-    "Precision": 'assert isinstance(Fabric(accelerator="cpu", precision="bf16-mixed").precision, Precision)',
-    "Strategy": "assert isinstance(fabric.strategy, Strategy)",
-    "Wrapper": "class Nothing(Wrapper):\n    pass\n\n\n"
-    'assert list(Fabric(accelerator="cpu", devices=1, wrappers=[Nothing()]).wrappers) == ["Nothing"]',
-    "around": "class Loud:\n    @around.strategy\n    def optimizer_step(self, optimizer):\n        print(optimizer)\n"
-    "        return (yield)",
-    "hookimpl": "class Counted:\n    @hookimpl\n    def module_set_up(self, module):\n        print(module)",
-    "is_wrapped": "assert is_wrapped(fabric.setup(torch.nn.Linear(2, 1)))",
-    "register": 'register("wrapper", "nothing", Nothing)\n'
-    'assert "nothing" in Fabric(accelerator="cpu", devices=1, wrappers=["nothing"]).wrappers',
-    "seed_everything": "seed_everything(1)",
-    "unwrap": "bare = torch.nn.Linear(2, 1)\nassert unwrap(fabric.setup(bare)) is bare",
-}
-"""A block for each name of the top level, which runs with the page."""
+EXAMPLES: Final = runpy.run_path(str(Path(__file__).with_name("api_examples.py")))["EXAMPLES"]
+"""For each module and name a block of code, which runs with the page."""
 
 
 def _summary(thing: Any) -> str:
@@ -72,13 +45,23 @@ def api() -> str:
         "Made from the code. What a contract asks for stands on the contract's own page.",
         "",
     ]
-    lines += ["```python", "import torch", "from fabric_core import *", "```", ""]
-    for module in MODULES:
-        lines += [f"## {module}", ""]
+    shown: set[str] = set()
+    for module, examples in EXAMPLES.items():
+        lines += [
+            f"## {module}",
+            "",
+            "```python",
+            *(["import torch"] * (not shown)),
+            f"from {module} import *",
+            "```",
+            "",
+        ]
         names = sorted(importlib.import_module(module).__all__)
-        if module == "fabric_core":
-            names.sort(key=lambda name: name != "Fabric")  # what the other examples use comes first
+        names.sort(key=lambda name: name not in ("Fabric", "Report"))  # what the other examples use comes first
         for name in names:
+            if name in shown:
+                continue
+            shown.add(name)
             thing = getattr(importlib.import_module(module), name)
             # A value has no docstring of its own; its type's says nothing of it.
             own = inspect.isclass(thing) or inspect.isroutine(thing)
@@ -87,9 +70,11 @@ def api() -> str:
                 "",
                 _summary(thing) if own else f"`{type(thing).__name__}`.",
                 "",
+                "```python",
+                examples[name],
+                "```",
+                "",
             ]
-            if module == "fabric_core" and name in EXAMPLES:
-                lines += ["```python", EXAMPLES[name], "```", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
