@@ -13,6 +13,7 @@ from fabric_core.cli._checkpoint import checkpoint
 from fabric_core.cli._conformance import conformance
 from fabric_core.cli._describe import contract_page
 from fabric_core.cli._lock import lock_plugins
+from fabric_core.cli._matrix import matrix
 from fabric_core.cli._new import new
 from fabric_core.cli._output import AsJson, print_json, print_table, print_text, run_to_the_end
 from fabric_core.cli._plugins import examine_plugins, list_plugins, show_plugin, why_plugin
@@ -85,6 +86,7 @@ def _make_app() -> typer.Typer:
     _add(plugins, "show", show_plugin, "plugins show ddp")
     _add(plugins, "doctor", examine_plugins, "plugins doctor --json")
     _add(plugins, "lock", lock_plugins, "plugins lock fabric.lock --check")
+    _add(plugins, "matrix", matrix, "plugins matrix --accelerator cpu --devices 2 --tried")
     _add(plugins, "why", asking(why_plugin), "plugins why ddp --accelerator cpu --devices 2")
     app.add_typer(checkpoint, name="checkpoint")
     _add(app, "conformance", conformance, "conformance strategy:ddp --rule STR-101")

@@ -1,7 +1,7 @@
 """What strategies with a process group share: its options, and a start from rank 0's values."""
 
 from datetime import timedelta
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -25,7 +25,7 @@ class DistributedOptions(PluginOptions):
 class DistributedStrategy(Strategy):
     """A process group of all ranks, which gradients travel on."""
 
-    Options = DistributedOptions
+    Options: ClassVar[type[DistributedOptions]] = DistributedOptions
     options: DistributedOptions
     _world: World | None = None
     _group: ProcessGroup

@@ -26,7 +26,7 @@ _DATA, _TENSOR = "data_parallel", "tensor_parallel"
 class ModelParallelOptions(DistributedOptions):
     """The options of the strategy ``model_parallel``."""
 
-    parallelize_fn: ImportString[Callable[[Any, DeviceMesh], Any]] | None = None
+    parallelize_fn: ImportString[Callable[[Any, DeviceMesh], Any]]
     """Changes a module in place, given it and the mesh: ``parallelize_module(module, mesh["tensor_parallel"], plan)``.
     It may shard blocks over ``mesh["data_parallel"]`` too; the strategy does it where the function didn't. Text says
     where it lies: ``"module:function"``."""
@@ -93,12 +93,6 @@ class ModelParallelStrategy(ShardedStrategy):
         """Let the user's function spread the module, then shard it over the data-parallel ranks."""
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
-        if self.options.parallelize_fn is None:
-            raise SetupError(
-                "parallelize_fn is required",
-                where="options of the strategy ModelParallelStrategy",
-                instead="ModelParallelStrategy(parallelize_fn=function), with function(module, mesh)",
-            )
         user = module.get_submodule("module")
         self._check_undivided(user)
         check_materialisable(user)

@@ -20,4 +20,5 @@ def test_every_option_is_documented(plugin: type[Strategy]) -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert f"`{plugin.__name__}`" in text
     for name, field in plugin.Options.model_fields.items():
-        assert f"| `{name}` | `{field.default!r}` |" in text, name
+        default = "required" if field.is_required() else repr(field.default)
+        assert f"| `{name}` | `{default}` |" in text, name

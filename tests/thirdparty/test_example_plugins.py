@@ -100,6 +100,40 @@ def test_one_script_uses_each_by_name_on_two_processes(environment: Any) -> None
 
 
 @pytest.mark.authors
+@pytest.mark.parametrize("devices", ["1", "2"])
+def test_every_cell_of_the_matrix_is_what_fabric_does(environment: Any, devices: str) -> None:
+    """Beside the built-ins: what works trains, in all cells; what is refused is refused for that very reason."""
+    only = ["--accelerator", "cpu", "--wrapper", "ema", "--devices", devices]
+    done = environment.run("-m", "fabric_core", "plugins", "matrix", *only, "--tried", "--json", OMP_NUM_THREADS="1")
+    cells = json.loads(done.stdout)["cells"]
+    assert {"local_sgd", "diloco", "deepspeed", "ddp", "fsdp"} <= {cell["strategy"] for cell in cells}
+    assert not [cell for cell in cells if cell["tried"]], [cell for cell in cells if cell["tried"]]
+    assert sum(cell["tried"] == "" for cell in cells) > 40
+    refused = [cell for cell in cells if cell["status"] == "refused"]
+    done = environment.run("-c", REFUSED, json.dumps(refused), devices)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout) == [cell["error"] for cell in refused]
+
+
+REFUSED = """
+import json, sys
+from fabric_core import Fabric
+from fabric_core.errors import FabricError
+raised = []
+for cell in json.loads(sys.argv[1]):
+    asked = {one: cell[one] for one in ("accelerator", "strategy", "precision")}
+    try:
+        Fabric(**asked, wrappers=[cell["wrapper"]] if cell["wrapper"] else None, devices=int(sys.argv[2]))
+        raised.append(None)
+    except FabricError as error:
+        parts = {one: getattr(error, one) for one in ("what", "where", "got", "instead")}
+        shown = {name: one if one is None or isinstance(one, str) else repr(one) for name, one in parts.items()}
+        raised.append({"type": type(error).__name__, **shown})
+print(json.dumps(raised))
+"""
+
+
+@pytest.mark.authors
 @pytest.mark.parametrize("project", PROJECTS)
 def test_each_passes_its_own_tests(environment: Any, project: str, tmp_path: Path) -> None:
     """Its tests run in the environment that the wheels are in, with its own settings."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from fabric_core import Fabric
 from fabric_core.conformance.pool import RankPool, RankRaised
+from fabric_core.errors import OptionError
 from fabric_plugins.strategies import FSDPStrategy
 
 
@@ -347,12 +348,24 @@ def test_a_class_that_the_model_has_not_is_an_error(two_ranks: RankPool) -> None
 
 
 @pytest.mark.parametrize(
-    "text", ["fsdp:replicate=3", "fsdp:replicate=2,shard=2", "model_parallel:data_parallel_size=3", "fsdp:shard=1"]
+    "text",
+    [
+        "fsdp:replicate=3",
+        "fsdp:replicate=2,shard=2",
+        "model_parallel:parallelize_fn=builtins:id,data_parallel_size=3",
+        "fsdp:shard=1",
+    ],
 )
 def test_sizes_that_do_not_fit(text: str, two_ranks: RankPool) -> None:
     """Sizes whose product is not the number of processes are an error that says what to write."""
     with pytest.raises(RankRaised, match="product is the number of processes"):
         two_ranks.run(_launch, text)
+
+
+def test_the_function_that_spreads_a_model_is_required() -> None:
+    """Without it the strategy is refused where it is named, not when a model is set up."""
+    with pytest.raises(OptionError, match="parallelize_fn"):
+        Fabric(accelerator="cpu", strategy="model_parallel", devices=2)
 
 
 def _launch(strategy: str) -> None:
