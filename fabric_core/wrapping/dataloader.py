@@ -18,7 +18,7 @@ from torch.utils.data import (
 from fabric_core.contracts import map_tensors
 from fabric_core.errors import CheckpointError, SetupError
 from fabric_core.randomness import derived, kept, random_state, seed_sources, set_random_state
-from fabric_core.wrapping.sampler import DividedSampler
+from fabric_core.wrapping.sampler import DividedSampler, UnrepeatedSampler
 
 __all__ = ["FabricDataLoader", "seed_apart", "shard", "to_device"]
 
@@ -354,7 +354,7 @@ def seed_apart(loader: Any, index: int, count: int) -> tuple[Any, int | None]:
     return clone, None
 
 
-def shard(loader: Any, index: int, count: int, agree: Callable[[int], int]) -> Any:
+def shard(loader: Any, index: int, count: int, agree: Callable[[int], int], *, repeat: bool = True) -> Any:
     """Make a loader read one of several parts of its data.
 
     The loader is copied, and only its samplers are other ones, so that its class and whatever it was given are kept.
@@ -365,19 +365,22 @@ def shard(loader: Any, index: int, count: int, agree: Callable[[int], int]) -> A
         index: Which part to read.
         count: How many parts there are.
         agree: Gives every rank the number of rank 0. Called where the order is drawn at random.
+        repeat: Make the parts equally long, by repeating the first elements; else none is repeated.
 
     Raises:
-        SetupError: It keeps its samplers where they can't be replaced.
+        SetupError: It keeps its samplers where they can't be replaced. Or without repeating, a part would have nothing,
+            or the loader's own sampler repeats.
     """
     if count == 1 or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
-    if any(isinstance(sampler, DistributedSampler) for sampler in _samplers(loader)):
+    if _seeded(loader):
+        _check_own_sampler(loader, repeat=repeat)
         return loader
     batch_sampler: Any = loader.batch_sampler
     own_batches = loader.batch_size is None and type(batch_sampler) not in {BatchSampler, type(None)}
     sampler = getattr(batch_sampler, "sampler", None) if loader.batch_size is None and batch_sampler else loader.sampler
     divided = batch_sampler if own_batches else sampler
-    part = _part(divided, loader, index, count, agree)
+    part = _part(divided, loader, index, count, agree, repeat=repeat)
     changes: dict[str, Any] = {"_iterator": None}
     if own_batches:
         changes["batch_sampler"] = part
@@ -405,8 +408,19 @@ def shard(loader: Any, index: int, count: int, agree: Callable[[int], int]) -> A
     return clone
 
 
+def _check_own_sampler(loader: DataLoader[Any], *, repeat: bool) -> None:
+    """Refuse PyTorch's own sampler of a part, which repeats, where nothing may be repeated; another one may not."""
+    repeating = [one for one in _seeded(loader) if type(one) is DistributedSampler and not one.drop_last]
+    if repeating and not repeat:
+        raise SetupError(
+            "the loader's own DistributedSampler repeats samples",
+            where="setup_dataloaders(repeat_samples=False)",
+            instead="a loader without it, which setup_dataloaders divides",
+        )
+
+
 def _part(
-    sampler: Any, loader: DataLoader[Any], index: int, count: int, agree: Callable[[int], int]
+    sampler: Any, loader: DataLoader[Any], index: int, count: int, agree: Callable[[int], int], *, repeat: bool
 ) -> DistributedSampler[Any]:
     """Divide the order of a loader, which one of its samplers draws.
 
@@ -414,14 +428,23 @@ def _part(
     differently.
     """
     drop_last = bool(getattr(loader if loader.batch_sampler is None else loader.batch_sampler, "drop_last", False))
+    repeat = repeat or drop_last  # nothing is repeated then
+    if not repeat and isinstance(sampler, Sized) and len(sampler) < count:
+        raise SetupError(
+            f"{count} ranks can't share {len(sampler)} without repeating any",
+            where="setup_dataloaders(repeat_samples=False)",
+            got=f"a {type(sampler).__name__} of length {len(sampler)}",
+            instead="at least one for each rank, or repeat_samples=True",
+        )
     shuffled = _shuffles(sampler, loader.dataset)
-    if shuffled is False:
-        return DistributedSampler(loader.dataset, count, index, shuffle=False, drop_last=drop_last)
-    generator = getattr(sampler, "generator", None)
-    seed = agree((generator if isinstance(generator, torch.Generator) else torch).initial_seed() % _SEEDS)
-    if shuffled:
-        return DistributedSampler(loader.dataset, count, index, shuffle=True, drop_last=drop_last, seed=seed)
-    return DividedSampler(sampler, count, index, drop_last=drop_last, seed=seed)
+    seed = 0
+    if shuffled is not False:
+        generator = getattr(sampler, "generator", None)
+        seed = agree((generator if isinstance(generator, torch.Generator) else torch).initial_seed() % _SEEDS)
+    if shuffled is None:
+        return DividedSampler(sampler, count, index, drop_last=drop_last, seed=seed, repeat=repeat)
+    kind = DistributedSampler if repeat else UnrepeatedSampler
+    return kind(loader.dataset, count, index, shuffle=shuffled, drop_last=drop_last, seed=seed)
 
 
 _SEEDS: Final = 2**62

@@ -10,12 +10,21 @@ import numpy as np
 import torch
 from torch.utils.data import DistributedSampler
 
-__all__ = ["DividedSampler"]
+__all__ = ["DividedSampler", "UnrepeatedSampler"]
 
 _CHUNK: Final = 4096
 """How many indices are drawn at once: an endless sampler is not drawn to its end."""
 _SEEDS: Final = 2**32
 """NumPy's legacy state takes seeds below this."""
+
+
+class UnrepeatedSampler(DistributedSampler[Any]):
+    """PyTorch's ``DistributedSampler``, but the first parts may be longer by one, and no element is repeated."""
+
+    def __init__(self, dataset: Any, num_replicas: int, rank: int, **options: Any) -> None:
+        super().__init__(dataset, num_replicas, rank, **options)
+        self.total_size = len(dataset)
+        self.num_samples = len(range(rank, self.total_size, num_replicas))
 
 
 class DividedSampler(DistributedSampler[Any]):
@@ -30,17 +39,21 @@ class DividedSampler(DistributedSampler[Any]):
         sampler: What draws indices or batches; left as it is.
         num_replicas: How many parts there are.
         rank: Which part this is.
-        drop_last: Leave out what doesn't divide evenly; else the first elements are repeated.
+        drop_last: Leave out what doesn't divide evenly; else the first elements are repeated, with ``repeat``.
         seed: The same on every rank; each epoch adds its number.
+        repeat: Make the parts equally long.
     """
 
-    def __init__(self, sampler: Any, num_replicas: int, rank: int, *, drop_last: bool, seed: int) -> None:
+    def __init__(
+        self, sampler: Any, num_replicas: int, rank: int, *, drop_last: bool, seed: int, repeat: bool = True
+    ) -> None:
         # Not `DistributedSampler.__init__`: it wants a data set whose length is known.
         self.sampler = sampler
         self.dataset = sampler
         self.num_replicas = num_replicas
         self.rank = rank
         self.drop_last = drop_last
+        self.repeat = repeat
         self.shuffle = False
         self.seed = seed
         self._epoch = 0
@@ -61,6 +74,8 @@ class DividedSampler(DistributedSampler[Any]):
     def __len__(self) -> int:
         """Count the elements of this part."""
         whole, rest = divmod(len(self.sampler), self.num_replicas)
+        if not self.repeat:
+            return whole + (self.rank < rest)
         return whole if self.drop_last or not rest else whole + 1
 
     def __iter__(self) -> Iterator[Any]:
@@ -74,7 +89,9 @@ class DividedSampler(DistributedSampler[Any]):
             if len(part) == self.num_replicas:
                 yield part[self.rank]
                 part = []
-        if part and not self.drop_last:
+        if not self.repeat:
+            yield from part[self.rank : self.rank + 1]
+        elif part and not self.drop_last:
             while len(part) < self.num_replicas:
                 part.extend(first[: self.num_replicas - len(part)])
             yield part[self.rank]

@@ -28,6 +28,7 @@ from fabric_core.wrapping.compiled import compile_again, uncompiled
 from fabric_core.wrapping.dataloader import FabricDataLoader, seed_apart, shard
 from fabric_core.wrapping.forward import Around, Route
 from fabric_core.wrapping.gradient_sync import gradient_sync
+from fabric_core.wrapping.joining import joined
 from fabric_core.wrapping.module import FabricModule, first_device, strategy_module
 from fabric_core.wrapping.optimizer import FabricOptimizer, wrap_optimizer
 from fabric_core.wrapping.step_guard import StepGuard
@@ -57,6 +58,7 @@ class Setup:
         self._strategy = strategy
         self._precision = precision
         self._wrappers = wrappers
+        self._world_size = world_size
         self._act = act
         # Weak: what was set up dies with its last user, and an old parameter once its optimizer has the new one.
         self._set_up: WeakSet[Any] = WeakSet()
@@ -64,7 +66,7 @@ class Setup:
         self._models: WeakValueDictionary[int, FabricModule] = WeakValueDictionary()
         self._numbers = itertools.count()
         self._replaced = WeakTensorKeyDictionary()
-        self._optimizers: WeakSet[Optimizer] = WeakSet()
+        self._optimizers: WeakKeyDictionary[Optimizer, None] = WeakKeyDictionary()  # in the same order, too
         # What watches over gradients and steps; where nothing has to, nothing does.
         self._owner = object()
         self._guard = backward_guard(strategy, precision, self._owner)
@@ -176,7 +178,7 @@ class Setup:
         return [self._wrapped(one, made) for one, made in zip(optimizers, ready, strict=True)]
 
     def _wrapped(self, optimizer: Optimizer, ready: Optimizer) -> FabricOptimizer:
-        self._optimizers.add(ready)
+        self._optimizers[ready] = None
         held = {id(one) for group in ready.param_groups for one in group["params"]}
         modules = [one for one in self._modules if any(id(each) in held for each in one.parameters())]
         for wrapper in self._wrappers:
@@ -187,13 +189,14 @@ class Setup:
         self._watch_steps()
         return wrap_optimizer(ready, self._strategy, self._precision, self._steps, self._wrappers, self._act)
 
-    def dataloader(self, given: Any, device: torch.device | None, *, divide: bool) -> FabricDataLoader:
+    def dataloader(self, given: Any, device: torch.device | None, *, divide: bool, repeat: bool) -> FabricDataLoader:
         """Make a loader ready.
 
         Args:
             given: The loader.
             device: Where its batches go; ``None`` leaves them.
             divide: Let each rank read its own part.
+            repeat: Let all parts be equally long, some samples repeated where need be.
 
         Raises:
             SetupError: It was set up before, or keeps its samplers where they can't be replaced.
@@ -202,7 +205,7 @@ class Setup:
         loader, index, count = given, *self._strategy.data_shard()
         loader, stream = seed_apart(loader, index, count)
         if divide:
-            loader = shard(loader, index, count, lambda seed: self._strategy.broadcast(seed, 0))
+            loader = shard(loader, index, count, lambda seed: self._strategy.broadcast(seed, 0), repeat=repeat)
         for wrapper in self._wrappers:
             loader = wrapper.wrap_dataloader(loader)
         return FabricDataLoader(loader, device, given, stream)
@@ -230,6 +233,31 @@ class Setup:
         if self._sync is None or not enabled or not self._strategy.capabilities.no_backward_sync:
             return context
         return self._sync.watch(module.module, inner).skipped(context)
+
+    def join(self, models: Sequence[Any], *, divide_by_initial_world_size: bool) -> AbstractContextManager[None]:
+        """Give the context in which ranks may have different numbers of batches.
+
+        Raises:
+            MisuseTypeError: A model was not set up.
+            RequestError: There is none.
+        """
+        check_given(models, "model")
+        found = [check_set_up(model, "fabric.join") for model in models]
+        if self._world_size == 1:
+            return nullcontext()
+        trained = {id(one) for model in found for one in model.parameters()}
+        optimizers = [
+            optimizer
+            for optimizer in self._optimizers
+            if any(id(one) in trained for group in optimizer.param_groups for one in group["params"])
+        ]
+        return joined(
+            [strategy_module(model) for model in found],
+            optimizers,
+            self._strategy,
+            self._precision,
+            divide_by_initial_world_size=divide_by_initial_world_size,
+        )
 
     def _watch_steps(self) -> None:
         if self._steps is not None and not self._steps.opened:

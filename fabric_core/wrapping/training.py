@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fabric_core.choosing.request import Request
 from fabric_core.collectives import World
 from fabric_core.contracts import FabricActs, Precision, Strategy
-from fabric_core.errors import RequestError
+from fabric_core.errors import MisuseError, RequestError
 from fabric_core.wrapping.checks import check_given
 from fabric_core.wrapping.dataloader import FabricDataLoader, to_device
 from fabric_core.wrapping.module import FabricModule
@@ -39,6 +40,7 @@ class Training:
     _hooks: Any
     _acts: "Acts"
     _setup: Setup
+    _request: Request
     _world: World | None
 
     @property
@@ -120,14 +122,28 @@ class Training:
 
     @overload
     def setup_dataloaders(
-        self, dataloader: Any, /, *, use_distributed_sampler: bool = ..., move_to_device: bool = ...
+        self,
+        dataloader: Any,
+        /,
+        *,
+        use_distributed_sampler: bool = ...,
+        move_to_device: bool = ...,
+        repeat_samples: bool = ...,
     ) -> FabricDataLoader: ...
     @overload
     def setup_dataloaders(
-        self, *dataloaders: Any, use_distributed_sampler: bool = ..., move_to_device: bool = ...
+        self,
+        *dataloaders: Any,
+        use_distributed_sampler: bool = ...,
+        move_to_device: bool = ...,
+        repeat_samples: bool = ...,
     ) -> list[FabricDataLoader]: ...
     def setup_dataloaders(
-        self, *dataloaders: Any, use_distributed_sampler: bool = True, move_to_device: bool = True
+        self,
+        *dataloaders: Any,
+        use_distributed_sampler: bool = True,
+        move_to_device: bool = True,
+        repeat_samples: bool = True,
     ) -> Any:
         """Make data loaders ready; every rank must call it.
 
@@ -136,17 +152,22 @@ class Training:
             use_distributed_sampler: Let each rank read its own part, where the strategy divides data: any sampler's
                 order is drawn from the seed of rank 0, the same on every rank, and divided.
             move_to_device: Move batches to this process's device.
+            repeat_samples: Where the data doesn't divide evenly, repeat some samples, so that every rank reads as many.
+                ``False`` gives each sample once, for evaluation; ranks may then have different numbers of batches.
 
         Returns:
             The wrapped loader, or a list of them.
 
         Raises:
-            SetupError: One was set up before, or keeps its samplers where they can't be replaced.
+            SetupError: One was set up before, or keeps its samplers where they can't be replaced; or without repeating
+                samples, a rank would have none, or the loader's own sampler repeats them.
         """
         check_given(dataloaders, "dataloader")
         device = self.device  # and connects a single process
         wrapped = [
-            self._setup.dataloader(one, device if move_to_device else None, divide=use_distributed_sampler)
+            self._setup.dataloader(
+                one, device if move_to_device else None, divide=use_distributed_sampler, repeat=repeat_samples
+            )
             for one in dataloaders
         ]
         return wrapped[0] if len(wrapped) == 1 else wrapped
@@ -276,6 +297,34 @@ class Training:
             MisuseTypeError: The model was not set up.
         """
         return self._setup.no_backward_sync(module, enabled=enabled)
+
+    def join(self, *models: FabricModule, divide_by_initial_world_size: bool = True) -> AbstractContextManager[None]:
+        """Give a context for a training loop in which ranks have different numbers of batches.
+
+        A rank that is through takes part in what the others still do, with gradients of zero. At the end all ranks have
+        the models and optimizer states of the rank that trained longest. Inside, nothing but forward and
+        backward passes and steps of these models communicates: each model once in each round, in the order given, and
+        no call such as ``fabric.all_reduce``.
+
+        Args:
+            models: The models that are trained inside.
+            divide_by_initial_world_size: Gradients are the sum over the ranks that still train, divided by the number
+                of ranks; ``False`` divides by the number of those that still train.
+
+        Raises:
+            SetupError: The strategy shards models or the precision scales the loss, for which every rank needs the same
+                number of batches.
+            MisuseError: The ``Fabric`` compares what the ranks do (``check=True``), which differs here.
+            MisuseTypeError: A model was not set up.
+        """
+        if self._request.check:
+            raise MisuseError(
+                "fabric.join lets ranks do different things, which the checked mode refuses",
+                where="fabric.join",
+                got="check=True",
+                instead="Fabric(check=False) for this loop",
+            )
+        return self._setup.join(models, divide_by_initial_world_size=divide_by_initial_world_size)
 
 
 class Acts(FabricActs):
