@@ -30,6 +30,7 @@ from fabric_core.running.failing import Failures
 from fabric_core.running.launching import environment
 from fabric_core.running.processes import Processes
 from fabric_core.running.seeding import RandomState
+from fabric_core.running.stopping import Stopping
 from fabric_core.utilities import track
 from fabric_core.wrapping import (
     Acts,
@@ -155,6 +156,7 @@ class Fabric(Processes, Training):
         self._loggers: list[Logger] = self._chosen.all("logger")
         self._launcher: Launcher | None = None
         self._failures: Failures | None = None
+        self._stopping: Stopping | None = None
         self._closing: finalize[..., Any] | None = None
         self._acts = Acts(self)
         self._at_exit: Any = None

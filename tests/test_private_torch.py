@@ -5,10 +5,12 @@ A test here that fails with a new release names the function that used the part,
 
 import ast
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from tempfile import TemporaryDirectory
+from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -141,6 +143,18 @@ def _reducers() -> None:
         assert not hasattr(wrapped, "reducer")
 
 
+def _finished() -> None:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
+    with TemporaryDirectory() as logs:
+        none: dict[int, Any] = {0: {}}
+        context = start_processes("test", print, {0: ()}, none, DefaultLogsSpecs(logs), start_method="fork")
+        plugins.end_finished_ranks(SimpleNamespace(_pcontext=context))
+        (pid,) = context.pids().values()
+        assert os.waitpid(pid, 0) == (pid, 0)
+        context.close()
+
+
 def _units() -> None:
     with process_group():
         unit: Any = fully_shard(nn.Linear(1, 1), mesh=dist.init_device_mesh("cpu", (1,)))
@@ -259,6 +273,7 @@ PROBES: dict[str, Callable[[], None]] = {
     "clear_unsynchronized": _units,
     "compile_like": _compiled,
     "compiler": _compiler,
+    "end_finished_ranks": _finished,
     "found_inf": _loss_scaling,
     "global_hooks": _global_hooks,
     "growth_tracker": _growth,

@@ -29,6 +29,7 @@ from fabric_core.running.launching import (
     starter,
 )
 from fabric_core.running.seeding import last_seed, seed_everything
+from fabric_core.running.stopping import Stopping
 
 __all__ = ["Processes"]
 
@@ -52,6 +53,7 @@ class Processes:
     _collectives: Collectives
     _launcher: Launcher | None
     _failures: Failures | None
+    _stopping: Stopping | None
     _closing: Any
     _at_exit: Any
 
@@ -284,6 +286,24 @@ class Processes:
         sent = {rank: self._collectives.broadcast(text, rank) for rank in ranks}
         return {rank: one for rank, one in sent.items() if one is not None}
 
+    @property
+    def should_stop(self) -> bool:
+        """Whether this process, or one of any other rank, was told to end; every rank must ask, in the same place.
+
+        The first time that it is asked, SIGTERM and SIGINT (Ctrl-C) no longer end the process, until ``teardown``. So a
+        loop that asks in each round can save a last checkpoint and end; whatever started the ranks gives them some
+        seconds for it. A second Ctrl-C, at least two seconds later, interrupts as usual. With several ranks each
+        question costs a small all-reduce.
+
+        Raises:
+            MisuseError: It is asked for the first time outside the main thread.
+        """
+        collectives = self._connected()
+        if self._stopping is None:
+            self._stopping = Stopping()
+            finalize(self, self._stopping.end).atexit = False
+        return self._stopping.agreed(collectives, self.device)
+
     # The end
 
     def teardown(self) -> None:
@@ -296,6 +316,9 @@ class Processes:
             atexit.unregister(self._at_exit)
             self._at_exit = None
         with ExitStack() as stack:
+            if self._stopping is not None:
+                stack.callback(self._stopping.end)
+                self._stopping = None
             stack.callback(self._bindings.undo)
             if launcher is not None:
                 stack.callback(launcher.teardown)

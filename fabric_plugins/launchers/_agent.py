@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rendezvous
+
+from fabric_plugins._torch import end_finished_ranks
 
 __all__ = ["run_agent"]
 
@@ -43,6 +46,11 @@ class _Agent(LocalElasticAgent):
         if result.state == WorkerState.HEALTHY:
             self.gone = tuple(worker.global_rank for worker in worker_group.workers if not _runs(worker.id))
         return result
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        # Ranks that save a last checkpoint when they are told to end return from their function.
+        end_finished_ranks(self)
+        super()._shutdown(death_sig, timeout)
 
 
 def run_agent(

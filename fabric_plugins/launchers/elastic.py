@@ -208,6 +208,7 @@ def _run_rank(function: Callable[..., Any], result: Path, *args: Any) -> None:
         raise SystemExit(1) from None
     if os.environ["RANK"] == "0":
         result.write_bytes(pickle.dumps(value))
+    gc.freeze()  # as in the agent
 
 
 def _die_with_parent() -> None:

@@ -16,10 +16,10 @@ _NAMES = [
 
 _METHODS = [
     "accelerator", "all_gather", "all_reduce", "autocast", "backward", "barrier", "broadcast", "call", "clip_gradients",
-    "device", "global_rank", "init_module", "init_tensor", "is_global_zero", "launch", "load", "load_raw", "local_rank",
-    "log", "log_dict", "logger", "loggers", "no_backward_sync", "node_rank", "plan", "precision", "print",
+    "device", "global_rank", "init_module", "init_tensor", "is_global_zero", "join", "launch", "load", "load_raw",
+    "local_rank", "log", "log_dict", "logger", "loggers", "no_backward_sync", "node_rank", "plan", "precision", "print",
     "random_state", "rank_zero_first", "run", "save", "seed_everything", "setup", "setup_dataloaders", "setup_module",
-    "setup_optimizers", "strategy", "teardown", "to_device", "track", "world", "world_size",
+    "setup_optimizers", "should_stop", "strategy", "teardown", "to_device", "track", "world", "world_size",
 ]  # fmt: skip
 
 

@@ -112,3 +112,27 @@ def test_a_killed_run_goes_on(attempt: int, uninterrupted: Callable[..., list[An
     assert not list(tmp_path.glob("result*"))
     assert _start(*where, tmp_path / "killed", tmp_path / "result", 0) == 0
     _compare(uninterrupted(*where), _results(tmp_path / "result", devices))
+
+
+_STARTERS = {
+    "run": ("-m", "fabric_core", "run", "--devices", "2"),
+    "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("starter", ["run", pytest.param("torchrun", marks=pytest.mark.faults)])
+def test_a_job_that_is_restarted_goes_on(starter: str, uninterrupted: Callable[..., list[Any]], tmp_path: Path) -> None:
+    """``--max-restarts``: rank 0 is killed, all ranks start again, and end as if nothing had been."""
+    where = ("ddp", 2, "32-true", 2)
+    # Late, so that the second attempt, which counts from its own beginning, doesn't come so far.
+    kill_at = random.SystemRandom().randrange(_script().STEPS_OF_TWO // 2 + 1, _script().STEPS_OF_TWO)
+    print(f"killed after step {kill_at}")  # noqa: T201 - shown where it fails
+    job = (SCRIPT, *where, tmp_path / "killed", tmp_path / "result", kill_at)
+    command = [sys.executable, *_STARTERS[starter], "--max-restarts", "1", *map(str, job)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "exitcode: -9" in done.stderr, done.stderr
+    _compare(uninterrupted(*where), _results(tmp_path / "result", 2))
