@@ -20,6 +20,7 @@ from fabric_core.contracts import (
     Collectives,
     DeviceSpec,
     Launcher,
+    LauncherCapabilities,
     LaunchOrder,
     Logger,
     PluginOptions,
@@ -250,6 +251,8 @@ def _count(module: Any, _inputs: Any) -> None:
 
 class Surroundings(Launcher):
     """Recognises the environment that ``torchrun`` and the kit's ranks have; runs a function in this process."""
+
+    capabilities = LauncherCapabilities(multi_node=True)
 
     def detect(self, environment: Mapping[str, str]) -> ProcessInfo | None:
         """Read the variables."""

@@ -8,7 +8,7 @@ import pytest
 
 _ROOT: Final = Path(__file__).parents[2]
 _WHERE: Final = ("fabric_core", "fabric_plugins", "docs", "README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-_ENDINGS: Final = {".py", ".md", ".toml", ".tmpl", ".ipynb", ".yml", ".json"}
+_ENDINGS: Final = {".py", ".md", ".toml", ".txt", ".ipynb", ".yml", ".json"}
 
 REPLACED: Final = {
     r"carries_policy": "applies_mixed_precision",

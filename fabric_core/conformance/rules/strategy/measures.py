@@ -142,7 +142,7 @@ def one_pass(place: Place, mode: str) -> tuple[dict[str, Any], dict[str, Any], d
             stepper.step()
             stepper.zero_grad()
         before = whole(fabric, model)
-        if mode == "raw":
+        if mode == "inner":
             inner, mine = strategy_module(wrapped), part(x, shard).to(fabric.device)
             out = inner("forward", mine) if fabric.strategy.capabilities.intercepts_forward else inner(mine)
             nn.functional.mse_loss(out, part(y, shard).to(fabric.device)).backward()
