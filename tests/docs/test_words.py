@@ -17,7 +17,7 @@ REPLACED: Final = {
     r"needs_backward": "requires_strategy_backward",
     r"strategies_sharded": "supports_sharded_parameters",
     r"class Ranks\b": "ProcessInfo",
-    r"def joined\b": "setup_process",
+    r"\bLauncher\.joined\b": "setup_process",
     r"\bdef (look|settle)\b": "unscale_and_check, update_scale, as torch.amp says; or a verb that says what is done",
     r"how far an optimizer is": "per-optimizer loss-scaling state",
     r"gradients (stay |are (left |still )?)?apart|leaves? (\w+ )*(gradients|them) apart": "skip synchronization",
