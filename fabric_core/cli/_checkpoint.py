@@ -13,6 +13,7 @@ from fabric_core.cli._asking import find_registry
 from fabric_core.cli._output import AsJson, Exit, print_json, progress
 from fabric_core.contracts import ABOUT, Checkpoint, walk_tensors
 from fabric_core.errors import CheckpointError, NoCheckpointError
+from fabric_core.running.paths import as_path, is_url
 
 __all__ = ["checkpoint"]
 
@@ -141,14 +142,10 @@ def _formats() -> list[tuple[str, Checkpoint]]:
     return sorted(made, key=lambda one: -priority.get(one[0], 0))
 
 
-def _where(path: str) -> Any:
-    return path if "://" in path else Path(path)
-
-
 def _found(path: str) -> tuple[str, Checkpoint, Any]:
-    where = _where(path)
+    where = as_path(path)
     for name, one in _formats():
-        if (one.capabilities.remote or not isinstance(where, str)) and one.recognises(where):
+        if (one.capabilities.remote or not is_url(where)) and one.recognises(where):
             return name, one, where
     if isinstance(where, Path) and where.exists():
         raise CheckpointError("no installed format recognises the checkpoint", where=path)
@@ -214,8 +211,8 @@ def _leaves(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
 
 def _copy(source: str, target: str, writer: Checkpoint, entries: list[str] | None, as_json: bool) -> None:
     _, found, where = _found(source)
-    there = _where(target)
-    if isinstance(there, str) and not writer.capabilities.remote:
+    there = as_path(target)
+    if is_url(there) and not writer.capabilities.remote:
         raise CheckpointError("this format writes local files alone", where=target)
     about = found.describe(where).get(ABOUT, {})
     with _spilled(found, where, entries, there) as tree:

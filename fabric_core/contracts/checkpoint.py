@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import torch
@@ -128,6 +129,19 @@ class Checkpoint(Plugin, ABC):
         """
         about = self.outline(path).get(ABOUT, {})
         return dict(about) if isinstance(about, Mapping) else {}
+
+    @behaviour
+    def names_beside(self, path: Any) -> list[str]:
+        """List the names in the folder of a path, for ``folder/latest`` and ``keep=``; none where there is no folder.
+
+        Raises:
+            CheckpointError: The folder can't be listed.
+        """
+        folder = Path(path).parent
+        try:
+            return sorted(one.name for one in folder.iterdir()) if folder.is_dir() else []
+        except OSError as error:
+            raise CheckpointError(f"the folder can't be listed: {error}", where=str(folder)) from error
 
     @behaviour
     def remove(self, path: Any) -> None:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -17,6 +16,7 @@ from fabric_core.errors import CheckpointError, CheckpointTypeError, CheckpointV
 from fabric_core.running.asynchronous import Background, SaveHandle
 from fabric_core.running.collecting import collect
 from fabric_core.running.fits import check_fits
+from fabric_core.running.paths import as_path, is_url
 from fabric_core.running.restoring import Undo, in_place, restore, restore_modules, template
 from fabric_core.running.retention import check_keep, latest, prune
 from fabric_core.running.state import Part, named, parts_of
@@ -89,7 +89,7 @@ class Checkpointing:
         """Save, as ``fabric.save`` says; ``saved`` is called on every rank once the checkpoint is there."""
         agree = Agreement(collectives)
         queued = asynchronous == "queued"
-        where = agree.each(lambda: _as_path(path), where=path)
+        where = agree.each(lambda: as_path(path), where=path)
         self._background.collect(agree, wait=not queued)
         parts = agree.each(
             lambda: self._asked(state, {} if filter is None else filter, asynchronous, "fabric.save"), where=path
@@ -107,7 +107,7 @@ class Checkpointing:
             else:
                 agree.each(lambda: checkpoint.write_sharded(where, tree, used), where=path)
             if keep is not None:
-                agree.on_zero(lambda: prune(Path(where), keep, score, [one for _, one in self._formats]), where=path)
+                agree.on_zero(lambda: prune(where, keep, score, [one for _, one in self._formats]), where=path)
             saved(where)
 
         if not asynchronous:
@@ -167,7 +167,7 @@ class Checkpointing:
             chosen = next(iter(fitting), self._formats[0][1] if self._formats else None)
         if chosen is None:
             raise CheckpointError("no checkpoint format is installed that fits", where="fabric.save")
-        if isinstance(path, str) and not chosen.capabilities.remote:
+        if is_url(path) and not chosen.capabilities.remote:
             raise CheckpointError("this format writes local files alone", where=path, got=type(chosen).__name__)
         return chosen
 
@@ -226,7 +226,7 @@ class Checkpointing:
         agree = Agreement(collectives)
         self._background.collect(agree, wait=True)
         formats = [one for _, one in self._formats]
-        where = agree.on_zero(lambda: latest(_as_path(path), formats), where=path)
+        where = agree.on_zero(lambda: latest(as_path(path), formats), where=path)
         checkpoint = agree.each(lambda: self._recognised(where), where=path)
         read_all = state is None or weights_only is False or not checkpoint.capabilities.sharded
         read = checkpoint.read_trusted if weights_only is False else lambda at: checkpoint.read(at, None)
@@ -251,7 +251,7 @@ class Checkpointing:
         """Load a bare state, as ``fabric.load_raw`` says."""
         agree = Agreement(collectives)
         self._background.collect(agree, wait=True)
-        where = agree.each(lambda: _as_path(path), where=path)
+        where = agree.each(lambda: as_path(path), where=path)
         checkpoint = agree.each(lambda: self._recognised(where), where=path)
         read = checkpoint.read_trusted if weights_only is False else lambda at: checkpoint.read(at, None)
         bare = agree.each(lambda: read(where), where=path)
@@ -330,9 +330,9 @@ class Checkpointing:
 
     def _recognised(self, path: Any) -> Checkpoint:
         for _, checkpoint in self._formats:
-            if (checkpoint.capabilities.remote or not isinstance(path, str)) and checkpoint.recognises(path):
+            if (checkpoint.capabilities.remote or not is_url(path)) and checkpoint.recognises(path):
                 return checkpoint
-        if not isinstance(path, str) and os.path.lexists(path):
+        if not is_url(path) and os.path.lexists(path):
             raise CheckpointError(
                 "no installed format recognises the checkpoint",
                 where=str(path),
@@ -352,14 +352,6 @@ class Checkpointing:
         self._behind = None
         if failures:
             raise failures[0]
-
-
-def _as_path(path: str | os.PathLike[str]) -> Any:
-    """Give a local path, or the text of a URL."""
-    text = os.fspath(path) if isinstance(path, str | os.PathLike) else ""
-    if "\0" in text or not text.strip():
-        raise CheckpointError("the path names no file or folder", where="path", got=repr(path))
-    return text if "://" in text else Path(text)
 
 
 def _check_object(parts: list[Part], obj: Any) -> None:

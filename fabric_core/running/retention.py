@@ -1,13 +1,15 @@
 """Which checkpoints of a run are kept, and which is the latest."""
 
+import math
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Final
 
 from fabric_core.contracts import ABOUT, Checkpoint
 from fabric_core.errors import CheckpointError, NoCheckpointError
+from fabric_core.running.paths import is_url, name_of, named_beside
 
 __all__ = ["LATEST", "check_keep", "latest", "prune"]
 
@@ -21,20 +23,21 @@ def check_keep(keep: Any, score: Any, path: Any) -> None:
     """Refuse what can't be kept.
 
     Raises:
-        CheckpointError: ``keep`` is no positive number, ``score`` none at all, or the name has no number to tell
-            checkpoints apart by.
+        CheckpointError: ``keep`` is no positive number, ``score`` none that can be compared, or the name has no number
+            to tell checkpoints apart by.
     """
+    if score is not None and (not isinstance(score, int | float) or isinstance(score, bool) or math.isnan(score)):
+        raise CheckpointError(
+            "score is a number, of which lower is better",
+            where="fabric.save(score=)",
+            got=f"{score!r:.80}",
+            instead="a float, such as loss.item(); none at all where it is not a number",
+        )
     if keep is None:
         return
     if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
         raise CheckpointError("keep is a number of checkpoints, 1 at least", where="fabric.save(keep=)", got=repr(keep))
-    if score is not None and not isinstance(score, int | float):
-        raise CheckpointError(
-            "score is a number, of which lower is better", where="fabric.save(score=)", got=repr(score)
-        )
-    if "://" in str(path):
-        raise CheckpointError("keep works in local folders alone", where="fabric.save(keep=)", got=str(path))
-    if not _DIGITS.search(Path(path).name):
+    if not _DIGITS.search(name_of(path)):
         raise CheckpointError(
             "without a number in its name, a checkpoint has no others beside it",
             where="fabric.save(keep=)",
@@ -43,7 +46,7 @@ def check_keep(keep: Any, score: Any, path: Any) -> None:
         )
 
 
-def prune(path: Path, keep: int, score: float | None, formats: Iterable[Checkpoint]) -> None:
+def prune(path: Any, keep: int, score: float | None, formats: Iterable[Checkpoint]) -> None:
     """Delete checkpoints beside one whose names differ in numbers alone, but for some of them and this one.
 
     Args:
@@ -52,9 +55,13 @@ def prune(path: Path, keep: int, score: float | None, formats: Iterable[Checkpoi
         score: This one's score.
         formats: The formats that may recognise one.
     """
-    family = _DIGITS.sub("#", path.name)
-    others = [one for one in path.parent.iterdir() if _DIGITS.sub("#", one.name) == family and one.name != path.name]
-    known = [(one, found) for one in others if (found := _format_of(one, formats)) is not None]
+    own = name_of(path)
+    family = _DIGITS.sub("#", own)
+    known = [
+        (one, found)
+        for name, one, found in _checkpoints_beside(path, formats, lambda name: _DIGITS.sub("#", name) == family)
+        if name != own
+    ]
     if score is None:
         ranked = sorted(known, key=lambda one: _saved_at(*one), reverse=True)
     else:
@@ -72,41 +79,54 @@ def latest(path: Any, formats: Iterable[Checkpoint]) -> Any:
     Raises:
         NoCheckpointError: There is none in the folder.
     """
-    if isinstance(path, str) or path.name != LATEST or path.exists() or path.is_symlink():
+    if name_of(path) != LATEST or (not is_url(path) and os.path.lexists(path)) or _format_of(path, formats):
         return path
-    folder = path.parent
-    known = []
-    if folder.is_dir():
-        for one in folder.iterdir():
-            found = None if one.name.startswith(".") else _format_of(one, formats)
-            if found is not None:
-                known.append((one, found))
+    known = [
+        (one, found)
+        for _, one, found in _checkpoints_beside(
+            path, formats, lambda name: not name.startswith(".") and name != LATEST
+        )
+    ]
     if not known:
-        raise NoCheckpointError("there is no checkpoint in the folder", where=str(folder))
+        where = named_beside(path, "") if is_url(path) else path.parent
+        raise NoCheckpointError("there is no checkpoint in the folder", where=str(where))
     return max(known, key=lambda one: _saved_at(*one))[0]
 
 
-def _format_of(path: Path, formats: Iterable[Checkpoint]) -> Checkpoint | None:
-    return next((one for one in formats if one.recognises(path)), None)
+def _checkpoints_beside(
+    path: Any, formats: Iterable[Checkpoint], wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, Any, Checkpoint]]:
+    """Give name, path and format of the checkpoints in a path's folder."""
+    lister = next((one for one in formats if one.capabilities.remote or not is_url(path)), None)
+    for name in [] if lister is None else lister.names_beside(path):
+        one = named_beside(path, name)
+        found = _format_of(one, formats) if wanted(name) else None
+        if found is not None:
+            yield name, one, found
 
 
-def _about(path: Path, found: Checkpoint) -> Mapping[str, Any]:
+def _format_of(path: Any, formats: Iterable[Checkpoint]) -> Checkpoint | None:
+    usable = (one for one in formats if one.capabilities.remote or not is_url(path))
+    return next((one for one in usable if one.recognises(path)), None)
+
+
+def _about(path: Any, found: Checkpoint) -> Mapping[str, Any]:
     with suppress(CheckpointError):
         about = found.describe(path).get(ABOUT, {})
         return about if isinstance(about, Mapping) else {}
     return {}
 
 
-def _saved_at(path: Path, found: Checkpoint) -> int:
+def _saved_at(path: Any, found: Checkpoint) -> int:
     """Give when it was saved, in nanoseconds; by the file system's clock where it doesn't say."""
     when = _about(path, found).get("saved_at_ns")
     if isinstance(when, int):
         return when
     with suppress(OSError):
-        return path.stat().st_mtime_ns
+        return 0 if is_url(path) else int(path.stat().st_mtime_ns)
     return 0
 
 
-def _score(path: Path, found: Checkpoint) -> float | None:
+def _score(path: Any, found: Checkpoint) -> float | None:
     score = _about(path, found).get("score")
-    return score if isinstance(score, int | float) else None
+    return score if isinstance(score, int | float) and not math.isnan(score) else None

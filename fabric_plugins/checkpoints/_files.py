@@ -29,7 +29,18 @@ from uuid import getnode
 
 from fabric_core.errors import CheckpointError
 
-__all__ = ["MANIFEST", "Aside", "begin", "flush", "found", "is_regular", "is_torch_file", "open_regular", "reported"]
+__all__ = [
+    "MANIFEST",
+    "Aside",
+    "begin",
+    "begins_as_checkpoint",
+    "flush",
+    "found",
+    "is_regular",
+    "is_torch_file",
+    "open_regular",
+    "reported",
+]
 
 _EXCHANGE: Final = 2
 """``RENAME_EXCHANGE`` of Linux's ``renameat2``."""
@@ -232,9 +243,12 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _is_checkpoint_file(path: Path) -> bool:
-    """Know a file of ``torch.save`` or of safetensors by its beginning, damaged or not."""
     with open_regular(path) as file:
-        start = file.read(64)
+        return begins_as_checkpoint(file.read(64))
+
+
+def begins_as_checkpoint(start: bytes) -> bool:
+    """Know a file of ``torch.save`` or of safetensors by its first 64 bytes, damaged or not."""
     return is_torch_file(start) or start[8:9] == b"{" or start[:2] == b"\x80\x02"
 
 

@@ -5,18 +5,28 @@ own, and the manifest last: a single object, which is there whole or not at all,
 it named is deleted after that.
 """
 
+import json
 import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
 from fabric_core.errors import CheckpointError, NotInstalledError
-from fabric_plugins.checkpoints._files import MANIFEST, Aside, begin, found, is_regular, open_regular, reported
+from fabric_plugins.checkpoints._files import (
+    MANIFEST,
+    Aside,
+    begin,
+    begins_as_checkpoint,
+    found,
+    is_regular,
+    open_regular,
+    reported,
+)
 
 __all__ = [
     "Folder",
@@ -28,6 +38,10 @@ __all__ = [
     "folder_at",
     "has_manifest",
     "is_url",
+    "kind_of",
+    "names_beside",
+    "read_small",
+    "refuse_foreign",
     "remove",
     "upload",
     "writing",
@@ -35,6 +49,8 @@ __all__ = [
 
 _PART: Final = 1 << 24
 """How many bytes are copied at once."""
+_LIMIT: Final = 1 << 29
+"""The most bytes of a file that holds no tensors."""
 
 
 class Folder(Protocol):
@@ -47,7 +63,10 @@ class Folder(Protocol):
         """Give the bytes of a file."""
 
     def create(self, name: str) -> Any:
-        """Give a context with a new file to write; it is flushed to the disk at the end."""
+        """Give a context with a new file to write, which has a name; it is flushed to the disk at the end."""
+
+    def local(self, name: str) -> AbstractContextManager[Path]:
+        """Give a context with a path to read a file from, for what takes paths alone; links are followed."""
 
     def where(self, name: str) -> str:
         """Show a file's place in messages."""
@@ -75,6 +94,12 @@ class LocalFolder:
             file.flush()
             os.fsync(file.fileno())
 
+    @contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        """Give the file itself."""
+        open_regular(self.path / name).close()
+        yield self.path / name
+
     def where(self, name: str) -> str:
         """Give the path."""
         return str(self.path / name)
@@ -100,10 +125,16 @@ class RemoteFolder:
     @contextmanager
     def create(self, name: str) -> Iterator[IO[bytes]]:
         """Write a new file, here first, so that it comes to be there whole or not at all."""
-        with tempfile.TemporaryFile() as file:
+        with tempfile.NamedTemporaryFile(prefix="fabric-") as file:
             yield file
-            file.seek(0)
-            upload(file, f"{self.url.rstrip('/')}/{name}")
+            file.flush()
+            upload(Path(file.name), self.where(name))
+
+    @contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        """Fetch the file, which goes at the end."""
+        with downloaded(self.where(name)) as path:
+            yield path
 
     def where(self, name: str) -> str:
         """Give the URL."""
@@ -221,16 +252,75 @@ def file_system(url: str) -> tuple[Any, str]:
     return system, str(root).rstrip("/")
 
 
-def upload(file: IO[bytes], url: str) -> None:
-    """Send a whole file."""
+def upload(file: Path, url: str) -> None:
+    """Send a whole file, which replaces what is there only once all of it has come.
+
+    An open file of ``fsspec`` would end what was sent when it is closed, after a failure too.
+    """
     system, root = file_system(url)
-    length = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if length <= _PART:
-        system.pipe_file(root, file.read())
+    system.put_file(str(file), root)
+
+
+def refuse_foreign(url: str) -> None:
+    """Refuse to replace what is no checkpoint in one file.
+
+    Raises:
+        CheckpointError: Something else lies there.
+    """
+    system, root = file_system(url)
+    system.invalidate_cache()
+    if not system.exists(root):
         return
-    with system.open(root, "wb") as there:
-        shutil.copyfileobj(file, there, _PART)
+    if system.isfile(root):
+        with system.open(root, "rb") as file:
+            start = file.read(64)
+        if not start or begins_as_checkpoint(start):
+            return
+    raise CheckpointError(
+        "what lies at the path is no checkpoint, and is not replaced",
+        where=url,
+        got="a file that is none" if system.isfile(root) else "a folder",
+        instead="another path, or delete it first",
+    )
+
+
+def names_beside(path: Any) -> list[str]:
+    """List the names in the folder of a path or URL; none where there is no folder.
+
+    Raises:
+        CheckpointError: It can't be listed.
+    """
+    with reported("the folder can't be listed", path):
+        try:
+            if not is_url(path):
+                return sorted(os.listdir(Path(path).parent))  # noqa: PTH208 - the names alone
+            system, root = file_system(path)
+            system.invalidate_cache()
+            listed = system.ls(root.rpartition("/")[0], detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted({str(one).rstrip("/").rpartition("/")[2] for one in listed})
+
+
+def read_small(folder: Folder, name: str) -> bytes:
+    """Read a file that holds no tensors.
+
+    Raises:
+        CheckpointError: It is larger than such a file can be.
+    """
+    with folder.open(name) as file:
+        data = file.read(_LIMIT + 1)
+    if len(data) > _LIMIT:
+        raise CheckpointError("the file is too large for what it is", where=folder.where(name))
+    return data
+
+
+def kind_of(path: Any) -> str | None:
+    """Give the format that the manifest in a folder says it is of; ``None`` where it can't be read. Never raises."""
+    try:
+        return str(json.loads(read_small(folder_at(path), MANIFEST))["manifest"]["format"])
+    except Exception:  # noqa: BLE001 - a damaged manifest is for whoever reads it to refuse
+        return None
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """A folder to which all ranks write their parts at once, as ``torch.distributed.checkpoint`` plans it."""
 
 import io
-import json
 import pickle
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -12,7 +11,17 @@ from fabric_core.contracts import ABOUT, Agreement, Checkpoint, CheckpointCapabi
 from fabric_core.errors import CheckpointError
 from fabric_plugins.checkpoints._files import MANIFEST, reported
 from fabric_plugins.checkpoints._manifest import VERSION, checked_name, checksum, decode, encode, field
-from fabric_plugins.checkpoints._places import Folder, Writing, folder_at, has_manifest, remove, writing
+from fabric_plugins.checkpoints._places import (
+    Folder,
+    Writing,
+    folder_at,
+    has_manifest,
+    kind_of,
+    names_beside,
+    read_small,
+    remove,
+    writing,
+)
 from fabric_plugins.checkpoints._plain import check_readable
 from fabric_plugins.checkpoints._tree import KeyPath, fill, find, keys_of, split
 
@@ -35,7 +44,7 @@ class DistributedCheckpoint(Checkpoint):
 
     def recognises(self, path: Any) -> bool:
         """A folder with a manifest and an outline."""
-        return has_manifest(path) and _kind(path) == _KIND
+        return has_manifest(path) and kind_of(path) in {_KIND, None}
 
     def write(self, path: Any, tree: Mapping[str, Any]) -> None:
         """Write alone."""
@@ -101,6 +110,10 @@ class DistributedCheckpoint(Checkpoint):
         with reported("the checkpoint can't be read", path):
             return _Opened(path).body
 
+    def names_beside(self, path: Any) -> list[str]:
+        """List the folder, also behind a URL."""
+        return names_beside(path)
+
     def remove(self, path: Any) -> None:
         """Delete the folder."""
         remove(path, self.recognises(path))
@@ -113,9 +126,8 @@ class _Opened:
         from fabric_plugins.checkpoints._records import read_index
 
         self.folder: Folder = folder_at(path)
-        with self.folder.open(MANIFEST) as file:
-            self.body = decode(file.read(), self.folder.where(MANIFEST), _KIND)
         where = self.folder.where(MANIFEST)
+        self.body = decode(read_small(self.folder, MANIFEST), where, _KIND)
         self.index = read_index(self.body, where)
         files = field(self.body, "files", dict, where)
         for name, about in files.items():
@@ -127,8 +139,7 @@ class _Opened:
                     got=f"{there} bytes, of {size}",
                 )
         name = checked_name(field(self.body, "outline", str, where), where)
-        with self.folder.open(name) as file:
-            data = file.read()
+        data = read_small(self.folder, name)
         if name not in files or checksum(data) != files[name].get("checksum"):
             raise CheckpointError("the checkpoint is damaged: bytes have changed", where=self.folder.where(name))
         self.outline = _load_outline(data, self.folder.where(name))
@@ -163,15 +174,6 @@ def _load_outline(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(outline, dict):
         raise CheckpointError("the checkpoint is damaged", where=where, got=type(outline).__name__)
     return outline
-
-
-def _kind(path: Any) -> str:
-    """Give the format that a manifest says it is of; never raises."""
-    try:
-        with folder_at(path).open(MANIFEST) as file:
-            return str(json.loads(file.read())["manifest"]["format"])
-    except Exception:  # noqa: BLE001 - a damaged manifest is still one of this format, for whoever reads it to refuse
-        return _KIND
 
 
 def _prepared(path: Any, tree: Mapping[str, Any], rank: int) -> tuple[Any, dict[KeyPath, str], dict[str, Any]]:

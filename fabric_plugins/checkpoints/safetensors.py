@@ -1,7 +1,6 @@
 """Weights in the format of ``safetensors``: one file, or a folder in parts with the index that Hugging Face reads."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -10,9 +9,21 @@ import torch
 
 from fabric_core.contracts import ABOUT, Checkpoint, CheckpointCapabilities, PluginOptions
 from fabric_core.errors import CheckpointError, NotInstalledError
-from fabric_plugins.checkpoints._files import MANIFEST, Aside, begin, found, is_regular, open_regular, reported
+from fabric_plugins.checkpoints._files import MANIFEST, begin, found, reported
 from fabric_plugins.checkpoints._manifest import VERSION, checked_name, checksum, decode, encode, field
-from fabric_plugins.checkpoints._places import remove
+from fabric_plugins.checkpoints._places import (
+    Folder,
+    LocalFolder,
+    RemoteFolder,
+    file_system,
+    is_url,
+    kind_of,
+    names_beside,
+    read_small,
+    refuse_foreign,
+    remove,
+    writing,
+)
 
 __all__ = ["SafetensorsCheckpoint", "SafetensorsOptions"]
 
@@ -37,44 +48,44 @@ class SafetensorsCheckpoint(Checkpoint):
     begin with theirs. Plain values and optimizers are refused. Needs the package ``safetensors``.
     """
 
-    capabilities = CheckpointCapabilities(suffixes=(_SUFFIX,), plain_values=False)
+    capabilities = CheckpointCapabilities(suffixes=(_SUFFIX,), plain_values=False, remote=True)
     Options = SafetensorsOptions
     options: SafetensorsOptions
 
     def recognises(self, path: Any) -> bool:
         """A file whose header is one of this format, or a folder with such files."""
         try:
-            local = found(Path(path))
-            if local.is_dir():
-                return is_regular(local / _INDEX) or is_regular(local / _SINGLE)
-            if not is_regular(local):
-                return False
-            with open_regular(local) as file:
+            folder, name = _place_of(path)
+            if name is None:
+                return kind_of(path) == _KIND or any(_has(folder, one) for one in (_INDEX, _SINGLE))
+            with folder.open(name) as file:
                 start = file.read(9)
-            length = int.from_bytes(start[:8], "little")
-            return start[8:] == b"{" and 8 + length <= local.stat().st_size
-        except (OSError, ValueError, CheckpointError):
+            return start[8:] == b"{" and 8 + int.from_bytes(start[:8], "little") <= folder.size(name)
+        except Exception:  # noqa: BLE001 - whatever a file system raises, there is none to be seen
             return False
 
     def write(self, path: Any, tree: Mapping[str, Any]) -> None:
-        """Write aside, flush to disk, rename."""
+        """Write aside, flush to disk, put in place."""
         with reported("the checkpoint can't be written", path, "a path that can be written to, with room"):
             _library(path)
             names, tensors = _named(tree, path)
             about = {"format": _KIND, "version": VERSION, ABOUT: tree.get(ABOUT, {}), "entries": names}
-            aside = begin(Path(path))
-            try:
-                if str(path).endswith(_SUFFIX):
-                    _write_file(aside.part, tensors, about)
-                else:
-                    self._write_folder(aside, tensors, about)
-                aside.commit()
-            except BaseException:
-                aside.abort()
-                raise
+            if not str(path).endswith(_SUFFIX):
+                self._write_folder(path, tensors, about)
+            elif is_url(path):
+                refuse_foreign(path)
+                folder, _, name = path.rpartition("/")
+                _write_file(RemoteFolder(folder), name, tensors, about)
+            else:
+                aside = begin(Path(path))
+                try:
+                    _write_file(LocalFolder(aside.part.parent), aside.part.name, tensors, about)
+                    aside.commit()
+                except BaseException:
+                    aside.abort()
+                    raise
 
-    def _write_folder(self, aside: Aside, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
-        aside.part.mkdir()
+    def _write_folder(self, path: Any, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
         shards: list[dict[str, torch.Tensor]] = [{}]
         room = self.options.max_shard_size
         for name, tensor in tensors.items():
@@ -85,17 +96,23 @@ class SafetensorsCheckpoint(Checkpoint):
             room -= tensor.nbytes
         count = len(shards)
         files = [f"model-{at:05d}-of-{count:05d}.safetensors" for at in range(1, count + 1)] if count > 1 else [_SINGLE]
-        for file, shard in zip(files, shards, strict=True):
-            _write_file(aside.part / file, shard, {**about, ABOUT: {}})
-        if count > 1:
-            index = {
-                "metadata": {"total_size": sum(one.nbytes for one in tensors.values())},
-                "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
-            }
-            _write_bytes(aside.part / _INDEX, json.dumps(index, indent=2).encode())
-            files.append(_INDEX)
-        sizes = {name: {"bytes": (aside.part / name).stat().st_size} for name in files}
-        _write_bytes(aside.part / MANIFEST, encode({**about, "files": sizes}))
+        place = writing(path)
+        try:
+            for file, shard in zip(files, shards, strict=True):
+                _write_file(place.folder, f"{place.prefix}{file}", shard, {**about, ABOUT: {}})
+            if count > 1:
+                index = {
+                    "metadata": {"total_size": sum(one.nbytes for one in tensors.values())},
+                    "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+                }
+                with place.folder.create(f"{place.prefix}{_INDEX}") as opened:
+                    opened.write(json.dumps(index, indent=2).encode())
+                files.append(_INDEX)
+            sizes = {f"{place.prefix}{name}": {"bytes": place.folder.size(f"{place.prefix}{name}")} for name in files}
+            place.commit(encode({**about, "files": sizes}))
+        except BaseException:
+            place.abort()
+            raise
 
     def read(self, path: Any, into: Mapping[str, Any] | None) -> dict[str, Any]:
         """Read everything, and compare checksums where they were written."""
@@ -111,40 +128,42 @@ class SafetensorsCheckpoint(Checkpoint):
         with reported("the checkpoint can't be read", path):
             names = self._entries(path)
             shown = {}
-            for file in _files(path):
-                with _library(path)(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 - it is no mapping
-                        part = opened.get_slice(name)
-                        dtype = opened.get_tensor(name).dtype if part.get_shape() == [] else part[:0].dtype
-                        shown[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+            for _, opened in _shards(path):
+                for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                    part = opened.get_slice(name)
+                    dtype = opened.get_tensor(name).dtype if part.get_shape() == [] else part[:0].dtype
+                    shown[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
         return _tree(shown, names)
 
     def tensors(self, path: Any) -> Iterator[tuple[tuple[Any, ...], torch.Tensor]]:
         """Read one tensor at a time."""
         with reported("the checkpoint can't be read", path):
-            names, files = self._entries(path), _files(path)
-        for file in files:
-            with reported("the checkpoint can't be read", path), _library(path)(file, framework="pt") as opened:
-                sums = _sums(opened.metadata(), file)
+            names = self._entries(path)
+            for where, opened in _shards(path):
+                sums = _sums(opened.metadata(), where)
                 if sums and set(sums) != set(opened.keys()):
-                    raise CheckpointError("the checkpoint is damaged: it has other tensors", where=str(file))
+                    raise CheckpointError("the checkpoint is damaged: it has other tensors", where=where)
                 for name in opened.keys():  # noqa: SIM118
                     tensor = opened.get_tensor(name)
                     if name in sums and sums[name] != _sum_of(tensor):
                         raise CheckpointError(
-                            "the checkpoint is damaged: bytes have changed", where=f"{file}, the tensor {name!r}"
+                            "the checkpoint is damaged: bytes have changed", where=f"{where}, the tensor {name!r}"
                         )
                     yield _key_path(name, names), tensor
 
     def describe(self, path: Any) -> dict[str, Any]:
         """Give the manifest; of what others wrote there is none."""
         with reported("the checkpoint can't be read", path):
-            local = found(Path(path))
-            if local.is_dir():
-                return _manifest(local)
-            with _library(path)(local, framework="pt") as opened:
+            folder, name = _place_of(path)
+            if name is None:
+                return _manifest(folder)
+            with folder.local(name) as file, _library(path)(file, framework="pt") as opened:
                 text = (opened.metadata() or {}).get("fabric")
-            return {} if text is None else decode(text.encode(), local, _KIND)
+            return {} if text is None else decode(text.encode(), path, _KIND)
+
+    def names_beside(self, path: Any) -> list[str]:
+        """List the folder, also behind a URL."""
+        return names_beside(path)
 
     def remove(self, path: Any) -> None:
         """Delete file or folder."""
@@ -197,7 +216,7 @@ def _plain(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.layout is torch.strided and not hasattr(value, "device_mesh")
 
 
-def _write_file(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
+def _write_file(folder: Folder, file: str, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
     # A copy for each, so that tied weights don't share memory, which the library refuses.
@@ -209,16 +228,8 @@ def _write_file(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[
         seen.add(tensor.untyped_storage().data_ptr())
     sums = {name: _sum_of(tensor) for name, tensor in given.items()}
     metadata = {"format": "pt", "fabric": encode(about).decode(), "checksums": json.dumps(sums)}
-    save_file(given, path, metadata=metadata)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    with folder.create(file) as opened:
+        save_file(given, opened.name, metadata=metadata)
 
 
 def _sum_of(tensor: torch.Tensor) -> str:
@@ -227,56 +238,74 @@ def _sum_of(tensor: torch.Tensor) -> str:
     return f"{value} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _sums(metadata: Mapping[str, str] | None, file: Path) -> dict[str, Any]:
+def _sums(metadata: Mapping[str, str] | None, file: str) -> dict[str, Any]:
     ours = {name: text for name, text in (metadata or {}).items() if name in {"checksums", "fabric"}}
     if not ours:
         return {}
     sums = json.loads(ours.get("checksums", "null"))
     if len(ours) == 1 or not isinstance(sums, dict):
-        raise CheckpointError("the checkpoint is damaged: its checksums are gone", where=str(file))
+        raise CheckpointError("the checkpoint is damaged: its checksums are gone", where=file)
     decode(ours["fabric"].encode(), file, _KIND)
     return sums
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    if not is_regular(folder / MANIFEST):
-        return {}
-    with open_regular(folder / MANIFEST) as file:
-        return decode(file.read(), folder / MANIFEST, _KIND)
-
-
-def _files(path: Any) -> list[Path]:
-    """Give the files with tensors; those of a cache of Hugging Face may be links."""
+def _place_of(path: Any) -> tuple[Folder, str | None]:
+    """Give the folder, and the name in it where the checkpoint is one file."""
+    if is_url(path):
+        system, root = file_system(path)
+        folder, _, name = path.rstrip("/").rpartition("/")
+        return (RemoteFolder(folder), name) if system.isfile(root) else (RemoteFolder(path), None)
     local = found(Path(path))
-    if not local.is_dir():
-        if not is_regular(local):
-            raise FileNotFoundError(f"{local} is no regular file")
-        return [local]
-    for name, about in field(_manifest(local) or {"files": {}}, "files", dict, local).items():
-        there = (local / checked_name(name, local)).stat().st_size
-        if there != field(about, "bytes", int, local):
+    return (LocalFolder(local), None) if local.is_dir() else (LocalFolder(local.parent), local.name)
+
+
+def _has(folder: Folder, name: str) -> bool:
+    try:
+        return folder.size(name) > 0
+    except FileNotFoundError:
+        return False
+
+
+def _manifest(folder: Folder) -> dict[str, Any]:
+    if not _has(folder, MANIFEST):
+        return {}
+    return decode(read_small(folder, MANIFEST), folder.where(MANIFEST), _KIND)
+
+
+def _shards(path: Any) -> Iterator[tuple[str, Any]]:
+    """Open the files with tensors one after another; those of a cache of Hugging Face may be links."""
+    library = _library(path)
+    folder, name = _place_of(path)
+    for file, wanted in [(name, None)] if name is not None else _files(folder):
+        with folder.local(file) as local, library(local, framework="pt") as opened:
+            if wanted is not None and wanted != set(opened.keys()):
+                raise CheckpointError(
+                    "the index names other tensors than the file has", where=folder.where(file),
+                    got=", ".join(sorted(wanted ^ set(opened.keys()))[:5]),
+                )  # fmt: skip
+            yield folder.where(file), opened
+
+
+def _files(folder: Folder) -> list[tuple[str, set[str] | None]]:
+    """Give the names of a folder's files with tensors, and those of the tensors in each where an index says so."""
+    files = field(_manifest(folder) or {"files": {}}, "files", dict, folder.where(MANIFEST))
+    for name, about in files.items():
+        there = folder.size(checked_name(name, folder.where(MANIFEST)))
+        if there != field(about, "bytes", int, folder.where(MANIFEST)):
             raise CheckpointError(
-                "the checkpoint is damaged: a file has another size", where=str(local / name), got=f"{there} bytes"
+                "the checkpoint is damaged: a file has another size", where=folder.where(name), got=f"{there} bytes"
             )
-    if not is_regular(local / _INDEX):
-        return [local / _SINGLE]
-    with open_regular(local / _INDEX) as file:
-        index = json.loads(file.read(_HEADER_LIMIT))
-    places = field(index, "weight_map", dict, local / _INDEX)
-    names = sorted({checked_name(name, local / _INDEX) for name in places.values()})
-    opened = [local / name for name in names]
-    for one in opened:
-        open_regular(one).close()
-    held: set[str] = set()
-    for one in opened:
-        with _library(path)(one, framework="pt") as shard:
-            held.update(shard.keys())
-    if held != set(places):
-        raise CheckpointError(
-            "the index names other tensors than the files have", where=str(local / _INDEX),
-            got=", ".join(sorted(held ^ set(places))[:5]),
-        )  # fmt: skip
-    return opened
+    # Behind a URL each save has a prefix of its own.
+    prefix = next((f"{name.partition('/')[0]}/" for name in files if "/" in name), "")
+    if f"{prefix}{_INDEX}" not in files and not _has(folder, f"{prefix}{_INDEX}"):
+        return [(f"{prefix}{_SINGLE}", None)]
+    where = folder.where(f"{prefix}{_INDEX}")
+    with folder.local(f"{prefix}{_INDEX}") as file:
+        index = json.loads(read_small(LocalFolder(file.resolve().parent), file.resolve().name))
+    shards: dict[str, set[str]] = {}
+    for name, file_name in field(index, "weight_map", dict, where).items():
+        shards.setdefault(f"{prefix}{checked_name(file_name, where)}", set()).add(name)
+    return [*shards.items()]
 
 
 def _key_path(name: str, names: list[str]) -> tuple[str, ...]:

@@ -14,7 +14,15 @@ from fabric_core.errors import CheckpointError
 from fabric_plugins.checkpoints import _archive
 from fabric_plugins.checkpoints._files import begin, found, is_regular, is_torch_file, reported
 from fabric_plugins.checkpoints._manifest import VERSION, decode, encode
-from fabric_plugins.checkpoints._places import downloaded, file_system, is_url, remove, upload
+from fabric_plugins.checkpoints._places import (
+    downloaded,
+    file_system,
+    is_url,
+    names_beside,
+    refuse_foreign,
+    remove,
+    upload,
+)
 from fabric_plugins.checkpoints._plain import check_readable
 
 __all__ = ["SingleFileCheckpoint"]
@@ -45,10 +53,11 @@ class SingleFileCheckpoint(Checkpoint):
         with reported("the checkpoint can't be written", path, "a path that can be written to, with room"):
             check_readable(kept, path)
             if is_url(path):
-                _refuse_foreign(path)
-                with tempfile.TemporaryFile() as file:
-                    _write(file, kept, about)
-                    upload(file, path)
+                refuse_foreign(path)
+                with tempfile.NamedTemporaryFile(prefix="fabric-") as there:
+                    _write(there.file, kept, about)
+                    there.flush()
+                    upload(Path(there.name), path)
                 return
             aside = begin(Path(path))
             try:
@@ -84,6 +93,10 @@ class SingleFileCheckpoint(Checkpoint):
             data = _archive.manifest_of(local)
             return {} if data is None else decode(data, path, _KIND)
 
+    def names_beside(self, path: Any) -> list[str]:
+        """List the folder, also behind a URL."""
+        return names_beside(path)
+
     def remove(self, path: Any) -> None:
         """Delete the file."""
         remove(path, self.recognises(path))
@@ -100,16 +113,6 @@ def _start_of(path: Any) -> bytes:
         return b""
     with local.open("rb") as file:
         return file.read(_START)
-
-
-def _refuse_foreign(url: str) -> None:
-    system, root = file_system(url)
-    if system.exists(root) and not (system.isfile(root) and is_torch_file(_start_of(url))):
-        raise CheckpointError(
-            "what lies at the path is no checkpoint, and is not replaced",
-            where=url,
-            instead="another path, or delete it first",
-        )
 
 
 def _write(file: IO[bytes], tree: dict[str, Any], about: Any) -> None:

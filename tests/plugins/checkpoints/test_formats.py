@@ -1,8 +1,6 @@
 """Which format is written, what it holds, and where it may lie."""
 
-import uuid
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -86,36 +84,6 @@ def test_transformers_reads_the_parts(tmp_path: Path) -> None:
     with Fabric(accelerator="cpu", devices=1) as fabric:
         fabric.load_raw(tmp_path / "theirs", other, strict=False)
     torch.testing.assert_close(other(tokens).logits, model(tokens).logits)
-
-
-@pytest.mark.parametrize("form", ["single_file", "distributed"])
-def test_urls(form: str, tmp_path: Path) -> None:
-    """In the memory of ``fsspec``: written, replaced, loaded, refused where something else lies."""
-    import fsspec
-
-    root = f"memory://{uuid.uuid4().hex}"
-    with Fabric(accelerator="cpu", devices=1) as fabric:
-        for value in (1.0, 2.0):
-            fabric.save(f"{root}/run/state", {"model": _linear(value), "value": value}, format=form)
-        state: dict[str, Any] = {"model": _linear(0.0), "value": None}
-        fabric.load(f"{root}/run/state", state)
-        assert state["value"] == 2.0
-        assert state["model"].weight.eq(2).all()
-        with pytest.raises(NoCheckpointError):
-            fabric.load(f"{root}/run/other", state)
-        system = fsspec.filesystem("memory")
-        inside = root.removeprefix("memory:/")
-        assert len(system.find(f"{inside}/run/state")) == {"single_file": 1, "distributed": 4}[form]
-        system.pipe_file(f"{inside}/mine/notes.txt", b"mine")
-        system.pipe_file(f"{inside}/text", b"mine")
-        for name in ("text", "mine") if form == "distributed" else ("text",):
-            with pytest.raises(CheckpointError, match="is not replaced"):
-                fabric.save(f"{root}/{name}", {"value": 1}, format=form)
-        with pytest.raises(CheckpointError, match="local files alone"):
-            fabric.save(f"{root}/a.safetensors", {"model": _linear()})
-        with pytest.raises(CheckpointError, match=r"knows nowhere:"):
-            fabric.save("nowhere://a/b", {"value": 1}, format=form)
-    system.rm(inside, recursive=True)
 
 
 def test_the_newest_stay(tmp_path: Path) -> None:
