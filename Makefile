@@ -30,6 +30,10 @@ demo: $(INSTALLED) ## Train a classifier on two processes and draw what it learn
 test: lint ## Run every check: lint, types, import rules, tests, documentation
 	$(BIN)/python -m pytest
 
+.PHONY: whole
+whole: $(INSTALLED) ## Run every case of the tests that `make test` only samples
+	$(BIN)/python -m pytest --whole -m "sampled and not authors and not faults"
+
 .PHONY: lint
 lint: $(INSTALLED) ## Check style, formatting, types and import rules
 	$(BIN)/ruff check

@@ -1,10 +1,40 @@
-"""What all tests share."""
+"""What all tests share: ranks that stay up, and which cases of large tables a plain run draws."""
 
+import os
+import random
 from collections.abc import Iterator
+from typing import Final
 
 import pytest
 
 from fabric_core.conformance.pool import RankPool
+
+SEED: Final = os.environ.get("FABRIC_SAMPLE_SEED") or str(random.randrange(10**6))  # noqa: S311 - a choice of tests
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--whole``."""
+    parser.addoption("--whole", action="store_true", help="run every case, those too that a plain run only samples")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Say how to draw the same cases again."""
+    return None if config.getoption("--whole") else f"sample: FABRIC_SAMPLE_SEED={SEED} draws the same cases again"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of tests marked ``sampled(share)`` keep that share of the cases, others each time; all that were named."""
+    if config.getoption("--whole") or any("::" in one for one in config.invocation_params.args if isinstance(one, str)):
+        return
+    kept: list[pytest.Item] = []
+    left: list[pytest.Item] = []
+    for item in items:
+        marker = item.get_closest_marker("sampled")
+        drawn = marker is None or random.Random(f"{SEED} {item.nodeid}").random() < marker.args[0]  # noqa: S311
+        (kept if drawn else left).append(item)
+    items[:] = kept
+    if left:
+        config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture(scope="session")

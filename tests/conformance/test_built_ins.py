@@ -2,7 +2,11 @@
 
 from typing import Any
 
+import pytest
+
 from fabric_core.conformance import suite
+
+pytestmark = pytest.mark.sampled(0.35)
 
 
 def leave_whole(_module: Any, _mesh: Any) -> None:

@@ -1,6 +1,10 @@
 """The kit's own references keep every rule of their kind; `make mutants` judges all of them."""
 
+import pytest
+
 from fabric_core.conformance import references, suite
+
+pytestmark = pytest.mark.sampled(0.3)
 
 test_host = suite("accelerator", references.Host)
 test_scaled = suite("precision", references.Scaled)

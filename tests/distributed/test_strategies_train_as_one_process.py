@@ -18,6 +18,8 @@ from fabric_core import Fabric
 from fabric_core.conformance.pool import RankPool
 from fabric_plugins.strategies import ModelParallelStrategy
 
+pytestmark = pytest.mark.sampled(0.35)
+
 STEPS = 20
 SCALE = 64.0  # so small that nobody skips a step: who computes more in 16 bits overflows earlier
 VOCABULARY, WIDTH, LENGTH, BATCH = 11, 16, 6, 8

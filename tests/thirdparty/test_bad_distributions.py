@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.sampled(0.4)
+
 STRATEGY = """
 from fabric_core import Strategy
 from fabric_core.contracts import PluginOptions, PrecisionPolicy, StrategyCapabilities, World
