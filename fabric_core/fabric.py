@@ -10,7 +10,7 @@ from weakref import finalize
 from fabric_core.assembly import assemble
 from fabric_core.choosing.plan import Plan
 from fabric_core.choosing.registry import register, registrations
-from fabric_core.choosing.request import Request, fill, read_environment, read_file
+from fabric_core.choosing.request import Request, fill, read_outside
 from fabric_core.collectives import Collectives, SingleProcess
 from fabric_core.contracts import (
     Accelerator,
@@ -71,7 +71,8 @@ class Fabric(Processes, Training):
     Every plugin is a name, a name with options (``"name:option=value"``), a mapping, or an instance.
     What is left at its default is filled from the variables ``FABRIC_ACCELERATOR``, ``FABRIC_STRATEGY``,
     ``FABRIC_DEVICES``, ``FABRIC_NUM_NODES``, ``FABRIC_PRECISION``, ``FABRIC_WRAPPERS``, ``FABRIC_LOGGERS``,
-    ``FABRIC_CHECK``, ``FABRIC_WARN_AFTER`` and ``FABRIC_LOCK``.
+    ``FABRIC_CHECK``, ``FABRIC_WARN_AFTER`` and ``FABRIC_LOCK``, and then from the
+    configuration file that ``FABRIC_CONFIG`` names.
 
     Raises:
         RequestError: An argument can't be parsed.
@@ -113,7 +114,7 @@ class Fabric(Processes, Training):
             "warn_after": warn_after,
             "lock": lock,
         }
-        self._request = Request.of(**fill(code, read_environment(environment())))
+        self._request = Request.of(**fill(code, read_outside(environment())))
         self._build()
 
     @classmethod
@@ -128,7 +129,7 @@ class Fabric(Processes, Training):
             RequestError: The file can't be read or understood.
             NotInstalledError: It is YAML, and the package that reads YAML isn't installed.
         """
-        return cls(**fill(arguments, read_environment(environment()), read_file(path)))
+        return cls(**fill(arguments, read_outside(environment(), path)))
 
     def _build(self) -> None:
         own = set(vars(self))

@@ -32,7 +32,7 @@ from fabric_core.errors import (
     UnavailableError,
     UnknownPluginError,
 )
-from fabric_core.kinds import AUTO_GROUP, KINDS, Count, groups
+from fabric_core.kinds import AUTO_GROUP, EXTENSION, KINDS, Count, groups
 
 if TYPE_CHECKING:
     from fabric_core.choosing.lock import Lock
@@ -225,7 +225,7 @@ class Registry:
         Raises:
             NotInstalledError: There is none; it says how to install the built-in ones.
         """
-        if KINDS[kind].count is Count.ONE and not self.offers(kind):
+        if kind != EXTENSION and KINDS[kind].count is Count.ONE and not self.offers(kind):
             raise NotInstalledError(
                 f"no distribution that provides plugins of the kind {kind} is installed",
                 where=kind,

@@ -28,7 +28,7 @@ from fabric_core.contracts import Plugin
 from fabric_core.errors import FabricWarning, NotInstalledError, RequestError
 from fabric_core.kinds import AUTO, EXTENSION, KINDS, Count, argument_defaults
 
-__all__ = ["Request", "file_arguments", "fill", "read_environment", "read_file", "variables"]
+__all__ = ["Request", "file_arguments", "fill", "read_environment", "read_file", "read_outside", "variables"]
 
 _DIGITS: Final = 9
 """A number of nodes with more digits than this is none."""
@@ -43,7 +43,9 @@ _PLAIN: Final[Mapping[str, Callable[[Any, str], Any]]] = {
 }
 """How the arguments are validated that name no plugins."""
 
-_SWITCHES: Final = ("FABRIC_EXTENSIONS", "FABRIC_DISABLE_PLUGINS", "FABRIC_TRACE")
+_CONFIG: Final = "FABRIC_CONFIG"
+
+_SWITCHES: Final = ("FABRIC_EXTENSIONS", "FABRIC_DISABLE_PLUGINS", "FABRIC_TRACE", _CONFIG)
 
 
 def variables() -> Mapping[str, str]:
@@ -223,6 +225,21 @@ def read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         for variable, name in variables().items()
         if variable in environment
     }
+
+
+def read_outside(environment: Mapping[str, str], path: str | Path | None = None) -> dict[str, Any]:
+    """Read what fills the arguments that the code leaves at their defaults ([Note: who wins]).
+
+    Args:
+        environment: The environment variables.
+        path: A configuration file.
+
+    Raises:
+        RequestError: A variable or a file can't be parsed.
+        NotInstalledError: A file is YAML, and the package that reads YAML isn't installed.
+    """
+    files = [one for one in (path, environment.get(_CONFIG)) if one]
+    return fill(read_environment(environment), *map(read_file, files))
 
 
 def read_file(path: str | Path) -> dict[str, Any]:

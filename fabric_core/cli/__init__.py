@@ -8,8 +8,9 @@ import typer
 
 import fabric_core
 from fabric_core.choosing.plan import processes
-from fabric_core.cli._asking import asking, find_registry, plan_of
+from fabric_core.cli._asking import asking, plan_of
 from fabric_core.cli._checkpoint import checkpoint
+from fabric_core.cli._config import check_config, make_config, print_schema
 from fabric_core.cli._conformance import conformance
 from fabric_core.cli._describe import contract_page
 from fabric_core.cli._lock import lock_plugins
@@ -56,13 +57,6 @@ def contract(
         typer.echo(page)
 
 
-def schema(_as_json: AsJson = True) -> None:
-    """Print the JSON Schema of a configuration file, with the options of the plugins that are installed."""
-    from fabric_core.cli._schema import make_schema
-
-    print_json(make_schema(find_registry()))
-
-
 def _start(context: typer.Context, version: _Version = False) -> None:
     if version:
         typer.echo(f"fabric-core {fabric_core.__version__}")
@@ -89,11 +83,15 @@ def _make_app() -> typer.Typer:
     _add(plugins, "matrix", matrix, "plugins matrix --accelerator cpu --devices 2 --tried")
     _add(plugins, "why", asking(why_plugin), "plugins why ddp --accelerator cpu --devices 2")
     app.add_typer(checkpoint, name="checkpoint")
+    config = typer.Typer(no_args_is_help=True, help="Configuration files: make one, check one, and their schema.")
+    app.add_typer(config, name="config")
+    _add(config, "make", asking(make_config), "config make run.toml --strategy ddp --devices 2")
+    _add(config, "check", check_config, "config check run.toml --elsewhere")
+    _add(config, "schema", print_schema, "config schema > fabric.schema.json")
     _add(app, "conformance", conformance, "conformance strategy:ddp --rule STR-101")
     _add(app, "new", new, "new strategy my_strategy --author Ada")
     _add(app, "explain", asking(explain), "explain --strategy ddp --devices 2")
     _add(app, "contract", contract, "contract strategy")
-    _add(app, "schema", schema, "schema > fabric.schema.json")
     options = {"allow_interspersed_args": False}
     _add(app, "run", run, "run --devices 4 --strategy fsdp train.py --lr 0.1", context_settings=options)
     return app

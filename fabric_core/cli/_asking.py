@@ -10,11 +10,11 @@ import typer
 from fabric_core.assembly import make_plan, make_registry
 from fabric_core.choosing.plan import Plan
 from fabric_core.choosing.registry import Registry
-from fabric_core.choosing.request import Request, fill, read_environment, read_file
+from fabric_core.choosing.request import Request, fill, read_outside
 from fabric_core.kinds import KINDS, Count, argument_defaults, groups
 from fabric_core.running.launching import environment
 
-__all__ = ["Config", "asking", "completer", "find_registry", "plan_of", "request_of"]
+__all__ = ["Config", "arguments_of", "asking", "completer", "find_registry", "plan_of", "request_of"]
 
 Config = Annotated[Path | None, typer.Option(help="A configuration file, TOML or YAML.")]
 
@@ -69,12 +69,15 @@ def completer(*kinds: str) -> Callable[[str], list[str]]:
     return complete
 
 
+def arguments_of(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the arguments of ``Fabric`` that a command's options stand for."""
+    return {argument: asked[option] for option, (argument, _, _) in _options().items() if option in asked}
+
+
 def request_of(config: Path | None = None, **asked: Any) -> tuple[Request, Mapping[str, str]]:
     """Make the request of a command's options, the variables and the configuration file; and give the variables."""
     variables = environment()
-    code = {argument: asked[option] for option, (argument, _, _) in _options().items() if option in asked}
-    file = {} if config is None else read_file(config)
-    return Request.of(**fill(code, read_environment(variables), file)), variables
+    return Request.of(**fill(arguments_of(asked), read_outside(variables, config))), variables
 
 
 def plan_of(**asked: Any) -> Plan:

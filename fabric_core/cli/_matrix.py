@@ -20,7 +20,7 @@ from fabric_core.cli._asking import Config, completer, find_registry, request_of
 from fabric_core.cli._output import AsJson, Exit, as_dict, print_json, print_table, print_text, progress
 from fabric_core.errors import FabricError
 
-__all__ = ["Cell", "make_matrix", "matrix", "try_cells"]
+__all__ = ["Cell", "make_matrix", "matrix", "plugin_texts", "try_cells"]
 
 WORKS, REFUSED, NOT_TRIED = "works", "refused", "not tried"
 
@@ -130,9 +130,9 @@ def make_matrix(
         named: For each of the kinds what to combine; ``None`` is all that is installed, but no wrapper.
     """
     kinds = ("accelerator", "strategy", "precision")
-    axes = [list(named[kind] or _texts(registry, kind)) for kind in kinds]
+    axes = [list(named[kind] or plugin_texts(registry, kind)) for kind in kinds]
     given = named["wrapper"] or ()
-    wrappers = _texts(registry, "wrapper") if _ALL in given else list(given)
+    wrappers = plugin_texts(registry, "wrapper") if _ALL in given else list(given)
     missing = {
         (kind, text): option
         for kind, texts in zip((*kinds, "wrapper"), (*axes, wrappers), strict=True)
@@ -176,7 +176,7 @@ def _reason(error: FabricError) -> str:
     return reason if colon and f"{name!r}" in error.what else error.what
 
 
-def _texts(registry: Registry, kind: str) -> list[str]:
+def plugin_texts(registry: Registry, kind: str) -> list[str]:
     """Name every plugin of a kind once, by its first name; with each way in which its options are preset."""
     offers = registry.offers(kind)
     texts: dict[Any, str] = {}

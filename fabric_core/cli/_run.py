@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from fabric_core.assembly import make_plan
-from fabric_core.choosing.request import Request, fill, read_environment
+from fabric_core.choosing.request import Request, read_file, read_outside
+from fabric_core.cli._asking import Config
 from fabric_core.cli._output import AsJson, print_json
 from fabric_core.errors import RequestError
 
@@ -34,11 +35,14 @@ def run(
     devices: Annotated[str | None, typer.Option(help="Likewise; as many processes are started on this node.")] = None,
     num_nodes: Annotated[int | None, typer.Option(help="The same as --nnodes.", min=1)] = None,
     precision: Annotated[str | None, typer.Option(help="Likewise.")] = None,
+    config: Config = None,
     module: Annotated[bool, typer.Option("-m", "--module", help="SCRIPT is the name of a module.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Print what each node would start, and start nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Start the processes of this node, which join the others in `Fabric()`; the same command on every node."""
+    if config is not None and num_nodes is None and nnodes == "1":
+        num_nodes = read_file(config).get("num_nodes")
     nodes = nnodes if num_nodes is None else str(num_nodes)
     if num_nodes is not None and nnodes not in {"1", str(num_nodes)}:
         raise RequestError(
@@ -60,13 +64,14 @@ def run(
             "DEVICES": devices,
             "NUM_NODES": most if int(most) > 1 else None,
             "PRECISION": precision,
+            "CONFIG": None if config is None else str(config.absolute()),
         }.items()
         if value is not None
     }
     target = ["-m", *script] if module else script
     environment = {**os.environ, **variables}
     # As many processes as the script's `Fabric()` will want, where it leaves this at its default.
-    asked = Request.of(**fill({}, read_environment(environment)))
+    asked = Request.of(**read_outside(environment))
     count = str(len(make_plan(asked, environment).device_indices))
     if dry_run:
         said = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())

@@ -88,7 +88,7 @@ def test_a_new_kind_with_an_argument_of_its_own_is_one_row(
     path.write_text('samplers = "backwards"\n')
     assert [str(one) for one in Request.of(**read_file(path)).samplers] == ["backwards"]
     assert [one.name for one in Registry([]).offers("sampler")] == ["backwards"]
-    assert "samplers" in json.loads(_command(capsys, monkeypatch, "schema"))["properties"]
+    assert "samplers" in json.loads(_command(capsys, monkeypatch, "config", "schema"))["properties"]
     chosen = ["--accelerator", "host", "--strategy", "alone", "--precision", "plain", "--devices", "1"]
     out = json.loads(_command(capsys, monkeypatch, "explain", *chosen, "--sampler", "backwards", "--json"))
     assert [one["name"] for one in out["choices"] if one["kind"] == "sampler"] == ["backwards"]

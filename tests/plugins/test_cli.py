@@ -144,7 +144,7 @@ def test_the_schema_accepts_what_fabric_accepts(fabric: Any, tmp_path: Path, tex
     """A file fits the schema if, and only if, a ``Fabric`` can be made of it: options of plugins included."""
     import tomllib
 
-    schema = json.loads(fabric("schema")[1])
+    schema = json.loads(fabric("config", "schema")[1])
     assert set(schema["properties"]) == set(file_arguments())
     assert _fits(schema, tomllib.loads(text), schema) == good
     path = tmp_path / "run.toml"
