@@ -24,6 +24,7 @@ __all__ = [
     "iterations_since_change",
     "leave_reducer",
     "loss_scale",
+    "original_of",
     "reduction_finished",
     "set_found_inf",
     "storage_info",
@@ -154,6 +155,11 @@ def checkpoint_activations(module: nn.Module, **arguments: Any) -> None:
     from torch.distributed._composable.checkpoint_activation import checkpoint
 
     checkpoint(module, **arguments)
+
+
+def original_of(module: Any) -> Any:
+    """Give the module inside a compiled one, and anything else as it is; a public way to tell them would replace it."""
+    return getattr(module, "_orig_mod", module)
 
 
 def attention_operators() -> list[Any]:

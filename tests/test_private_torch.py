@@ -92,7 +92,8 @@ def _compiled() -> None:
     module = nn.Linear(1, 1)
     assert core.original_of(module) is module
     compiled = torch.compile(module, backend="eager")
-    assert core.original_of(compiled) is module
+    assert core.original_of(compiled) is plugins.original_of(compiled) is module
+    assert plugins.original_of(module) is module
     other = nn.Linear(1, 1)
     assert core.original_of(core.compile_like(compiled, other)) is other
 

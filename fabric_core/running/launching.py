@@ -11,6 +11,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, Final
 
+import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
 from fabric_core.choosing.plan import Plan
@@ -89,7 +90,14 @@ def check_nodes(name: str, launcher: Launcher, info: ProcessInfo) -> None:
         )
 
 
-def make_world(info: ProcessInfo, plan: Plan, accelerator: Accelerator, timeout: timedelta) -> World:
+def has_joined() -> bool:
+    """Say whether this process has joined others already."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def make_world(
+    info: ProcessInfo, plan: Plan, accelerator: Accelerator, strategy: Strategy, timeout: timedelta
+) -> World:
     """Find this process's device, and check that as many processes were started as the plan has.
 
     Raises:
@@ -97,6 +105,9 @@ def make_world(info: ProcessInfo, plan: Plan, accelerator: Accelerator, timeout:
     """
     devices = len(plan.device_indices)
     if info.world_size != plan.world_size or info.local_world_size != devices:
+        alone = ""
+        if plan.world_size == 1 and not strategy.capabilities.distributed:
+            alone = f'; or strategy="{plan.strategy.name}", for each to be alone'
         started = f"devices={info.local_world_size}, num_nodes={info.world_size // info.local_world_size}"
         how = info.how_to_start.format(nodes=plan.num_nodes, devices=devices)
         raise LaunchError(
@@ -104,7 +115,7 @@ def make_world(info: ProcessInfo, plan: Plan, accelerator: Accelerator, timeout:
             f" ({info.local_world_size} on this node), and the plan has {plan.world_size}"
             f" ({devices} on each of {plan.num_nodes} nodes)",
             where="Fabric(devices=, num_nodes=)",
-            instead=f"{started}; or {how}" if how else started,
+            instead=(f"{started}; or {how}" if how else started) + alone,
         )
     device = accelerator.devices(plan.device_indices)[info.local_rank]
     return World(

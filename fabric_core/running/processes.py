@@ -13,6 +13,7 @@ import torch
 
 from fabric_core._torch import tree_map_only
 from fabric_core.choosing.plan import Plan
+from fabric_core.choosing.request import Request
 from fabric_core.choosing.resolve import start_clash
 from fabric_core.collectives import Collectives, ProcessInfo, World
 from fabric_core.contracts import Accelerator, Launcher, LaunchOrder, Logger, Precision, Strategy, map_tensors
@@ -25,6 +26,7 @@ from fabric_core.running.launching import (
     check_launched,
     check_nodes,
     detect,
+    has_joined,
     make_world,
     starter,
 )
@@ -40,6 +42,7 @@ class Processes:
     """The part of ``Fabric`` that has to do with processes; the rest of it makes what is declared here."""
 
     _plan: Plan
+    _request: Request
     _accelerator: Accelerator
     _strategy: Strategy
     _precision: Precision
@@ -132,7 +135,7 @@ class Processes:
         """
         check_launched(function)
         if self._world is None:
-            found = detect(self._launchers)
+            found = None if self._is_alone() else detect(self._launchers)
             if found is not None and (found[2].world_size > 1 or self._plan.world_size > 1):
                 check_nodes(*found)
                 self._join(found[1], found[2])
@@ -168,11 +171,22 @@ class Processes:
             )
         )
 
+    def _is_alone(self) -> bool:
+        """Say whether this is a process of its own wherever it runs.
+
+        That is a program's own business once it has joined the others, as with an evaluator or a player; before that it
+        needs a strategy that was asked for and knows no other processes: each of several would train alone.
+        """
+        if self._plan.world_size > 1:
+            return False
+        named = not self._request.strategy.is_auto and not self._strategy.capabilities.distributed
+        return named or has_joined()
+
     def _rank(self) -> int | None:
         return None if self._world is None else self._world.global_rank
 
     def _join(self, launcher: Launcher | None, ranks: ProcessInfo) -> None:
-        world = make_world(ranks, self._plan, self._accelerator, _TIMEOUT)
+        world = make_world(ranks, self._plan, self._accelerator, self._strategy, _TIMEOUT)
         self._bindings.renew()
         if launcher is not None:
             self._launcher = launcher

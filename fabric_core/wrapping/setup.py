@@ -99,6 +99,7 @@ class Setup:
         given, module = module, uncompiled(module)
         check_model(module, self._set_up, move=move, placed_later=declared.handles_device_placement)
         before = dict(module.named_parameters(remove_duplicate=False))
+        original = module
         module = self._prepared(module, world.device if move and not declared.handles_device_placement else None)
         outer = Route(module) if declared.intercepts_forward else module
         ready: list[Optimizer] = []
@@ -106,11 +107,9 @@ class Setup:
             inner, ready = self._strategy.setup_jointly(outer, optimizers)
         else:
             inner = self._strategy.setup_module(outer)
-        if self._sync is not None:
-            self._sync.made(inner)
-        called = inner
-        for wrapper in self._stage("after_strategy"):
-            called = wrapper.wrap_module(called)
+        if isinstance(outer, Route):
+            module = uncompiled(outer.module)  # a strategy may put another one into the route
+        called = self._finished(inner)
         if given is not module and uncompiled(given) is not given:
             called = compile_again(given, called)
         after = dict(module.named_parameters(remove_duplicate=False))
@@ -127,7 +126,7 @@ class Setup:
             around=self._around(),
             device=world.device if move else first_device(module) or world.device,
         )
-        self._set_up.add(module)
+        self._set_up.update((original, module))
         self._modules[module] = None
         self._models[next(self._numbers)] = wrapped
         for wrapper in self._wrappers:
@@ -145,6 +144,14 @@ class Setup:
         for wrapper in self._stage("before_strategy"):
             check_same(wrapper.wrap_module(module), module, wrapper)
         return module
+
+    def _finished(self, inner: nn.Module) -> nn.Module:
+        """Let wrappers transform what the strategy made of a module."""
+        if self._sync is not None:
+            self._sync.made(inner)
+        for wrapper in self._stage("after_strategy"):
+            inner = wrapper.wrap_module(inner)
+        return inner
 
     def _around(self) -> Around:
         return Around(

@@ -65,7 +65,7 @@ class DistributedStrategy(Strategy):
         """Forget the others."""
         self._world = None
 
-    def _start_as_rank_zero(self, module: nn.Module) -> None:
-        """Give every rank the parameters and buffers that rank 0 has, as DDP does; meta ones have none yet."""
+    def _start_as_rank_zero(self, module: nn.Module, group: ProcessGroup | None = None) -> None:
+        """Give all ranks, or a group's, the values of the first of them, as DDP does; meta ones have none yet."""
         tensors = (*module.parameters(), *module.buffers())
-        self._group.broadcast_tensors([one.detach() for one in tensors if not one.is_meta], 0)
+        (group or self._group).broadcast_tensors([one.detach() for one in tensors if not one.is_meta], 0)

@@ -5,9 +5,10 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final, Literal
 
 import torch.distributed as dist
+from pydantic import Field
 from torch import nn
 
-from fabric_core.contracts import Preset, StrategyCapabilities
+from fabric_core.contracts import Collectives, PrecisionPolicy, Preset, ProcessGroup, StrategyCapabilities, World
 from fabric_core.errors import SetupError
 from fabric_plugins.strategies._distributed import DistributedOptions, DistributedStrategy
 
@@ -24,10 +25,15 @@ class DDPOptions(DistributedOptions):
     """Look for parameters that a forward pass doesn't use; without it, one is an error."""
     static_graph: bool = False
     """The set of used parameters never changes."""
+    broadcast_buffers: bool = True
+    """Give every rank the buffers of rank 0 at the beginning of ``forward``."""
     gradient_as_bucket_view: bool = True
     """Gradients are views into the buckets that are reduced, which saves one copy of them."""
     bucket_cap_mb: float | None = None
     """The size of a bucket in MiB."""
+    process_group: Any = Field(default=None, exclude=True)
+    """A process group of ``torch.distributed`` over a part of the ranks, which models start alike in and gradients
+    travel on; ``None`` is all ranks. Only its members set models up; every rank launches."""
     ddp_comm_hook: Literal["none", "fp16", "bf16", "powersgd"] = "none"
     """How gradients travel: as they are, in 16 bits, or as a product of small matrices (PowerSGD, as PyTorch sets
     it up: after 1,000 ordinary steps)."""
@@ -38,6 +44,7 @@ class DDPStrategy(DistributedStrategy):
 
     Options = DDPOptions
     options: DDPOptions
+    _members: ProcessGroup | None = None
     capabilities = StrategyCapabilities(
         distributed=True,
         intercepts_forward=True,
@@ -48,36 +55,61 @@ class DDPStrategy(DistributedStrategy):
         super().__init__(options, **given)
         self._wrapped: Any = None
 
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
+        """Join all ranks; models may live on a part of them."""
+        everybody = super().connect(world, policy)
+        given = self.options.process_group
+        if given is None:
+            self._members = self._group
+        elif dist.get_rank(given) >= 0:
+            self._members = ProcessGroup(world, group=given)
+        return everybody
+
     def setup_module(self, module: nn.Module) -> nn.Module:
-        """Wrap a module; one without trainable parameters starts with rank 0's values, and is averaged no more."""
+        """Wrap a module; one without trainable parameters starts with rank 0's values, and is averaged no more.
+
+        Raises:
+            SetupError: This rank is no member of the process group that was given.
+        """
         from fabric_plugins.strategies._replicated import Frozen, Known, Replicated
 
+        members = self._members
+        if members is None:
+            raise SetupError(
+                f"rank {self.world.global_rank} is no member of the process group that was given",
+                where="options of the strategy DDPStrategy",
+                got="process_group=a group of other ranks",
+                instead="fabric.setup on the members alone, or a group with this rank",
+            )
         if not any(parameter.requires_grad for parameter in module.parameters()):
-            self._start_as_rank_zero(module)
+            self._start_as_rank_zero(module, members)
             return Frozen(module)
         if self._wrapped is None:
             self._wrapped = Known()
         device = self.world.device
+        # Given, PyTorch warns of it, whatever its value.
+        buffers: dict[str, Any] = {} if self.options.broadcast_buffers else {"broadcast_buffers": False}
         wrapped = Replicated(
             module,
             device_ids=None if device.index is None else [device.index],
-            process_group=self._group.group,
+            process_group=members.group,
             find_unused_parameters=self.options.find_unused_parameters,
             static_graph=self.options.static_graph,
+            **buffers,
             gradient_as_bucket_view=self.options.gradient_as_bucket_view,
             bucket_cap_mb=self.options.bucket_cap_mb,
         )
         wrapped.know(self._wrapped)
-        self._register_hook(wrapped)
+        self._register_hook(wrapped, members.group)
         return wrapped
 
-    def _register_hook(self, wrapped: Any) -> None:
+    def _register_hook(self, wrapped: Any, group: Any) -> None:
         name = self.options.ddp_comm_hook
         if name == "none":
             return
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
-        state: Any = powerSGD_hook.PowerSGDState(self._group.group) if name == "powersgd" else self._group.group
+        state: Any = powerSGD_hook.PowerSGDState(group) if name == "powersgd" else group
         hook = {
             "fp16": default_hooks.fp16_compress_hook,
             "bf16": default_hooks.bf16_compress_hook,
@@ -102,7 +134,7 @@ class DDPStrategy(DistributedStrategy):
         """
         for wrapped in self._wrapped or ():
             wrapped.leave()
-        self._wrapped = None
+        self._wrapped = self._members = None
         super().teardown()
 
     def gradients_averaged(self, module: nn.Module, complete: bool) -> bool:

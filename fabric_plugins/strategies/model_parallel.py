@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fabric_core.contracts import Collectives, PrecisionPolicy, StrategyCapabilities, World
 from fabric_core.errors import OptionError, SetupError
+from fabric_plugins._torch import original_of
 from fabric_plugins.strategies._distributed import DistributedOptions
 from fabric_plugins.strategies._sharding import (
     ShardedStrategy,
@@ -27,9 +28,10 @@ class ModelParallelOptions(DistributedOptions):
     """The options of the strategy ``model_parallel``."""
 
     parallelize_fn: ImportString[Callable[[Any, DeviceMesh], Any]]
-    """Changes a module in place, given it and the mesh: ``parallelize_module(module, mesh["tensor_parallel"], plan)``.
-    It may shard blocks over ``mesh["data_parallel"]`` too; the strategy does it where the function didn't. Text says
-    where it lies: ``"module:function"``."""
+    """Spreads a module, given it and the mesh: ``parallelize_module(module, mesh["tensor_parallel"], plan)``. It may
+    shard blocks, or all, over ``mesh["data_parallel"]`` too; the strategy does it where the function didn't. It may
+    give back another module with the same parameters, such as a compiled one. Text says where it lies:
+    ``"module:function"``."""
     data_parallel_size: PositiveInt | Literal["auto"] = "auto"
     """How many groups read different data; ``"auto"`` is what the other size leaves, and else the number of nodes."""
     tensor_parallel_size: PositiveInt | Literal["auto"] = "auto"
@@ -100,18 +102,9 @@ class ModelParallelStrategy(ShardedStrategy):
         move_to(user, self.world.device)
         result = self.options.parallelize_fn(user, self._mesh)
         if result is not None and result is not user:
-            raise SetupError(
-                "parallelize_fn returned another module",
-                where="options of the strategy ModelParallelStrategy",
-                got=type(result).__name__,
-                instead="change the module that it is given, in place",
-            )
-        if isinstance(user, FSDPModule):
-            raise SetupError(
-                "parallelize_fn sharded the whole model over the data-parallel ranks, which the strategy does",
-                where="options of the strategy ModelParallelStrategy",
-                instead="call fully_shard on blocks alone, or not at all",
-            )
+            _check_result(result, user)
+            module.module = result
+            user = original_of(result)
         data = self._mesh[_DATA]
         if data.size() > 1:
             if not any(isinstance(one, FSDPModule) for one in user.modules()):
@@ -121,3 +114,26 @@ class ModelParallelStrategy(ShardedStrategy):
         materialise(user, self.world.device, kept_on=self.world.device, group=self._group)
         self._track_units(module)
         return module
+
+
+def _check_result(result: Any, user: nn.Module) -> None:
+    """Refuse what can't stand for the user's module.
+
+    Raises:
+        SetupError: It is no module, or its parameters have other names, so that no optimizer would know them.
+    """
+    if not isinstance(result, nn.Module):
+        fault = f"gave back a {type(result).__name__}, which is no module"
+    elif names := _names(original_of(result)) ^ _names(user):
+        fault = f"gave back a module that has other parameters: {', '.join(sorted(names))}"
+    else:
+        return
+    raise SetupError(
+        f"parallelize_fn {fault}",
+        where="options of the strategy ModelParallelStrategy",
+        instead="the module that it is given, or another one with parameters of the same names",
+    )
+
+
+def _names(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_parameters()}

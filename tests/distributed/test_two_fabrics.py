@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from fabric_core import Fabric
 from fabric_core.conformance.pool import RankPool
-from fabric_core.errors import LaunchError
+from fabric_core.errors import LaunchError, SetupError
 from fabric_plugins.strategies import DDPStrategy
 
 
@@ -113,3 +113,72 @@ def _in_a_group_of_one() -> bool:
 def test_a_group_of_another_size_is_refused(two_ranks: RankPool) -> None:
     """A group of the user's must be one of all processes; one that isn't is left as it was."""
     assert two_ranks.run(_in_a_group_of_one) == [True, True]
+
+
+def _alone(options: dict[str, Any]) -> list[Any]:
+    with Fabric(accelerator="cpu", strategy="ddp", devices=2) as fabric:
+        fabric.launch()
+        player = Fabric(accelerator="cpu", devices=1, **options)
+        player.launch()
+        bare = torch.nn.Linear(2, 1)
+        model, optimizer = player.setup(bare, torch.optim.SGD(bare.parameters(), lr=0.1))
+        player.backward(model(torch.full((1, 2), float(fabric.global_rank))).sum())
+        optimizer.step()
+        own = [player.world_size, player.global_rank, bare.weight.grad[0, 0].item()]  # type: ignore[index]
+        player.teardown()
+        return [*own, fabric.all_reduce(torch.ones(1), reduce_op="sum").item()]
+
+
+def test_after_joining_a_plan_of_one_is_alone(two_ranks: RankPool) -> None:
+    """An evaluator or a player beside the training averages nothing with others, and leaves the training as it was."""
+    for options in ({}, {"strategy": "single_device"}):
+        assert two_ranks.run(_alone, options) == [[1, 0, 0.0, 2.0], [1, 0, 1.0, 2.0]]
+
+
+def _before(options: dict[str, Any]) -> str:
+    fabric = Fabric(accelerator="cpu", devices=1, **options)
+    try:
+        fabric.launch()
+    except LaunchError as error:
+        return str(error)
+    return f"alone among {fabric.world_size}"
+
+
+def test_before_joining_a_plan_of_one_must_be_meant(two_ranks: RankPool) -> None:
+    """Two started processes and a plan of one are an error that names the way to be alone, which works."""
+    for said in two_ranks.run(_before, {}):
+        assert 'devices=2, num_nodes=1; or strategy="single_device", for each to be alone' in said
+    assert two_ranks.run(_before, {"strategy": "single_device"}) == ["alone among 1"] * 2
+    assert all("for each to be alone" not in said for said in two_ranks.run(_before, {"strategy": "fsdp"}))
+
+
+def _over_a_part() -> Any:
+    with Fabric(accelerator="cpu", strategy="ddp", devices=3) as first:
+        first.launch()
+        part = dist.new_group([1, 2])
+        with Fabric(accelerator="cpu", devices=3, strategy=DDPStrategy(process_group=part)) as fabric:
+            fabric.launch()
+            rank = fabric.global_rank
+            frozen = torch.nn.Linear(1, 1).requires_grad_(requires_grad=False)
+            torch.nn.init.constant_(frozen.weight, float(rank))
+            if rank == 0:
+                with pytest.raises(SetupError, match="rank 0 is no member"):
+                    fabric.setup(torch.nn.Linear(2, 1))
+                fabric.barrier()
+                return None
+            bare = torch.nn.Linear(2, 1)
+            model, optimizer = fabric.setup(bare, torch.optim.SGD(bare.parameters(), lr=0.1))
+            fabric.backward(model(torch.full((1, 2), float(rank))).sum())
+            optimizer.step()
+            fabric.setup(frozen)
+            fabric.barrier()
+            return bare.weight.detach(), bare.weight.grad[0, 0].item(), frozen.weight.item()  # type: ignore[index]
+
+
+def test_a_part_of_the_ranks_trains_together() -> None:
+    """With a group of the user's, models start alike in it and gradients are averaged over it; others are refused."""
+    with RankPool(3) as ranks:
+        outsider, one, other = ranks.run(_over_a_part)
+    assert outsider is None
+    assert torch.equal(one[0], other[0])
+    assert one[1:] == other[1:] == (1.5, 1.0)

@@ -1,0 +1,116 @@
+"""What a `parallelize_fn` may do: shard all by itself, or give back another module."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from fabric_core import Fabric
+from fabric_core.conformance.pool import RankPool
+from fabric_core.errors import SetupError
+from fabric_plugins.strategies import ModelParallelStrategy
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (batch, 4) to (batch, 1)."""
+        y: torch.Tensor = self.second(torch.tanh(self.first(x)))
+        return y
+
+
+class Converted(Net):
+    """Stands for what a library that converts a model gives back: another object, with other parameters."""
+
+
+def nothing(_model: nn.Module, _mesh: Any) -> None:
+    """Leave it all to the strategy."""
+
+
+def shard_all(model: nn.Module, mesh: Any) -> nn.Module:
+    """Shard a part, then the rest, as programs for Lightning Fabric do."""
+    fully_shard(model.first, mesh=mesh["data_parallel"])  # type: ignore[arg-type]
+    fully_shard(model, mesh=mesh["data_parallel"])
+    return model
+
+
+def shard_and_compile(model: nn.Module, mesh: Any) -> Any:
+    """Shard, and give back a compiled module."""
+    return torch.compile(shard_all(model, mesh), backend="eager")
+
+
+def convert(model: nn.Module, _mesh: Any) -> nn.Module:
+    """Give back a module with parameters of its own."""
+    other = Converted()
+    other.load_state_dict(model.state_dict())
+    return other.to(next(model.parameters()).device)
+
+
+def add(model: nn.Module, _mesh: Any) -> nn.Module:
+    """Give back a module with one more parameter."""
+    other = copy.deepcopy(model)
+    other.extra = nn.Parameter(torch.ones(1))
+    return other
+
+
+def say(_model: nn.Module, _mesh: Any) -> Any:
+    """Give back no module."""
+    return "done"
+
+
+def trained(how: Callable[..., Any]) -> tuple[list[torch.Tensor], str, list[str]]:
+    """Train for three steps, accumulating; give the parameters, the class of the original, and the state's names."""
+    torch.manual_seed(3)
+    strategy = ModelParallelStrategy(parallelize_fn=how, tensor_parallel_size=1)
+    with Fabric(accelerator="cpu", strategy=strategy, devices=2) as fabric:
+        fabric.launch()
+        bare = Net()
+        model, optimizer = fabric.setup(bare, torch.optim.Adam(bare.parameters(), lr=0.1))
+        for step in range(3):
+            for part in range(2):
+                batch = torch.arange(8.0).reshape(2, 4) * (1 + fabric.global_rank + part + step) / 10
+                with fabric.no_backward_sync(model, enabled=part == 0):
+                    fabric.backward(model(batch).square().mean())
+            fabric.clip_gradients(model, optimizer, max_norm=1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        values = [getattr(one, "full_tensor", one.detach)().detach().clone() for one in model.parameters()]
+        return values, type(model.module).__name__, list(model.state_dict())
+
+
+@pytest.mark.parametrize("how", [shard_all, shard_and_compile, convert])
+def test_it_trains_as_the_strategys_own_sharding(how: Callable[..., Any], two_ranks: RankPool) -> None:
+    """Whoever shards, and whatever object comes back, the parameters after some steps are the same."""
+    expected = two_ranks.run(trained, nothing)
+    for (values, kind, names), (reference, _, same_names) in zip(two_ranks.run(trained, how), expected, strict=True):
+        assert names == same_names
+        assert kind == ("Converted" if how is convert else "FSDPNet")
+        for value, other in zip(values, reference, strict=True):
+            torch.testing.assert_close(value, other)
+
+
+def refused(how: Callable[..., Any]) -> str:
+    """Give the error of a setup."""
+    strategy = ModelParallelStrategy(parallelize_fn=how, tensor_parallel_size=1)
+    with Fabric(accelerator="cpu", strategy=strategy, devices=2) as fabric:
+        fabric.launch()
+        with pytest.raises(SetupError) as caught:
+            fabric.setup(Net())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [(add, "other parameters: extra"), (say, "gave back a str, which is no module")]
+)
+def test_what_no_optimizer_would_know_is_refused(how: Callable[..., Any], said: str, two_ranks: RankPool) -> None:
+    """The error names what is other, and what to give back."""
+    for message in two_ranks.run(refused, how):
+        assert said in message
+        assert "parameters of the same names" in message
