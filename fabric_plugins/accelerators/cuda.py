@@ -1,5 +1,6 @@
 """NVIDIA GPUs, and AMD GPUs where PyTorch is built for ROCm, which it names the same."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -12,32 +13,43 @@ __all__ = ["CUDAAccelerator"]
 _TERA: Final = 1e12
 _HALF: Final = (torch.bfloat16, torch.float16)
 
-# Dense peaks in TFLOP/s from NVIDIA's and AMD's data sheets of each product, without sparsity, and for GeForce from the
-# architectures' white papers (16 bits added up in 32): matrix units in 16 bits, and float32 outside of them. The first
-# fragment that the device's name contains counts, so the longer names come first.
-_PEAKS: Final[Mapping[str, tuple[float, float]]] = {
-    "B200": (2250.0, 75.0),
-    "GH200": (989.5, 67.0),
-    "H200": (989.5, 67.0),
-    "H100 NVL": (835.5, 60.0),
-    "H100 PCIe": (756.5, 51.0),
-    "H100": (989.5, 67.0),
-    "H20": (148.0, 44.0),
-    "A100": (312.0, 19.5),
-    "L40S": (362.0, 91.6),
-    "L40": (181.0, 90.5),
-    "L4": (121.0, 30.3),
-    "A10G": (70.0, 35.0),
-    "A10": (125.0, 31.2),
-    "V100": (125.0, 15.7),
-    "T4": (65.0, 8.1),
-    "RTX 6000 Ada": (364.2, 91.1),
-    "RTX 4090": (165.2, 82.6),
-    "RTX 3090": (71.0, 35.6),
-    "MI300X": (1307.4, 163.4),
-    "MI250X": (383.0, 47.9),
+# Peaks in TFLOP/s without sparsity: of the matrix units in 16 bits, added up in 32, and of float32 outside of them;
+# `None` where the sheet was not at hand. What a sheet gives with sparsity is halved here. The pattern is looked for in
+# what the driver calls the device; the first that is found counts.
+_PEAKS: Final[Mapping[str, tuple[float, float | None]]] = {
+    # https://nvdam.widen.net/s/wwnsxrhm2w/blackwell-datasheet-3384703
+    r"\bGB200\b": (2500.0, 80.0),
+    r"\bB200\b": (2250.0, 75.0),
+    # https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446
+    r"\bH200 NVL\b": (835.5, 60.0),
+    r"\bH200\b": (989.5, 67.0),
+    # https://www.nvidia.com/en-us/data-center/h100/
+    r"\bH100 NVL\b": (835.5, None),
+    r"\bH100 PCIe\b": (756.0, 51.2),
+    r"\bH100\b": (989.4, 66.9),
+    # https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
+    r"\bA100\b": (312.0, 19.5),
+    # https://resources.nvidia.com/en-us-l40s/l40s-datasheet-28413
+    r"\bL40S\b": (362.0, 91.6),
+    # https://images.nvidia.com/aem-dam/Solutions/Data-Center/l4/nvidia-ada-gpu-architecture-whitepaper-v2.1.pdf
+    r"\bL40\b": (181.0, 90.5),
+    r"\bL4\b": (121.0, 30.3),
+    r"\bRTX 4090$": (165.2, 82.6),
+    # https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf
+    r"\bRTX 3090$": (71.0, 35.6),
+    # https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a10/pdf/a10-datasheet.pdf
+    r"\bA10\b": (125.0, 31.2),
+    # https://images.nvidia.com/content/technologies/volta/pdf/volta-v100-datasheet-update-us-1165301-r5.pdf
+    r"\bV100-SXM2\b": (125.0, 15.7),
+    r"\bV100-PCIE\b": (112.0, 14.0),
+    # https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/tesla-t4/t4-tensor-core-datasheet-951643.pdf
+    r"\bT4\b": (65.0, 8.1),
+    # https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html
+    r"\bMI300X\b": (1307.4, None),
+    # https://www.amd.com/en/products/accelerators/instinct/mi200/mi250x.html: of one of its two dies, each a device
+    r"\bMI250X\b": (191.5, 23.9),
 }
-_NO_BFLOAT16: Final = ("V100", "T4")
+_NO_BFLOAT16: Final = re.compile(r"\b(V100|T4)\b")
 """Their matrix units compute in float16, and not in bfloat16."""
 
 
@@ -98,10 +110,11 @@ class CUDAAccelerator(Accelerator):
     def peak_flops(self, device: torch.device, dtype: torch.dtype) -> float | None:
         """Look the device up in the manufacturer's data sheets; float32 without tensor cores."""
         name = torch.cuda.get_device_name(device)
-        half, single = next((peaks for part, peaks in _PEAKS.items() if part in name), (None, None))
-        if half is None or single is None or (dtype == torch.bfloat16 and any(part in name for part in _NO_BFLOAT16)):
-            return None
-        return half * _TERA if dtype in _HALF else single * _TERA if dtype == torch.float32 else None
+        half, single = next((peaks for part, peaks in _PEAKS.items() if re.search(part, name)), (None, None))
+        if dtype == torch.bfloat16 and _NO_BFLOAT16.search(name):
+            half = None
+        peak = half if dtype in _HALF else single if dtype == torch.float32 else None
+        return None if peak is None else peak * _TERA
 
     def teardown(self) -> None:
         """Give unused memory back, and make the device current that was."""
