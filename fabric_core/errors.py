@@ -179,7 +179,18 @@ class LaunchTypeError(LaunchError, TypeError):
 
 
 class RankFailedError(LaunchError):
-    """A rank failed; its own traceback has been shown."""
+    """A rank failed; its traceback, where it left one, is the cause of this error."""
+
+    rank: int | None = None
+    """The rank that failed first."""
+    exit_code: int = 1
+    """Its exit code; 128 and the signal's number after a signal."""
+    exception_type: str | None = None
+    """The class of its exception, with its module where that is no builtin; ``None`` without an exception."""
+    exception_message: str | None = None
+    """The exception's text."""
+    trace: str | None = None
+    """Its traceback, as Python shows it."""
 
 
 class SetupError(FabricError, RuntimeError):

@@ -24,6 +24,8 @@ __all__ = ["ElasticLauncher", "ElasticOptions"]
 
 _OURS: Final = "fabric-"
 _ADDRESS: Final = "127.0.0.1"
+_HERE: Final = 'under strategy="ddp_notebook" (or "fsdp:start_method=fork"), which forks this process'
+"""How to run a function that is defined in a notebook."""
 _SIGNALS: Final = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 
 
@@ -122,7 +124,7 @@ class ElasticLauncher(Launcher):
                 "the command that was typed can't be run again: it is no script",
                 where="fabric.launch()",
                 got=" ".join(sys.orig_argv),
-                instead="put the code into a script, or give a function: fabric.launch(function)",
+                instead=f"in a notebook or at a prompt, fabric.launch(function) {_HERE}; or put the code into a script",
             )
         sys.stdout.flush()
         code = 0
@@ -138,6 +140,8 @@ class ElasticLauncher(Launcher):
 
     def _start_function(self, order: LaunchOrder, function: Callable[..., Any]) -> Any:
         method = order.start_method or self.options.start_method
+        if method != "fork":
+            _check_importable(order)
         with tempfile.TemporaryDirectory(prefix="fabric-launch-") as folder:
             result = Path(folder) / "result"
             self._run(order, _run_rank, (function, result, *order.args), method)
@@ -174,6 +178,22 @@ class ElasticLauncher(Launcher):
         if failures:
             # Raised here, and not from torchelastic's error: that one keeps its agent, files and threads alive.
             raise failed(failures, told, gone)
+
+
+def _check_importable(order: LaunchOrder) -> None:
+    """Refuse what processes that are not forked can't import.
+
+    Raises:
+        LaunchError: The function, or the class of the ``Fabric``, is defined in no file.
+    """
+    lost = [one for one in order.args if getattr(one, "__module__", None) == "__main__"]
+    if lost and getattr(sys.modules["__main__"], "__file__", None) is None:
+        raise LaunchError(
+            "a started process can't import what is defined in a notebook, at a prompt or in python -c",
+            where="fabric.launch(function)",
+            got=", ".join(getattr(one, "__qualname__", type(one).__qualname__) for one in lost),
+            instead=f"what is defined in a module that both import, or launch {_HERE}",
+        )
 
 
 def _typed_in() -> str:

@@ -337,7 +337,7 @@ def test_function_that_fails_on_a_rank_raises_here(capfd: pytest.CaptureFixture[
     with pytest.raises(RankFailedError, match="rank 1 failed first") as caught:
         Fabric(accelerator="cpu", strategy="ddp", devices=2).launch(_fail_on_one)
     error = caught.value
-    assert (error.rank, error.exception_type, error.exception_message) == (1, "KeyError", "'only on rank 1'")  # type: ignore[attr-defined]
+    assert (error.rank, error.exception_type, error.exception_message) == (1, "KeyError", "'only on rank 1'")
     assert "KeyError: 'only on rank 1'" in str(error)
     assert "in _fail_on_one" in str(error.__cause__)
     assert "Traceback" not in capfd.readouterr().err
