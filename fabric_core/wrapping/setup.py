@@ -25,7 +25,8 @@ from fabric_core.wrapping.checks import (
     check_trains,
 )
 from fabric_core.wrapping.compiled import compile_again, uncompiled
-from fabric_core.wrapping.dataloader import FabricDataLoader, seed_apart, shard
+from fabric_core.wrapping.dataloader import FabricDataLoader
+from fabric_core.wrapping.dividing import seed_apart, shard
 from fabric_core.wrapping.forward import Around, Route
 from fabric_core.wrapping.gradient_sync import gradient_sync
 from fabric_core.wrapping.joining import joined

@@ -19,7 +19,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from fabric_core.wrapping.dataloader import shard
+from fabric_core.wrapping.dividing import shard
 
 DATA: Any = list(range(100))
 
