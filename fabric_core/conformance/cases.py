@@ -49,7 +49,7 @@ class Training:
         rows: How many rows each of the ``PARTS`` parts of a batch has.
         steps: How many optimizer steps.
         accumulate: Over how many backward passes a step's gradients are gathered.
-        optimizer: ``"sgd"``, ``"momentum"``, ``"adam"``, or ``"decay"``: Nesterov's momentum, its groups in another order.
+        optimizer: ``"sgd"``, ``"momentum"``, ``"adam"``, or ``"decay"``: Nesterov, decay, groups in another order.
         frozen: The first layer isn't trained.
         tied: Two layers share a weight.
         buffers: The model has buffers, one of integers.
