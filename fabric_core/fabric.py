@@ -237,7 +237,7 @@ class Fabric(Processes, Training):
         self.__dict__.update(state["own"])
         self._build()
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002 - an override takes them
         """Override to put the training into a subclass; call ``fabric.launch(...)`` from it.
 
         Raises:

@@ -4,7 +4,6 @@ import re
 from typing import Any, Final
 
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
-from pydantic_core import core_schema
 
 from fabric_core.choosing.registry import Registry
 from fabric_core.choosing.request import file_arguments
@@ -20,7 +19,7 @@ _OPTIONS: Final = r"(:.*)?"
 class _Generator(GenerateJsonSchema):
     """Leaves open what only code can say, such as a function."""
 
-    def handle_invalid_for_json_schema(self, schema: core_schema.CoreSchema, error_info: str) -> JsonSchemaValue:
+    def handle_invalid_for_json_schema(self, *_: Any) -> JsonSchemaValue:
         return {"description": "can only be given in code"}
 
 

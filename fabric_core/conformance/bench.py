@@ -165,10 +165,10 @@ class _Inside(Bench):
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         return [_measure(function, self._place, args)]
 
-    def run_apart(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+    def run_apart(self, function: Callable[..., Any], *_args: Any) -> list[Any]:
         raise AssertionError(f"{function.__name__} needs the driver: rule(..., inside=False)")
 
-    def fresh(self, function: Callable[..., Any], *args: Any) -> Any:
+    def fresh(self, function: Callable[..., Any], *_args: Any) -> Any:
         raise AssertionError(f"{function.__name__} needs the driver: rule(..., inside=False)")
 
 

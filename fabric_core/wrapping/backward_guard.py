@@ -81,7 +81,12 @@ class BackwardGuard:
     def watch_optimizer(self, optimizer: Optimizer) -> None:
         """Watch an optimizer's parameters."""
 
-    def around(self, run: Callable[..., Any], module: nn.Module, device: torch.device) -> Callable[..., Any]:
+    def around(
+        self,
+        run: Callable[..., Any],
+        module: nn.Module,  # noqa: ARG002 - for the subclasses
+        device: torch.device,  # noqa: ARG002 - for the subclasses
+    ) -> Callable[..., Any]:
         """Watch the outputs of a model's runs.
 
         Args:
@@ -91,7 +96,7 @@ class BackwardGuard:
         """
         return run
 
-    def scaled(self, optimizer: Optimizer) -> str | None:
+    def scaled(self, optimizer: Optimizer) -> str | None:  # noqa: ARG002 - for the subclasses
         """Name parameters of an optimizer whose gradients come from ``fabric.backward``, if there are such."""
         return None
 
