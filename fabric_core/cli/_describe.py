@@ -18,6 +18,7 @@ from fabric_core.contracts import (
     LifeCycle,
     Plugin,
     PrecisionPolicy,
+    ProcessGroup,
     ProcessInfo,
     World,
 )
@@ -73,17 +74,13 @@ def contract_page(kind: str) -> str:
         for name, info in type(declared).model_fields.items():
             lines.append(f"| `{name}` | `{_cell(info.default)}` | {_code(said.get(name, ''))} |")
         lines.append("")
-    properties = {name: one.fget for name, one in vars(contract).items() if isinstance(one, property) and one.fget}
-    if properties:
-        lines += ["## Properties", ""]
-    for name, one in properties.items():
-        typed = field_type(inspect.signature(one).return_annotation)
-        lines += [f"### `{name}`{_must(one)}", "", f"`{typed}`", "", *_prose(inspect.getdoc(one) or ""), ""]
+    properties = _properties(contract)
+    lines += ["## Properties", "", *properties] if properties else []
     lines += ["## Life-cycle hooks" if kind == EXTENSION else "## Behaviours", ""]
     for name, arguments in behaviours(contract).items():
         lines += _method(name, arguments, vars(contract)[name])
     for cls in _ALSO.get(kind, ()):
-        lines += [f"## `{cls.__name__}`", "", *_prose(inspect.getdoc(cls) or ""), ""]
+        lines += [f"## `{cls.__name__}`", "", *_prose(inspect.getdoc(cls) or ""), "", *_properties(cls)]
         for name, arguments in behaviours(cls).items():
             lines += _method(name, arguments, vars(cls)[name])
     if kind != EXTENSION:
@@ -106,12 +103,23 @@ def _method(name: str, arguments: tuple[str, ...], method: Any) -> list[str]:
 
 
 _ALSO: Final[Mapping[str, tuple[type[Any], ...]]] = {
-    "strategy": (Collectives, World),
+    "strategy": (Collectives, World, ProcessInfo, ProcessGroup),
     "precision": (PrecisionPolicy,),
     "launcher": (LaunchOrder, ProcessInfo),
     EXTENSION: (FabricActs,),
 }
 """What the behaviours of a contract take and return, and an author must know too."""
+
+
+def _properties(cls: type[Any]) -> list[str]:
+    """Give the properties of a class, with their types and docstrings."""
+    lines: list[str] = []
+    for name, one in vars(cls).items():
+        if isinstance(one, property) and one.fget is not None:
+            typed = field_type(inspect.signature(one.fget).return_annotation)
+            said = _prose(inspect.getdoc(one) or "")
+            lines += [f"### `{name}`{_must(one.fget)}", "", f"`{typed}`", "", *said, ""]
+    return lines
 
 
 def _must(method: Any) -> str:

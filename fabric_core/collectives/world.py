@@ -48,7 +48,7 @@ class ProcessInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class World(ProcessInfo):
-    """Who this process is: its ranks, its device, and what a process group needs.
+    """Who this process is: its ranks, as in ``ProcessInfo``, its device, and what a process group needs.
 
     Args:
         device: The device that this process trains on.

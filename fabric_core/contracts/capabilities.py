@@ -45,7 +45,8 @@ class StrategyCapabilities(_Capabilities):
     requires_strategy_backward: bool = False
     """Gradients are right only through its ``backward``: a raw one on an output of a model is an error."""
     synchronous: bool = True
-    """It averages gradients before every step, so that a step on others is an error; local SGD and the like do not."""
+    """It averages gradients before every step, so that a step on others is an error; local SGD and the like do not:
+    then ranks part between steps, and meet after some of them, whose count is in ``state_dict``."""
     loss_scaling: bool = True
     """It works with a precision that scales the loss."""
     no_backward_sync: bool = False

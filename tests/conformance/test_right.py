@@ -23,6 +23,8 @@ RIGHT: list[tuple[str, str, dict[str, object]]] = [
             "AtTheStep",
             "ParameterServer",
             "GatheredMean",
+            "Parting",
+            "Swapping",
             "OwnGroup",
             "Announcing",
             "Precise",

@@ -158,7 +158,7 @@ def _start_several(place: Place, fails: int | None) -> Any:
     for name in VARIABLES:
         os.environ.pop(name, None)
     before = snapshot.take()
-    order = LaunchOrder(processes=2, function=_as_rank, args=(fails,))
+    order = LaunchOrder(processes=2, function=_as_rank, args=(place, fails))
     try:
         result = place.plugin().start(order)
     except LaunchError as error:
@@ -170,11 +170,12 @@ def _start_several(place: Place, fails: int | None) -> Any:
     return "ran", result, [name for name in snapshot.differences(before) if not name.startswith("the random state")]
 
 
-def _as_rank(fails: int | None) -> Any:
-    rank = int(os.environ.get("RANK", "-1"))
+def _as_rank(place: Place, fails: int | None) -> Any:
+    info = place.plugin().detect(dict(os.environ))
+    rank = -1 if info is None else info.global_rank
     if rank == fails:
         raise ZeroDivisionError("the kit's own")
-    return rank, os.environ.get("WORLD_SIZE"), b"x" * 3_000_000
+    return rank, None if info is None else info.world_size, b"x" * 3_000_000
 
 
 @TABLE.rule(

@@ -184,6 +184,72 @@ class GatheredMean(_Together):
             gradient.copy_(torch.stack([part / self.world_size for part in every]).sum(0))
 
 
+class Parting(_Together):
+    """Lets each rank step on its own gradients, and averages parameters after every third step of an optimizer."""
+
+    capabilities = StrategyCapabilities(distributed=True, synchronous=False)
+
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
+        """Join."""
+        self.steps: dict[Optimizer, int] = {}
+        self.restored: list[int] = []
+        return super().connect(world, policy)
+
+    def setup_optimizer(self, optimizer: Optimizer, replaced: Mapping[torch.Tensor, torch.Tensor]) -> Optimizer:
+        """Count its steps."""
+        self.steps.setdefault(optimizer, self.restored.pop(0) if self.restored else 0)
+        return optimizer
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
+        """Step, and average where it is time."""
+        result = super().optimizer_step(optimizer, closure)
+        self.steps[optimizer] += 1
+        if self.steps[optimizer] % 3 == 0:
+            self.meet([one.detach() for group in optimizer.param_groups for one in group["params"]])
+        return result
+
+    def meet(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Average in place."""
+        for one in tensors:
+            mean = (one / self.world_size).contiguous()
+            dist.all_reduce(mean)
+            one.copy_(mean)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the counters."""
+        return {"steps": list(self.steps.values())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Count on; what is set up later, from then on."""
+        self.restored = list(state["steps"])
+        for optimizer in self.steps:
+            if self.restored:
+                self.steps[optimizer] = self.restored.pop(0)
+
+
+class Swapping(Parting):
+    """Gossip: pairs of ranks send each other their parameters after every step, and each goes to the middle."""
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
+        """Step, and meet."""
+        result = Strategy.optimizer_step(self, optimizer, closure)
+        if self.world_size > 1:
+            self.meet([one.detach() for group in optimizer.param_groups for one in group["params"]])
+        return result
+
+    def meet(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Send and receive."""
+        other = dist.get_rank() ^ 1
+        for one in tensors:
+            mine = one.contiguous()
+            theirs = torch.empty_like(mine)
+            sent = dist.isend(mine, other)
+            dist.recv(theirs, other)
+            if sent is not None:
+                sent.wait()
+            one.copy_((mine + theirs) / 2)
+
+
 class OwnGroup(Averaging):
     """Trains on a process group of its own, beside the default one."""
 

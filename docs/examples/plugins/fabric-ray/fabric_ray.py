@@ -1,5 +1,6 @@
 """The launcher ``ray``: the ranks are Ray's actors, on one machine or on a cluster."""
 
+import builtins
 import ctypes
 import json
 import os
@@ -7,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -64,7 +67,7 @@ class RayLauncher(Launcher):
                 instead=f"unset {_PLACE}; fabric.launch() sets it",
             ) from error
 
-    def setup_process(self, ranks: ProcessInfo) -> None:
+    def setup_process(self, info: ProcessInfo) -> None:
         """End a rank that is a command of its own when its actor ends, which is killed where another rank failed."""
         if sys.platform == "linux" and not _in_an_actor():
             set_parent_death_signal = 1
@@ -77,9 +80,9 @@ class RayLauncher(Launcher):
             RankFailedError: A rank failed; every rank has ended.
             LaunchError: The cluster has no room, or can't be reached.
         """
-        import ray
+        with _as_it_was(), ExitStack() as stack:
+            import ray
 
-        with ExitStack() as stack:
             if not ray.is_initialized():
                 address = self.options.address or os.environ.get("RAY_ADDRESS")
                 # A Ray of its own has room for the ranks: it counts cores, and ranks may share them.
@@ -209,6 +212,24 @@ class RayLauncher(Launcher):
                 rank=rank,
                 exit_code=128 - code if code < 0 else code,
             )
+
+
+@contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Undo what Ray changes in the process that starts it, which goes on after the ranks have ended."""
+    variables, path, hook, printing = dict(os.environ), sys.path[:], sys.excepthook, builtins.print
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {one: signal.getsignal(one) for one in signal.valid_signals()} if main else {}
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            for one, handler in handlers.items():
+                if handler is not None and signal.getsignal(one) is not handler:
+                    signal.signal(one, handler)
+            os.environ.clear()
+            os.environ.update(variables)
+            sys.path[:], sys.excepthook, builtins.print = path, hook, printing
 
 
 def _in_an_actor() -> bool:

@@ -4,6 +4,7 @@ from typing import Final
 
 from fabric_core.conformance.rule import Rule
 from fabric_core.conformance.rules.strategy import (
+    asynchronous,
     clipping,
     collectives,
     gradients,
@@ -31,6 +32,7 @@ _PARTS: Final = (
     life,
     sequences,
     scripts,
+    asynchronous,
 )
 
 TABLE: Final[tuple[Rule, ...]] = tuple(

@@ -21,6 +21,7 @@ from fabric_core.conformance.rules.strategy.measures import (
     loss_of,
     one_pass,
     set_up,
+    shard_of,
     train,
     whole,
 )
@@ -111,7 +112,7 @@ def _accumulates_apart(bench: Bench, case: Training) -> None:
     "Inside `no_backward_sync` gradients are not synchronized: each rank has its own, or keeps them until the end.",
     reason="Who declares it promises that nothing travels; a script counts on the time saved.",
     advice="leave gradients alone inside the context, or take no_backward_sync out of the capabilities",
-    needs=("no_backward_sync",),
+    needs=("no_backward_sync", "synchronous"),
     world_sizes=SEVERAL,
 )
 def _stays_apart(bench: Bench) -> None:
@@ -177,7 +178,7 @@ def _branches(place: Place) -> list[Weights | str]:
         model = cases.Branching()
         wrapped, stepper = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
         ways = _ways(sharded=fabric.strategy.capabilities.sharded)
-        shard = fabric.strategy.data_shard()
+        shard = shard_of(fabric)
         try:
             for right, batch in zip(ways, cases.batches(Training(), steps=len(ways)), strict=True):
                 x, y, mine = (part(one, shard).to(fabric.device) for one in (*batch, right))
@@ -268,7 +269,7 @@ def _needs_no_backward(bench: Bench) -> None:
     "Who declares requires_strategy_backward needs it: after a raw backward pass the gradients are not the mean.",
     reason="What works must be declared: a script's `loss.backward()` is refused because of it.",
     advice="take requires_strategy_backward out of the capabilities",
-    needs=("requires_strategy_backward",),
+    needs=("requires_strategy_backward", "synchronous"),
     world_sizes=ALWAYS,
 )
 def _requires_strategy_backward(bench: Bench) -> None:

@@ -9,7 +9,7 @@ from fabric_core.conformance import cases, zoo
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Weights, distance, part
 from fabric_core.conformance.rule import Broken, Table
-from fabric_core.conformance.rules.strategy.measures import ALWAYS, EXACT, SEVERAL, full, refused, whole
+from fabric_core.conformance.rules.strategy.measures import ALWAYS, EXACT, SEVERAL, full, refused, shard_of, whole
 
 TABLE: Final = Table("strategy", inside=False)
 
@@ -31,7 +31,7 @@ def _train(place: Place, names: tuple[str, ...]) -> dict[str, Weights | str]:
             model = zoo.make(name)
             try:
                 wrapped, stepper = fabric.setup(model, _optimizer(model))
-                shard = fabric.strategy.data_shard()
+                shard = shard_of(fabric)
                 for x in zoo.batches():
                     fabric.backward(zoo.loss(wrapped(part(x, shard).to(fabric.device))))
                     stepper.step()
@@ -82,7 +82,7 @@ def _follow(place: Place) -> tuple[dict[str, torch.Tensor], bool]:
     with place.fabric() as fabric:
         model = zoo.make("a running mean")
         wrapped = fabric.setup_module(model)
-        shard = fabric.strategy.data_shard()
+        shard = shard_of(fabric)
         for x in zoo.batches():
             wrapped(part(x, shard).to(fabric.device))
         state = {name: full(one) for name, one in fabric.strategy.module_state(model, True).items()}
@@ -102,7 +102,7 @@ def _buffers(bench: Bench) -> None:
     seen = bench.run(_follow)
     plain = zoo.make("a running mean")
     for x in zoo.batches():
-        plain(part(x, (0, bench.world_size)))
+        plain(part(x, (0, bench.world_size if bench.declared["synchronous"] else 1)))
     state, training = seen[0]
     off = distance({"mean": state["mean"]}, {"mean": cases.copied(plain)["mean"]}) if "mean" in state else float("inf")
     if not off <= EXACT or state["seen"] != plain.get_buffer("seen"):
@@ -116,7 +116,7 @@ def _left_out(place: Place) -> list[Weights]:
     with place.fabric() as fabric:
         model = cases.Branching()
         wrapped, stepper = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1))
-        shard = fabric.strategy.data_shard()
+        shard = shard_of(fabric)
         try:
             for index, (x, y) in enumerate(cases.batches(cases.Training(), steps=3)):
                 mine = (part(one, shard).to(fabric.device) for one in (x, torch.full((len(x),), index == 1), y))
@@ -201,7 +201,7 @@ def _half_reduced(place: Place) -> bool:
         model = cases.build(cases.Training(width=5), torch.float32)
         wrapped = fabric.setup_module(model)
         x, y = (one.to(fabric.device) for one in next(cases.batches(cases.Training(), torch.float32)))
-        shard = fabric.strategy.data_shard()
+        shard = shard_of(fabric)
         fabric.backward(nn.functional.mse_loss(wrapped(part(x, shard)), part(y, shard)))
         every = [full(one.grad) for one in model.parameters() if one.grad is not None]
         return bool(every) and all(torch.equal(one, one.bfloat16().float()) for one in every)

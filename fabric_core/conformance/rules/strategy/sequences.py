@@ -26,6 +26,7 @@ from fabric_core.conformance.rules.strategy.measures import (
     local,
     loss_of,
     set_up,
+    shard_of,
     train,
     whole,
 )
@@ -60,7 +61,7 @@ def _nest(place: Place) -> tuple[Weights, float]:
                 run(second)
             run(third)
             gathered = local(model)
-        shard = fabric.strategy.data_shard()
+        shard = shard_of(fabric)
         own = cases.build(case)
         for x, y in (first, second, third):
             (nn.functional.mse_loss(own(cases.part(x, shard)), cases.part(y, shard)) / 4).backward()
