@@ -44,7 +44,7 @@ class FourBitPrecision(Precision):
         return module
 
     def _converted(self, layer: nn.Linear) -> nn.Module:
-        import bitsandbytes as bnb  # slow to import, and needed here only  # type: ignore[import-not-found]
+        import bitsandbytes as bnb  # slow to import, and needed here only
 
         made: Any = bnb.nn.Linear4bit(
             layer.in_features,
