@@ -106,7 +106,7 @@ class ProcessGroup(Collectives):
         )
         self._made[dist.group.WORLD] = _Made(self._timeout, self)
         atexit.register(end_all_at_exit)
-        _wait_until_connected(store, world.world_size, self._timeout)
+        wait_until_connected(store, world.world_size, self._timeout)
 
     def _check(self, backend: str | None, timeout: timedelta | None, its_timeout: timedelta | None) -> None:
         """Refuse to join a group that is not what was asked for; nobody knows the timeout of one made elsewhere."""
@@ -237,7 +237,7 @@ class _Made:
         self.users = WeakSet([user])
 
 
-def _wait_until_connected(store: Store, world_size: int, timeout: timedelta) -> None:
+def wait_until_connected(store: Store, world_size: int, timeout: timedelta) -> None:
     """Wait until every rank has connected: PyTorch lets a rank go on while others still connect to it.
 
     If it left now, they would fail. Each rank does the same few operations, however many there are.

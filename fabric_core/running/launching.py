@@ -35,6 +35,8 @@ __all__ = [
 
 _LOOK: Final = 1.0
 """How often, in seconds, a waiting rank looks whether the others can still come."""
+_LOOKS: Final = 2_000
+"""How many looks a second the store gets from a large world whose ranks wait."""
 _SAY: Final = 30.0
 """After how many seconds a waiting rank says whom it waits for."""
 _NAMED: Final = 8
@@ -163,7 +165,7 @@ def agree(world: World, plan: Plan, launcher: Launcher, failures: Failures) -> N
     )
     if own == 0:
         store.set("plan", text)
-    store.set(f"came/{own}", "")
+    store.append("came", f"{own},")
     _wait(store, "plan", world, launcher)
     first = store.get("plan").decode()
     if first != text:
@@ -202,7 +204,7 @@ def _wait(store: Store, key: str, world: World, launcher: Launcher) -> None:
     # No wait of the store's own, which prints a warning each time that it was for nothing.
     while not store.check([key]):
         time.sleep(pause)
-        pause = min(2 * pause, 0.5)
+        pause = min(2 * pause, max(0.5, world.world_size / _LOOKS))
         now = time.monotonic()
         if now - looked > _LOOK:
             looked = now
@@ -212,7 +214,8 @@ def _wait(store: Store, key: str, world: World, launcher: Launcher) -> None:
         if not late and (said or waited < _SAY):
             continue
         said = True
-        missing = [rank for rank in range(world.world_size) if not store.check([f"came/{rank}"])]
+        came = set(map(int, store.get("came").decode().split(",")[:-1]))  # one question, however many ranks there are
+        missing = sorted(set(range(world.world_size)) - came)
         names = ", ".join(map(str, missing[:_NAMED])) + (", ..." if len(missing) > _NAMED else "")
         what = (
             f"rank {world.global_rank} has waited {waited:.0f} s for rank {names or '(none)'} to call fabric.launch()"
