@@ -103,8 +103,12 @@ class Lock:
     def write(self) -> None:
         """Write it to its path, whole or not at all."""
         aside = Path(f"{self.path}.new")
-        aside.write_text(_File(lock=1, distributions=[*self.distributions]).model_dump_json(indent=2) + "\n", "utf-8")
-        aside.replace(self.path)
+        text = _File(lock=1, distributions=[*self.distributions]).model_dump_json(indent=2)
+        try:
+            aside.write_text(f"{text}\n", "utf-8")
+            aside.replace(self.path)
+        finally:
+            aside.unlink(missing_ok=True)
 
     def refuse(self, offer: Offer) -> None:
         """Refuse an offer that isn't, file for file, what the lock has; imports nothing.

@@ -18,7 +18,7 @@ from fabric_core.choosing.registry import Registry
 from fabric_core.choosing.request import Request
 from fabric_core.cli._asking import Config, completer, find_registry, request_of
 from fabric_core.cli._output import AsJson, Exit, as_dict, print_json, print_table, print_text, progress
-from fabric_core.errors import FabricError
+from fabric_core.errors import FabricError, RequestError, UnknownPluginError
 
 __all__ = ["Cell", "make_matrix", "matrix", "plugin_texts", "try_cells"]
 
@@ -101,6 +101,8 @@ def matrix(
     as_json: AsJson = False,
 ) -> None:
     """Say which accelerator, strategy and precision work together here, and why others don't; starts nothing."""
+    if png is not None and not png.parent.is_dir():
+        raise RequestError("there is no folder for the picture", where="--png", got=str(png), instead="an existing one")
     base, variables = request_of(config, devices=devices, num_nodes=num_nodes)
     named = {"accelerator": accelerator, "strategy": strategy, "precision": precision, "wrapper": wrapper}
     cells = list(make_matrix(find_registry(), base, variables, named))
@@ -203,10 +205,19 @@ def _identity(offer: Offer) -> Any:
 
 
 def _missing(registry: Registry, kind: str, text: str) -> list[str]:
-    """Give the options without a default that a text leaves out."""
+    """Give the options without a default that a text leaves out.
+
+    Raises:
+        RequestError: The text can't be parsed.
+        UnknownPluginError: Nobody offers that name.
+    """
     try:
         ref = parse_plugin(text, kind)
+        if ref.is_auto:
+            return []
         preset = registry.find(kind, ref.name, ref.distribution).load()
+    except (RequestError, UnknownPluginError):
+        raise
     except FabricError:
         return []  # the resolve says what is wrong
     given = {**preset.options, **ref.options}

@@ -58,4 +58,4 @@ def draw(cells: "Sequence[Cell]", path: Path) -> None:
     figure.legend(
         handles=[Patch(color=_COLOURS[name], label=name) for name in used], loc="outside lower center", ncols=5
     )
-    figure.savefig(path, dpi=150, format=path.suffix.removeprefix(".") or "png")
+    figure.savefig(path, dpi=150, format="png")

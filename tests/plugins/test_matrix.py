@@ -187,6 +187,12 @@ def test_the_picture_is_one(fabric: Any, tmp_path: Path) -> None:
     assert path.stat().st_size > 5000
 
 
+def test_a_name_that_nobody_offers_is_a_mistake(fabric: Any) -> None:
+    """And no cell that is refused."""
+    code, out = fabric("--strategy", "dpp", "--json")
+    assert (code, json.loads(out)["error"]["type"]) == (2, "UnknownPluginError")
+
+
 def test_a_configuration_file_gives_the_rest(fabric: Any, tmp_path: Path) -> None:
     """Such as the number of devices."""
     path = tmp_path / "run.toml"
