@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from fabric_core.collectives import Collectives
 from fabric_core.contracts import Logger, PluginOptions
 
-__all__ = ["AppendedFile", "FolderLogger", "FolderOptions", "finite", "plain", "shown_as"]
+__all__ = ["AppendedFile", "FolderLogger", "FolderOptions", "RowLogger", "finite", "plain", "shown_as"]
 
 _HYPERPARAMETERS: Final = "hparams.json"
 
@@ -154,6 +155,68 @@ class FolderLogger(Logger):
         """Flush what was written to the disk."""
 
 
+class RowOptions(FolderOptions):
+    """The options of loggers that write a row a call."""
+
+    flush_logs_every_n_steps: int = Field(default=100, ge=1)
+    """After how many rows they are brought to the disk. Each row is handed to the system at once all the same."""
+
+
+class RowLogger(FolderLogger):
+    """Writes a row a call into a file of its folder.
+
+    Args:
+        root_dir: The folder of all runs.
+        name: The folder of this experiment, in ``root_dir``; empty for none.
+        version: The folder of this run; ``None`` is the next ``version_N``. One that is there is continued.
+        prefix: Goes before every metric's name, with a dash.
+        flush_logs_every_n_steps: After how many rows they are brought to the disk.
+    """
+
+    Options = RowOptions
+    options: RowOptions
+
+    def __init__(
+        self,
+        root_dir: PluginOptions | str | Path = ".",
+        name: str | None = "lightning_logs",
+        version: int | str | None = None,
+        prefix: str = "",
+        flush_logs_every_n_steps: int = 100,
+    ) -> None:
+        if isinstance(root_dir, PluginOptions):
+            super().__init__(root_dir)
+        else:
+            super().__init__(
+                root_dir=str(root_dir),
+                name=name or "",
+                version=version,
+                prefix=prefix,
+                flush_logs_every_n_steps=flush_logs_every_n_steps,
+            )
+        self._rows: Any = None
+
+    @abstractmethod
+    def _open(self, folder: Path, sync_every: int) -> Any:
+        """Open the file; gives an object with the methods ``save`` and ``close``."""
+
+    def _writer(self) -> Any:
+        if self._rows is None:
+            self._rows = self._open(Path(self.log_dir), self.options.flush_logs_every_n_steps)
+        return self._rows
+
+    def save(self) -> None:
+        """Write every row to the disk."""
+        if self._rows is not None:
+            self._rows.save()
+
+    def finalize(self, status: str) -> None:
+        """Write every row to the disk, and close the file."""
+        if self._rows is not None:
+            self._rows.close()
+            self._rows = None
+
+
 class Silent:
     """Takes every call and does nothing."""
 
@@ -234,14 +297,14 @@ class AppendedFile:
         self._file.write(line.encode() + b"\n")
         self._unsynced += 1
         if self._unsynced >= self._sync_every:
-            self.sync()
+            self.save()
 
-    def sync(self) -> None:
+    def save(self) -> None:
         """Write every line to the disk."""
         os.fsync(self._file.fileno())
         self._unsynced = 0
 
     def close(self) -> None:
         """Close the file."""
-        self.sync()
+        self.save()
         self._file.close()

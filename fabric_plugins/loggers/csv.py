@@ -11,24 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import Field
+from fabric_plugins.loggers._folder import AppendedFile, RowLogger
 
-from fabric_core.contracts import PluginOptions
-from fabric_plugins.loggers._folder import AppendedFile, FolderLogger, FolderOptions
-
-__all__ = ["CSVLogger", "CSVOptions"]
+__all__ = ["CSVLogger"]
 
 _STEP: Final = "step"
 
 
-class CSVOptions(FolderOptions):
-    """The options of the logger ``csv``."""
-
-    flush_logs_every_n_steps: int = Field(default=100, ge=1)
-    """After how many rows they are brought to the disk. Each row is handed to the system at once all the same."""
-
-
-class CSVLogger(FolderLogger):
+class CSVLogger(RowLogger):
     """Writes metrics into ``metrics.csv``, a row a call, and settings into ``hparams.json``.
 
     Args:
@@ -39,47 +29,11 @@ class CSVLogger(FolderLogger):
         flush_logs_every_n_steps: After how many rows they are brought to the disk.
     """
 
-    Options = CSVOptions
-    options: CSVOptions
-
-    def __init__(
-        self,
-        root_dir: PluginOptions | str | Path = ".",
-        name: str | None = "lightning_logs",
-        version: int | str | None = None,
-        prefix: str = "",
-        flush_logs_every_n_steps: int = 100,
-    ) -> None:
-        if isinstance(root_dir, PluginOptions):
-            super().__init__(root_dir)
-        else:
-            super().__init__(
-                root_dir=str(root_dir),
-                name=name or "",
-                version=version,
-                prefix=prefix,
-                flush_logs_every_n_steps=flush_logs_every_n_steps,
-            )
-        self._rows: Rows | None = None
-
-    def _writer(self) -> "Rows":
-        if self._rows is None:
-            self._rows = Rows(Path(self.log_dir), self.options.flush_logs_every_n_steps)
-        return self._rows
+    def _open(self, folder: Path, sync_every: int) -> "Rows":
+        return Rows(folder, sync_every)
 
     def _write(self, metrics: Mapping[str, Any], step: int) -> None:
         self._writer().log_metrics(metrics, step)
-
-    def save(self) -> None:
-        """Write every row to the disk, in one file."""
-        if self._rows is not None:
-            self._rows.save()
-
-    def finalize(self, status: str) -> None:
-        """Write every row to the disk, in one file, and close it."""
-        if self._rows is not None:
-            self._rows.close()
-            self._rows = None
 
 
 class Rows:
@@ -126,7 +80,7 @@ class Rows:
     def save(self) -> None:
         """Write every row to the disk, in one file."""
         if self._file is not None:
-            self._file.sync()
+            self._file.save()
         self._join()
 
     def close(self) -> None:
