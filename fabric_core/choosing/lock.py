@@ -204,7 +204,11 @@ def _look(name: str, values: Iterable[str]) -> _Look:
     except (PackageNotFoundError, ValueError):
         return _Look("(not installed)")
     look = _Look(found.version)
-    vouched = _read_record(found, look)
+    try:
+        vouched = _read_record(found, look)
+    except (csv.Error, ValueError) as error:  # bytes that are no text, and null bytes in a path, are ValueErrors
+        look.wrong.append(f"its RECORD is damaged: {error}")
+        return look
     modules = {value.partition(":")[0].strip() for value in values}
     tops = {*(found.read_text("top_level.txt") or "").split(), *(module.partition(".")[0] for module in modules)}
     for file, shown in _importable(modules, tops):
@@ -268,6 +272,8 @@ def _below(folder: str) -> Iterator[str]:
 def _specs(module: str) -> Iterator[tuple[str, ModuleSpec]]:
     """Find a module and the packages that it lies in, as an import would, but run none of them."""
     parts, path = module.split("."), None
+    if not all(part.isidentifier() for part in parts):
+        return
     for count in range(1, len(parts) + 1):
         name = ".".join(parts[:count])
         spec = next(filter(None, (finder.find_spec(name, path) for finder in sys.meta_path)), None)

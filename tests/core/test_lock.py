@@ -135,6 +135,24 @@ def test_any_lock_comes_back_or_has_a_distribution_twice(tmp_path: Path, locked:
         lock.refuse(OFFER)
 
 
+_ROWS = st.lists(
+    st.tuples(_TEXT | st.sampled_from(["acme_thing.py", ".", "/", "a\0b", "../x"]), _TEXT, _TEXT), max_size=3
+).map(lambda rows: "\n".join(map(",".join, rows)).encode(errors="surrogatepass"))
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(record=_ROWS | st.binary(max_size=40), value=_TEXT | st.sampled_from([":", ".", "acme_thing:Acme", "a..b:c"]))
+def test_no_record_makes_locking_fail_in_another_way(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, record: bytes, value: str
+) -> None:
+    """Whatever an installer, or somebody else, wrote there: a lock, or a ``LockError``."""
+    folder = _install(tmp_path_factory.mktemp("site"))
+    (folder / "acme_thing-1.0.dist-info" / "RECORD").write_bytes(record)
+    with monkeypatch.context() as patched, suppress(LockError):
+        patched.syspath_prepend(folder)
+        lock_offers("fabric.lock", [Offer("wrapper", "acme", "acme-thing", "1.0", value)]).refuse(OFFER)
+
+
 @pytest.mark.parametrize(("given", "error"), [(3, RequestError), (b"lock", RequestError), ("absent.lock", LockError),
                                               ("null\0byte", LockError)])  # fmt: skip
 def test_what_is_no_lock_file_is_refused(given: Any, error: type[Exception]) -> None:
