@@ -1,6 +1,6 @@
 """Small right strategies: alone, averaging, through a route, sharding."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -160,7 +160,40 @@ class Sharding(Averaging):
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.detach(), 0)
         fully_shard(module, mesh=init_device_mesh(self.world.device.type, (self.world.world_size,)))
+        self._modules = (*self._modules, module)
         return module
+
+    def kept_apart(self, parameters: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Gather whole parameters, and give those whose gradients were not reduced into the shards that are named."""
+        named = {id(one) for one in parameters}
+        for module in self._modules:
+            sharded: Any = module
+            sharded.reshard()
+            shards = list(module.parameters())
+            sharded.unshard()
+            for shard, one in zip(shards, list(module.parameters()), strict=True):
+                if id(shard) in named and one is not shard and one.grad is not None:
+                    yield one
+            sharded.reshard()
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
+        """Step, unless gradients were not reduced."""
+        held = [one for group in optimizer.param_groups for one in group["params"]]
+
+        def check(result: Any = None) -> Any:
+            if list(self.kept_apart(held)):
+                raise MisuseError("the gradients are not synchronized")
+            return result
+
+        if closure is None:
+            check()
+            return super().optimizer_step(optimizer, None)
+        return super().optimizer_step(optimizer, lambda: check(closure()))
+
+    def gradients_cleared(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Clear what was not reduced too."""
+        for one in self.kept_apart(parameters):
+            one.grad = None
 
     def backward(self, loss: torch.Tensor, module: nn.Module | None, arguments: Mapping[str, Any]) -> None:
         """Run the backward pass, which synchronizes by itself; it knows no shards by name."""

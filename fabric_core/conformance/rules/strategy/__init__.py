@@ -16,6 +16,7 @@ from fabric_core.conformance.rules.strategy import (
     sequences,
     state,
     types,
+    unsynchronized,
 )
 
 __all__ = ["TABLE"]
@@ -33,6 +34,7 @@ _PARTS: Final = (
     sequences,
     scripts,
     asynchronous,
+    unsynchronized,
 )
 
 TABLE: Final[tuple[Rule, ...]] = tuple(

@@ -1,6 +1,6 @@
 """Wrong plugins for the rules of the kit's second edition."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +11,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_core.collectives import Collectives, ProcessGroup
-from fabric_core.conformance.references import Averaging, Full, OneFile, Remembering, Scaled, Surroundings
+from fabric_core.conformance.references import (
+    Averaging,
+    Full,
+    OneFile,
+    Remembering,
+    Routed,
+    Scaled,
+    Sharding,
+    Surroundings,
+)
 from fabric_core.contracts import PrecisionPolicy, ProcessInfo, World
 from proof.mutants import Mutants
 
@@ -74,6 +83,74 @@ class Sweeping(Averaging):
     ) -> torch.Tensor:
         every = [parameter for module in self._modules for parameter in module.parameters()]
         return super().clip_grad_norm(every, max_norm, norm_type, error_if_nonfinite)
+
+
+# Steps on gradients that each rank has of its own
+
+
+class _Sink(nn.Module):
+    """Says that something passed where a gradient comes back through what it gave."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.passed = False
+        self.averaged = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.module(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and result.requires_grad:
+            result.register_hook(self.mark)
+        return result
+
+    def mark(self, _gradient: torch.Tensor) -> None:
+        self.passed = True
+
+
+@mutant("averages what comes back through its outputs, and says that it averaged the rest too", "STR-368")
+class Claiming(Routed):
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        super().setup_module(module)
+        sink = _Sink(module)
+        self._modules = (*self._modules[:-1], sink)
+        return sink
+
+    def averages(self, module: nn.Module) -> bool:
+        sink: Any = module
+        passed, sink.passed = sink.passed, False
+        return passed and Averaging.averages(self, module)
+
+    def gradients_averaged(self, module: nn.Module, complete: bool) -> bool:
+        return True
+
+
+@mutant("steps on shards whatever was reduced", "STR-366", "STR-368", "STR-369", "STR-383")
+class Trusting(Sharding):
+    def kept_apart(self, parameters: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        return iter(())
+
+
+@mutant("doesn't look again after a closure", "STR-366")
+class Glancing(Sharding):
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
+        step = super().optimizer_step if closure is None else Averaging.optimizer_step.__get__(self)
+        return step(optimizer, closure)
+
+
+@mutant("looks at the model alone that was set up last", "STR-369")
+class Narrow(Sharding):
+    def kept_apart(self, parameters: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        every, self._modules = self._modules, self._modules[-1:]
+        try:
+            yield from super().kept_apart(parameters)
+        finally:
+            self._modules = every
+
+
+@mutant("adds gradients that were cleared to the next", "STR-383")
+class Keeping(Sharding):
+    def gradients_cleared(self, parameters: Sequence[torch.Tensor]) -> None:
+        pass
 
 
 # Precisions
