@@ -62,6 +62,11 @@ mutants: $(INSTALLED) ## Prove the conformance kit: every mutant by every rule
 faults: $(INSTALLED) ## Let ranks fail in every way, at every place, under every way of starting
 	$(BIN)/python -m pytest -m faults tests/distributed/test_faults.py tests/clusters
 
+.PHONY: silence
+silence: $(INSTALLED) ## Run every way round Fabric under every strategy, and resume runs that are killed
+	FABRIC_RESUME_RUNS=30 $(BIN)/python -m pytest -m silence \
+		tests/distributed/test_no_silent_wrong_training.py tests/distributed/test_resume_exactly.py
+
 .PHONY: authors
 authors: $(INSTALLED) ## Build, install and check the packages that authors start from and copy
 	$(BIN)/python -m pytest -m authors tests/thirdparty

@@ -19,6 +19,8 @@ __all__ = [
     "compile_like",
     "compiler",
     "global_hooks",
+    "has_hooks",
+    "in_backward",
     "loading_hooks",
     "original_of",
     "print_options",
@@ -52,6 +54,16 @@ def after_backward(function: Callable[[], None]) -> None:
     """
     queue = torch.autograd.Variable._execution_engine.queue_callback  # noqa: SLF001
     queue(lambda: queue(function))
+
+
+def in_backward() -> bool:
+    """Say whether this thread computes a backward pass, as in a hook; a public question would replace it."""
+    return torch._C._current_graph_task_id() != -1  # noqa: SLF001
+
+
+def has_hooks(parameter: torch.Tensor) -> bool:
+    """Say whether hooks are registered on a parameter's gradient; a public list of them would replace it."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)  # noqa: SLF001
 
 
 def backward_state() -> Any:

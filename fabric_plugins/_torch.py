@@ -18,6 +18,7 @@ __all__ = [
     "clear_groups",
     "clear_unsynchronized",
     "end_finished_ranks",
+    "expect_static_reduction",
     "found_inf",
     "growth_tracker",
     "initializers",
@@ -35,16 +36,25 @@ __all__ = [
 
 
 def reduction_finished(reducer: Any) -> bool:
-    """Say whether a reducer of DDP that looks for unused parameters has averaged what it waited for.
+    """Say whether DDP's reducer averaged what it waited for, if it looks for unused parameters or the graph is static.
 
-    Such a one has nothing to rebuild; asked to, it only makes sure that its last reduction came to an end. A public way
-    to ask for that would replace it.
+    Asked to rebuild its buckets, it makes sure first that its last reduction came to an end. One that looks for unused
+    parameters has nothing to rebuild; one of a static graph does so once, as it would in its next forward pass. A
+    public way to ask for the end would replace it.
     """
     try:
         reducer._rebuild_buckets()  # noqa: SLF001
     except RuntimeError:
         return False
     return True
+
+
+def expect_static_reduction(replicated: Any) -> None:
+    """Let a copy of a DDP with a static graph set off its first reduction; it has a reducer of its own.
+
+    PyTorch copies that the original's was set off, and so never reduces. It would be replaced by a copy that works.
+    """
+    replicated._static_graph_delay_allreduce_enqueued = False  # noqa: SLF001
 
 
 def _parameters(unit: Any) -> Iterator[Any]:

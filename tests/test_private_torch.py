@@ -4,6 +4,7 @@ A test here that fails with a new release names the function that used the part,
 """
 
 import ast
+import copy
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -82,6 +83,26 @@ def _run_backward() -> None:
     assert y.grad == torch.tensor(2.0)
 
 
+def _in_backward() -> None:
+    seen: list[bool] = []
+    x = torch.ones(1, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda _: seen.append(core.in_backward()))
+    torch.autograd.backward(y)
+    assert seen == [True]
+    assert not core.in_backward()
+
+
+def _has_hooks() -> None:
+    one = nn.Parameter(torch.ones(1))
+    assert not core.has_hooks(one)
+    for register in (one.register_hook, one.register_post_accumulate_grad_hook):
+        handle = register(print)
+        assert core.has_hooks(one)
+        handle.remove()
+        assert not core.has_hooks(one)
+
+
 def _loading_hooks() -> None:
     module = nn.Linear(1, 1)
     module.register_load_state_dict_pre_hook(print)
@@ -154,6 +175,20 @@ def _finished() -> None:
         (pid,) = context.pids().values()
         assert os.waitpid(pid, 0) == (pid, 0)
         context.close()
+
+
+def _static_reducers() -> None:
+    with process_group():
+        original = DistributedDataParallel(nn.Linear(1, 1), static_graph=True)
+        torch.autograd.backward(original(torch.ones(1, 1)).sum())
+        copied = copy.deepcopy(original)
+        assert copied._static_graph_delay_allreduce_enqueued, "PyTorch's copies reduce now: nothing is to be done"
+        plugins.expect_static_reduction(copied)
+        torch.autograd.backward(copied(torch.ones(1, 1)).sum())
+        assert copied._static_graph_delay_allreduce_enqueued
+        for one in (original, copied):
+            assert plugins.reduction_finished(one.reducer)
+            plugins.leave_reducer(one)
 
 
 def _units() -> None:
@@ -275,9 +310,12 @@ PROBES: dict[str, Callable[[], None]] = {
     "compile_like": _compiled,
     "compiler": _compiler,
     "end_finished_ranks": _finished,
+    "expect_static_reduction": _static_reducers,
     "found_inf": _loss_scaling,
     "global_hooks": _global_hooks,
     "growth_tracker": _growth,
+    "has_hooks": _has_hooks,
+    "in_backward": _in_backward,
     "initializers": _initializers,
     "iterations_since_change": _growth,
     "leave_reducer": _reducers,

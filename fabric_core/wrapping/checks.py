@@ -1,6 +1,6 @@
 """What can't be set up, and why."""
 
-from collections.abc import Container, Iterable, Mapping, Sized
+from collections.abc import Container, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from fabric_core.wrapping.unwrap import is_wrapped
 __all__ = [
     "check_counts",
     "check_given",
+    "check_hooks",
     "check_loader",
     "check_model",
     "check_optimizer",
@@ -75,6 +76,24 @@ def check_model(module: Any, set_up: Container[Any], *, move: bool, placed_later
             where=_WHERE,
             got=shown,
             instead="make the model without the meta device, or call model.to_empty(device=...) and load its state",
+        )
+
+
+def check_hooks(names: Sequence[str]) -> None:
+    """Refuse that hooks on the gradients of parameters get lost.
+
+    Args:
+        names: Parameters with hooks that the strategy replaced.
+
+    Raises:
+        SetupError: There are such.
+    """
+    if names:
+        raise SetupError(
+            "the strategy replaces parameters that have hooks, which would never be called",
+            where=_WHERE,
+            got=", ".join(names),
+            instead="register hooks after fabric.setup, on the parameters that the model has then",
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_core._torch import after_backward
+from fabric_core._torch import after_backward, in_backward
 from fabric_core.contracts import Strategy
 from fabric_core.errors import MisuseError
 from fabric_core.wrapping.backward_guard import running_pass
@@ -39,6 +39,7 @@ class GradientSync:
         self.noted: WeakSet[ModelSync] = WeakSet()
         """The models of which something may be noted."""
         self._models: WeakSet[ModelSync] = WeakSet()
+        self._ended: WeakSet[ModelSync] = WeakSet()
         self._made: WeakSet[nn.Module] = WeakSet()
 
     def made(self, inner: nn.Module) -> None:
@@ -74,7 +75,15 @@ class GradientSync:
         Raises:
             MisuseError: The optimizer holds such gradients.
         """
-        if self.noted:
+        if in_backward():
+            held = held_by(optimizer)
+            for model in list(self._models):
+                model.check_early(optimizer, held)
+        elif self._ended:
+            held = held_by(optimizer)
+            for model in list(self._ended):
+                model.check_late(optimizer, held)
+        elif self.noted:
             held = held_by(optimizer)
             for model in list(self.noted):
                 model.check(optimizer, held)
@@ -93,6 +102,7 @@ class GradientSync:
         """Watch no more."""
         for model in list(self._models):
             model.close()
+        self._ended.update(self._models)
 
 
 class ModelSync(Notes):
@@ -215,9 +225,14 @@ class ModelSync(Notes):
             self._reached.clear()
         else:
             self.clear()
+            if sync.noted:
+                own = {id(one) for _, one in self.living()}
+                for other in list(sync.noted):
+                    other.forget(own)  # what models share was averaged for all of them
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything, also that a pass runs: one that failed is over."""
+        self._idle = True
         self._reached.clear()
         self.noted.clear()
         self._sync.noted.discard(self)
@@ -229,7 +244,41 @@ class ModelSync(Notes):
         self._reached &= self.noted
         self.noted -= self._reached
         if not self.noted and not self._reached:
-            self._sync.noted.discard(self)
+            self.clear()
+
+    def check_early(self, optimizer: Optimizer, held: set[int]) -> None:
+        """Refuse a step inside a backward pass, which is averaged at its end at the earliest.
+
+        Raises:
+            MisuseError: The optimizer holds parameters that have gradients.
+        """
+        self._refuse(
+            optimizer,
+            held,
+            "a step inside a backward pass comes before the gradients are averaged over the ranks",
+            got="optimizer.step() in a hook",
+            instead="optimizer.step() after fabric.backward(loss)",
+        )
+
+    def check_late(self, optimizer: Optimizer, held: set[int]) -> None:
+        """Refuse a step after the end of what averaged.
+
+        Raises:
+            MisuseError: The optimizer holds parameters that have gradients.
+        """
+        self._refuse(
+            optimizer,
+            held,
+            "there is nobody any more to average gradients with",
+            got="optimizer.step() after fabric.teardown()",
+            instead="train before the teardown, or set the model up again",
+        )
+
+    def _refuse(self, optimizer: Optimizer, held: set[int], why: str, *, got: str, instead: str) -> None:
+        found = [index for index, one in self.living() if id(one) in held and one.grad is not None]
+        if found:
+            where = f"{type(optimizer).__name__}.step, on gradients of {self._kind}: {self.shown(found)}"
+            raise MisuseError(why, where=where, got=got, instead=instead)
 
     def check(self, optimizer: Optimizer, held: set[int]) -> None:
         """Refuse an optimizer that holds what is noted.

@@ -1,13 +1,13 @@
 """What is noted of a module's parameters, one by one, without keeping any of them alive."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from weakref import ref
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["Notes", "held_by"]
+__all__ = ["Notes", "held_by", "shown", "trainable"]
 
 _SHOWN = 4
 """How many names a message shows."""
@@ -37,6 +37,13 @@ class Notes:
                 found.append(index)
         return found
 
+    def living(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Give the parameters that are still there, each with its index."""
+        for index, reference in enumerate(self._references):
+            parameter = reference()
+            if parameter is not None:
+                yield index, parameter
+
     def forget(self, held: set[int]) -> None:
         """Forget what is noted of the parameters that an optimizer holds."""
         references = self._references
@@ -46,8 +53,12 @@ class Notes:
 
     def shown(self, indices: Iterable[int]) -> str:
         """Name parameters, for a message."""
-        names = [self.names[index] for index in indices]
-        return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        return shown([self.names[index] for index in indices])
+
+
+def shown(names: Sequence[str]) -> str:
+    """Show the first of some names, for a message."""
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def held_by(optimizer: Optimizer) -> set[int]:

@@ -1,7 +1,7 @@
 """Setting up: models, optimizers and loaders pass through precision, device, wrappers and strategy, and are wrapped."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary, finalize
@@ -11,13 +11,16 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fabric_core._torch import has_hooks
 from fabric_core.collectives import World
 from fabric_core.contracts import Precision, Strategy, Wrapper
 from fabric_core.errors import MisuseTypeError, SetupError
+from fabric_core.wrapping.added import Added
 from fabric_core.wrapping.backward_guard import BackwardPass, backward_guard
 from fabric_core.wrapping.checks import (
     check_counts,
     check_given,
+    check_hooks,
     check_loader,
     check_model,
     check_optimizer,
@@ -76,7 +79,9 @@ class Setup:
         scaled = self._guard if precision.policy.loss_scaling else None
         needed = self._sync is not None or scaled is not None or sharded is not None
         cleared = None if sharded is None else strategy.gradients_cleared
-        self._steps = StepGuard(self._sync, scaled, sharded, cleared) if needed else None
+        divides = self._sync is not None or (sharded is not None and world_size > 1)
+        self._added = Added() if divides else None
+        self._steps = StepGuard(self._sync, scaled, sharded, self._added, cleared) if needed else None
 
     @property
     def models(self) -> list[FabricModule]:
@@ -113,12 +118,7 @@ class Setup:
         called = self._finished(inner)
         if given is not module and uncompiled(given) is not given:
             called = compile_again(given, called)
-        after = dict(module.named_parameters(remove_duplicate=False))
-        replaced = {old: after[name] for name, old in before.items() if after[name] is not old}
-        self._replaced.update(replaced)
-        for optimizer in self._optimizers:
-            # One that was set up before its model holds parameters that are trained no more.
-            self._strategy.setup_optimizer(optimizer, self._replaced)
+        replaced = self._replaced_in(module, before)
         wrapped = FabricModule(
             module,
             called,
@@ -136,6 +136,24 @@ class Setup:
         if not declared.joint_setup:
             ready = [self._strategy.setup_optimizer(optimizer, self._replaced) for optimizer in optimizers]
         return wrapped, [self._wrapped(one, made) for one, made in zip(optimizers, ready, strict=True)]
+
+    def _replaced_in(self, module: nn.Module, before: Mapping[str, torch.Tensor]) -> dict[torch.Tensor, torch.Tensor]:
+        """Give what the strategy put in the place of a model's parameters, also to the optimizers that are known.
+
+        Raises:
+            SetupError: Hooks on parameters would get lost.
+        """
+        after = dict(module.named_parameters(remove_duplicate=False))
+        names = [name for name, old in before.items() if after[name] is not old]
+        check_hooks([name for name in names if has_hooks(before[name])])
+        replaced: dict[torch.Tensor, torch.Tensor] = {before[name]: after[name] for name in names}
+        self._replaced.update(replaced)
+        for optimizer in self._optimizers:
+            # One that was set up before its model holds parameters that are trained no more.
+            self._strategy.setup_optimizer(optimizer, self._replaced)
+        if self._added is not None:
+            self._added.know(module)
+        return replaced
 
     def _prepared(self, module: nn.Module, device: torch.device | None) -> nn.Module:
         """Convert and move a module, and let wrappers transform it, before the strategy has it."""

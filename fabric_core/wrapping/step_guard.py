@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fabric_core.errors import MisuseError
+from fabric_core.wrapping.added import Added
 from fabric_core.wrapping.backward_guard import BackwardGuard
 from fabric_core.wrapping.gradient_sync import GradientSync
 from fabric_core.wrapping.notes import held_by
@@ -28,6 +29,7 @@ class StepGuard:
         sync: Knows which gradients were not averaged.
         backward: Knows which gradients are scaled.
         sharded: What was set up, where the strategy must prepare each step on its shards.
+        added: Knows what was put into models after setup, where a strategy averages or shards what was there.
         cleared: Told of the parameters whose gradients were cleared, where the strategy shards.
     """
 
@@ -36,11 +38,13 @@ class StepGuard:
         sync: GradientSync | None,
         backward: BackwardGuard | None,
         sharded: Iterable[Any] | None,
+        added: Added | None,
         cleared: Callable[[list[torch.Tensor]], None] | None,
     ) -> None:
         self._sync = sync
         self._backward = backward
         self._sharded = sharded
+        self._added = added
         self._cleared = cleared
         self._stepping = threading.local()
         self._handle: Any = None
@@ -74,6 +78,8 @@ class StepGuard:
         stepping = self._stepping
 
         def checked(closure: Closure | None) -> Any:
+            if self._added is not None:
+                self._added.check(optimizer)
             if closure is not None:
                 closure = self._closure(closure, optimizer)
             elif self._sync is not None:
@@ -145,6 +151,8 @@ class StepGuard:
             there = [name for name, one in known if id(one) in held]
             if there:
                 raise _direct(optimizer, "the strategy prepares the shards for each step", ", ".join(there[:4]))
+        if self._added is not None:
+            self._added.check(optimizer)
         if self._sync is not None:
             self._sync.check(optimizer)
 

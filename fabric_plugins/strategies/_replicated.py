@@ -4,11 +4,16 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fabric_core.errors import MisuseError
-from fabric_plugins._torch import leave_reducer, reduction_finished
+from fabric_plugins._torch import (
+    expect_static_reduction,
+    leave_reducer,
+    reduction_finished,
+)
 
 __all__ = ["Frozen", "Known", "Replicated"]
 
@@ -29,6 +34,8 @@ class Replicated(DistributedDataParallel):
     known: Known
     frozen: tuple[nn.Parameter, ...]
     left: bool = False
+    reduced: bool = False
+    """Whether the first reduction of a static graph was seen to have reached all ranks."""
 
     def know(self, known: Known) -> None:
         """Be known from now on."""
@@ -43,9 +50,12 @@ class Replicated(DistributedDataParallel):
 
     def averaged(self, complete: bool) -> bool:
         """Say whether the last reduction that was prepared came to its end."""
-        if complete or self.static_graph:
-            return True
-        return self.find_unused_parameters and reduction_finished(self.reducer)
+        if self.static_graph:
+            # PyTorch makes the first reduction where a gradient first comes back through an output, whatever pass that
+            # is of, and none where it doesn't.
+            self.reduced = self.reduced or _alike(self.module, self.process_group)
+            return self.reduced and reduction_finished(self.reducer)
+        return complete or (self.find_unused_parameters and reduction_finished(self.reducer))
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the module, and prepare for averaging in ``backward``.
@@ -66,7 +76,22 @@ class Replicated(DistributedDataParallel):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.reduced = False
+        expect_static_reduction(self)
         self.known.add(self)
+
+
+def _alike(module: nn.Module, group: Any) -> bool:
+    """Say whether all ranks have the same gradients; asked once for each model."""
+    gradients = [parameter.grad.detach() for parameter in module.parameters() if parameter.grad is not None]
+    if not gradients:
+        return False
+    dense = [one.to_dense() if one.is_sparse else one for one in gradients]
+    real = [torch.view_as_real(one) if one.is_complex() else one for one in dense]
+    sums = torch.stack([torch.stack([one.float().sum(), one.float().abs().sum()]) for one in real]).sum(0)
+    bounds = torch.cat([sums, -sums])  # their maxima over the ranks are equal where the sums are
+    dist.all_reduce(bounds, dist.ReduceOp.MAX, group=group)
+    return bool(bounds.isnan().any() or torch.equal(bounds[:2], -bounds[2:]))
 
 
 class Frozen(nn.Module):
