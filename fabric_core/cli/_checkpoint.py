@@ -12,8 +12,9 @@ from rich.console import Console
 from fabric_core.cli._asking import find_registry
 from fabric_core.cli._output import AsJson, Exit, print_json, progress
 from fabric_core.contracts import ABOUT, Checkpoint, walk_tensors
-from fabric_core.errors import CheckpointError, NoCheckpointError
+from fabric_core.errors import CheckpointError
 from fabric_core.running.paths import as_path, is_url
+from fabric_core.running.recognising import recognise
 
 __all__ = ["checkpoint"]
 
@@ -144,12 +145,7 @@ def _formats() -> list[tuple[str, Checkpoint]]:
 
 def _found(path: str) -> tuple[str, Checkpoint, Any]:
     where = as_path(path)
-    for name, one in _formats():
-        if (one.capabilities.remote or not is_url(where)) and one.recognises(where):
-            return name, one, where
-    if isinstance(where, Path) and where.exists():
-        raise CheckpointError("no installed format recognises the checkpoint", where=path)
-    raise NoCheckpointError("there is no checkpoint", where=path)
+    return *recognise(where, _formats()), where
 
 
 def _watched(found: Checkpoint, where: Any, what: str) -> Iterator[tuple[tuple[Any, ...], Any]]:

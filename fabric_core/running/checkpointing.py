@@ -12,11 +12,12 @@ import torch
 
 from fabric_core.collectives import Collectives
 from fabric_core.contracts import ABOUT, Agreement, Checkpoint, Precision, Strategy, Wrapper
-from fabric_core.errors import CheckpointError, CheckpointTypeError, CheckpointValueError, NoCheckpointError
+from fabric_core.errors import CheckpointError, CheckpointTypeError, CheckpointValueError
 from fabric_core.running.asynchronous import Background, SaveHandle
 from fabric_core.running.collecting import collect
 from fabric_core.running.fits import check_fits
 from fabric_core.running.paths import as_path, is_url
+from fabric_core.running.recognising import recognise
 from fabric_core.running.restoring import Undo, in_place, restore, restore_modules, template
 from fabric_core.running.retention import check_keep, latest, prune
 from fabric_core.running.state import Part, named, parts_of
@@ -227,7 +228,7 @@ class Checkpointing:
         self._background.collect(agree, wait=True)
         formats = [one for _, one in self._formats]
         where = agree.on_zero(lambda: latest(as_path(path), formats), where=path)
-        checkpoint = agree.each(lambda: self._recognised(where), where=path)
+        checkpoint = agree.each(lambda: recognise(where, self._formats)[1], where=path)
         read_all = state is None or weights_only is False or not checkpoint.capabilities.sharded
         read = checkpoint.read_trusted if weights_only is False else lambda at: checkpoint.read(at, None)
         tree = agree.each(lambda: read(where) if read_all else checkpoint.outline(where), where=path)
@@ -252,7 +253,7 @@ class Checkpointing:
         agree = Agreement(collectives)
         self._background.collect(agree, wait=True)
         where = agree.each(lambda: as_path(path), where=path)
-        checkpoint = agree.each(lambda: self._recognised(where), where=path)
+        checkpoint = agree.each(lambda: recognise(where, self._formats)[1], where=path)
         read = checkpoint.read_trusted if weights_only is False else lambda at: checkpoint.read(at, None)
         bare = agree.each(lambda: read(where), where=path)
         state, tree = {"obj": obj}, {"obj": {name: one for name, one in bare.items() if name != ABOUT}}
@@ -327,18 +328,6 @@ class Checkpointing:
                     got=f"{state!r:.200}",
                     instead=f"{what} that the checkpoint was saved with",
                 ) from error
-
-    def _recognised(self, path: Any) -> Checkpoint:
-        for _, checkpoint in self._formats:
-            if (checkpoint.capabilities.remote or not is_url(path)) and checkpoint.recognises(path):
-                return checkpoint
-        if not is_url(path) and os.path.lexists(path):
-            raise CheckpointError(
-                "no installed format recognises the checkpoint",
-                where=str(path),
-                got=f"formats: {', '.join(name for name, _ in self._formats)}",
-            )
-        raise NoCheckpointError("there is no checkpoint", where=str(path))
 
     # The end
 

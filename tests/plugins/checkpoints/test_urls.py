@@ -167,6 +167,22 @@ def test_the_newest_and_the_best_stay_and_the_latest_is_found(form: str, root: s
         assert names() == {"step-9", "step-10", "best-1", "best-2"}
 
 
+def test_a_store_that_does_not_answer_is_no_empty_one(root: str) -> None:
+    """A script that takes "none" for an answer would start anew, and save over what it could not see."""
+    system = fsspec.core.url_to_fs(root)[0]
+
+    def dead(*_: Any, **__: Any) -> Any:
+        raise ConnectionResetError("the line is dead")
+
+    with Fabric(accelerator="cpu", devices=1) as fabric:
+        fabric.save(f"{root}/state", {"value": 1})
+        with patch.multiple(system, isfile=dead, open=dead, ls=dead, exists=dead, cat_file=dead):
+            for name in ("state", "latest"):
+                with pytest.raises(CheckpointError, match="the line is dead") as caught:
+                    fabric.load(f"{root}/{name}")
+                assert not isinstance(caught.value, NoCheckpointError)
+
+
 def _by_two(environment: Environment, url: str) -> list[float]:
     with patch.dict(os.environ, environment), Fabric(accelerator="cpu", strategy="fsdp", devices=2) as fabric:
         fabric.launch()

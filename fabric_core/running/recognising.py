@@ -1,0 +1,46 @@
+"""Which format a checkpoint is of; nothing there, and nothing to be seen, are two errors."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from fabric_core.contracts import Checkpoint
+from fabric_core.errors import CheckpointError, NoCheckpointError
+from fabric_core.running.paths import is_url, name_of
+
+__all__ = ["recognise"]
+
+
+def recognise(path: Any, formats: Iterable[tuple[str, Checkpoint]]) -> tuple[str, Checkpoint]:
+    """Give the first format that recognises a checkpoint, with its name.
+
+    Raises:
+        NoCheckpointError: Nothing lies there.
+        CheckpointError: Something does that no format recognises, or it can't be seen whether something does.
+    """
+    usable = [(name, one) for name, one in formats if one.capabilities.remote or not is_url(path)]
+    for name, one in usable:
+        if one.recognises(path):
+            return name, one
+    if not _lies_there(path, usable):
+        raise NoCheckpointError("there is no checkpoint", where=str(path))
+    raise CheckpointError(
+        "no installed format recognises the checkpoint",
+        where=str(path),
+        got=f"formats: {', '.join(name for name, _ in usable)}",
+    )
+
+
+def _lies_there(path: Any, formats: list[tuple[str, Checkpoint]]) -> bool:
+    # A script that takes "none" for an answer starts anew, and saves over what it could not see.
+    if is_url(path):
+        return any(name_of(path) in one.names_beside(path) for _, one in formats[:1])
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint can't be read: {error.strerror}", where=str(path)) from error
+    if not os.access(path, os.R_OK):
+        raise CheckpointError("the checkpoint can't be read: Permission denied", where=str(path))
+    return True
