@@ -31,6 +31,8 @@ from fabric_plugins.checkpoints._tree import KeyPath
 __all__ = ["Index", "Record", "Writer", "read_index"]
 
 _CHUNK: Final = 1 << 24
+_BESIDE: Final = 1 << 16
+"""The most bytes of a record beside those of its tensor; it is 1.3 KB as ``torch.save`` writes it."""
 
 
 class Record(NamedTuple):
@@ -179,6 +181,8 @@ class Index:
         where = f"{folder.where(record.file)}, the tensor {key!r}"
         dtype = self.entries[key][0]
         count = math.prod(record.sizes)
+        if record.length > dtype.itemsize * count + _BESIDE:
+            raise CheckpointError("a record holds more than its index says", where=where, got=f"{record.length} bytes")
         try:
             data = self._bytes(folder, record, where)
             start = _start_of_storage(data, dtype.itemsize * count)

@@ -30,7 +30,8 @@ class _Evil:
 # Folders
 
 
-def _body(path: Path) -> Any:
+def manifest_of(path: Path) -> Any:
+    """Give the body of a folder's manifest."""
     return json.loads((path / "fabric.json").read_bytes())["manifest"]
 
 
@@ -109,6 +110,16 @@ def _garbage(path: Path) -> None:
     forge(path)
 
 
+def _sparse(path: Path, name: str) -> None:
+    """Make a file of a terabyte that takes no room, and let the manifest say that it is so."""
+    os.truncate(path / name, 1 << 40)
+    body = manifest_of(path)
+    body["files"][name]["bytes"] = 1 << 40
+    if name.endswith(".distcp"):
+        body["tensors"]["model.weight"]["records"][0][3:5] = [0, 1 << 40]
+    (path / "fabric.json").write_bytes(encode(body))
+
+
 FOLDERS: dict[str, Callable[[Path], Any]] = {
     "no manifest's JSON": _write("fabric.json", b"{"),
     "an empty manifest": _write("fabric.json", b""),
@@ -120,7 +131,7 @@ FOLDERS: dict[str, Callable[[Path], Any]] = {
     "no fields": lambda path: (path / "fabric.json").write_bytes(encode({})),
     "a newer version": _manifest(lambda body: body.update(version=2)),
     "text for a version": _manifest(lambda body: body.update(version="1")),
-    "files as a list": lambda path: _write("fabric.json", encode({**_body(path), "files": []}))(path),
+    "files as a list": lambda path: _write("fabric.json", encode({**manifest_of(path), "files": []}))(path),
     "a negative size": _manifest(lambda body: body["files"]["__0_0.distcp"].update(bytes=-1)),
     "another size": _manifest(lambda body: body["files"]["__0_0.distcp"].update(bytes=1)),
     "a file outside": _outside,
@@ -153,10 +164,17 @@ FOLDERS: dict[str, Callable[[Path], Any]] = {
     "an outline with code": _evil_outline,
     "a record with code": _evil_record,
     "a record that is no archive": _garbage,
+    "a manifest beyond reason": lambda path: os.truncate(path / "fabric.json", 1 << 40),
+    "an outline beyond reason": lambda path: _sparse(path, "fabric.pt"),
+    "a record beyond reason": lambda path: _sparse(path, "__0_0.distcp"),
+    "a folder for the manifest": lambda path: ((path / "fabric.json").unlink(), (path / "fabric.json").mkdir()),
+    "a folder for the records": lambda path: ((path / "__0_0.distcp").unlink(), (path / "__0_0.distcp").mkdir()),
+    "no outline": lambda path: (path / "fabric.pt").unlink(),
 }
 
 
-def _model() -> tuple[Any, Any]:
+def model_and_optimizer() -> tuple[Any, Any]:
+    """Give what the hostile checkpoints are of, after a step."""
     torch.manual_seed(3)
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
@@ -166,7 +184,7 @@ def _model() -> tuple[Any, Any]:
 
 
 def _refused(fabric: Fabric, path: Path, proof: Path) -> str:
-    model, optimizer = _model()
+    model, optimizer = model_and_optimizer()
     before = repr([model.state_dict(), optimizer.state_dict()])
     with pytest.raises(CheckpointError) as caught:
         fabric.load(path, {"model": model, "optimizer": optimizer})
@@ -181,7 +199,7 @@ def test_a_hostile_folder(case: str, tmp_path: Path) -> None:
     """Whatever is wrong with a folder, the error names it, and nothing has happened."""
     path = tmp_path / "folder"
     with Fabric(accelerator="cpu", devices=1) as fabric:
-        model, optimizer = _model()
+        model, optimizer = model_and_optimizer()
         fabric.save(path, {"model": model, "optimizer": optimizer}, format="distributed")
         FOLDERS[case](path)
         assert str(path) in _refused(fabric, path, tmp_path / "proof")
@@ -216,7 +234,7 @@ def _saved(make: Callable[[Path], Any]) -> Callable[[Path], Any]:
 
 def _optimizer(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
     def make(_: Path) -> dict[str, Any]:
-        model, optimizer = _model()
+        model, optimizer = model_and_optimizer()
         state = optimizer.state_dict()
         changed = change(state)
         return {"model": model.state_dict(), "optimizer": state if changed is None else changed}
@@ -273,7 +291,7 @@ def test_a_hostile_file(case: str, tmp_path: Path) -> None:
     """Whatever is wrong with a file, the error names it, and nothing has happened."""
     path = tmp_path / "file.pt"
     with Fabric(accelerator="cpu", devices=1) as fabric:
-        model, optimizer = _model()
+        model, optimizer = model_and_optimizer()
         fabric.save(path, {"model": model, "optimizer": optimizer})
         FILES[case](path)
         assert str(path) in _refused(fabric, path, tmp_path / "proof")
