@@ -3,6 +3,7 @@
 import io
 import pickle
 from collections.abc import Iterator, Mapping
+from mmap import mmap
 from typing import Any, Final
 
 import torch
@@ -101,7 +102,7 @@ class DistributedCheckpoint(Checkpoint):
             opened = _Opened(path)
         for at, key in opened.keys.items():
             with reported("the checkpoint can't be read", path):
-                whole = torch.empty_like(find(opened.outline, at), device="cpu")
+                whole = _room_for(find(opened.outline, at))
                 opened.index.read({key: whole}, opened.folder)
             yield at, whole
 
@@ -160,6 +161,16 @@ class _Opened:
                 continue
             result[key] = own.detach() if fits else torch.empty_like(shown, device="cpu")
         return result
+
+
+def _room_for(shown: torch.Tensor) -> torch.Tensor:
+    """Make room for one tensor of many, that goes back to the system at its end.
+
+    Of large blocks that come and go one after another, ``malloc`` may keep every one, as a hole too small for the next.
+    """
+    if not shown.nbytes:
+        return torch.empty_like(shown, device="cpu")
+    return torch.frombuffer(mmap(-1, shown.nbytes), dtype=shown.dtype).view(shown.shape)
 
 
 def _load_outline(data: bytes, where: str) -> dict[str, Any]:

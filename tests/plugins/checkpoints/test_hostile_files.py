@@ -79,6 +79,14 @@ def _pipe(name: str) -> Callable[[Path], Any]:
     return damage
 
 
+def _folder(name: str) -> Callable[[Path], Any]:
+    def damage(path: Path) -> None:
+        (path / name).unlink()
+        (path / name).mkdir()
+
+    return damage
+
+
 def _outline(value: Any) -> Callable[[Path], Any]:
     def damage(path: Path) -> None:
         torch.save(value, path / "fabric.pt")
@@ -167,8 +175,8 @@ FOLDERS: dict[str, Callable[[Path], Any]] = {
     "a manifest beyond reason": lambda path: os.truncate(path / "fabric.json", 1 << 40),
     "an outline beyond reason": lambda path: _sparse(path, "fabric.pt"),
     "a record beyond reason": lambda path: _sparse(path, "__0_0.distcp"),
-    "a folder for the manifest": lambda path: ((path / "fabric.json").unlink(), (path / "fabric.json").mkdir()),
-    "a folder for the records": lambda path: ((path / "__0_0.distcp").unlink(), (path / "__0_0.distcp").mkdir()),
+    "a folder for the manifest": _folder("fabric.json"),
+    "a folder for the records": _folder("__0_0.distcp"),
     "no outline": lambda path: (path / "fabric.pt").unlink(),
 }
 

@@ -39,6 +39,14 @@ def _index(change: Callable[[Any], Any]) -> Callable[[Path], Any]:
     return damage
 
 
+def _index_of(data: bytes) -> Callable[[Path], Any]:
+    def damage(path: Path) -> None:
+        (path / "model.safetensors.index.json").write_bytes(data)
+        _resized(path)
+
+    return damage
+
+
 def _resized(path: Path, change: Callable[[Any], Any] = lambda _: None) -> None:
     body = manifest_of(path)
     for name, about in body["files"].items():
@@ -64,7 +72,11 @@ def _header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
 
 
 def _first(change: Callable[[Path], Any]) -> Callable[[Path], Any]:
-    return lambda path: (change(_parts(path)[0]), _resized(path))
+    def damage(path: Path) -> None:
+        change(_parts(path)[0])
+        _resized(path)
+
+    return damage
 
 
 def _piped(file: Path) -> None:
@@ -82,12 +94,9 @@ def _place(name: str) -> Callable[[Path], Any]:
 
 
 SAFE: dict[str, Callable[[Path], Any]] = {
-    "no index's JSON": lambda path: ((path / "model.safetensors.index.json").write_bytes(b"{"), _resized(path)),
+    "no index's JSON": _index_of(b"{"),
     "a list for an index": _index(lambda _: [1]),
-    "a deep index": lambda path: (
-        (path / "model.safetensors.index.json").write_bytes(b"[" * 100_000),
-        _resized(path),
-    ),
+    "a deep index": _index_of(b"[" * 100_000),
     "no map": _index(lambda index: index.pop("weight_map") and None),
     "a list for a map": _index(lambda index: index.update(weight_map=["weight"])),
     "a number for a file": _place(7),  # type: ignore[arg-type] # as it may be
