@@ -18,6 +18,7 @@ from fabric_core.contracts import Accelerator
 from fabric_core.errors import (
     FabricError,
     IncompatibleApiError,
+    LockError,
     NotInstalledError,
     OptionError,
     UnavailableError,
@@ -33,6 +34,7 @@ _STATUS: Final = {
     UnavailableError: "unavailable",
     NotInstalledError: "not installed",
     IncompatibleApiError: "incompatible",
+    LockError: "locked out",
 }
 
 _SLOW: Final = 1.0
@@ -47,8 +49,9 @@ class Finding:
         kind: The kind.
         name: The name.
         distribution: The distribution with its version.
-        status: ``ok``, ``unavailable``, ``not installed``, ``switched off``, ``incompatible``, ``quarantined``,
-            ``conflict``, ``crashed``, ``hangs``, or ``not counted`` for an entry of ``fabric.auto`` that is wrong.
+        status: ``ok``, ``unavailable``, ``not installed``, ``switched off``, ``incompatible``, ``locked out``,
+            ``quarantined``, ``conflict``, ``crashed``, ``hangs``, or ``not counted`` for an entry of ``fabric.auto``
+            that is wrong.
         note: Why.
         seconds: How long it took to import and make.
     """

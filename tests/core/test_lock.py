@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fabric_core import Fabric, Wrapper
 from fabric_core.choosing.lock import Lock, Locked, lock_offers
 from fabric_core.choosing.offers import Offer
 from fabric_core.choosing.registry import Registry, registered
+from fabric_core.cli._doctor import _judge
 from fabric_core.errors import LockError, RequestError
 
 OFFER = Offer("wrapper", "acme", "acme-thing", "1.0", "acme_thing:Acme")
@@ -84,6 +86,13 @@ def test_another_place_of_the_same_name_is_refused(tmp_path: Path, monkeypatch: 
     ):
         with pytest.raises(LockError, match=message):
             lock.refuse(other)
+
+
+def test_the_doctor_of_plugins_says_that_one_is_locked_out() -> None:
+    """And doesn't import it."""
+    status, note = _judge(replace(OFFER, lock=Lock("fabric.lock", ())))
+    assert status == "locked out"
+    assert "the lock has no distribution acme-thing" in note
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,7 +1,6 @@
 """Every command of the command line keeps the same promises: JSON, an example, exit codes, completion, no traceback."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -134,20 +133,15 @@ def test_an_interrupt_ends_quietly(fabric: Any, monkeypatch: pytest.MonkeyPatch)
     assert (code, "Traceback" in err) == (130, False)
 
 
-def _typed(command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", "-c", command],  # noqa: S607 - the reader's shell
-        env={**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", **variables},  # noqa: PTH120
+def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
+    """``| head -1``: what it saw, and nothing on the error stream."""
+    done = subprocess.run(
+        ["bash", "-c", f"'{sys.executable}' -m fabric_core contract strategy | head -1"],  # noqa: S607 - the reader's
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
     )
-
-
-def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
-    """``| head -1``: what it saw, and nothing on the error stream."""
-    done = _typed("fabric-core contract strategy | head -1")
     assert done.stdout == "# The contract of a strategy\n"
     assert not done.stderr
 
@@ -161,16 +155,19 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
         ("fabric-core explain --prec", "--precision"),
     ],
 )
-def test_a_shell_completes_commands_options_and_names(words: str, completed: str) -> None:
+def test_a_shell_completes_commands_options_and_names(
+    fabric: Any, monkeypatch: pytest.MonkeyPatch, words: str, completed: str
+) -> None:
     """As bash asks for it; the script that it needs is printed by ``--show-completion``."""
-    count = str(len(words.split()) - 1)
-    done = _typed("fabric-core", _FABRIC_CORE_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=count)
-    assert completed in done.stdout.split()
+    monkeypatch.setenv("_FABRIC_CORE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert completed in fabric()[1].split()
 
 
-def test_the_script_for_a_shell_can_be_had() -> None:
+def test_the_script_for_a_shell_can_be_had(fabric: Any) -> None:
     """It is what ``--install-completion`` would install."""
-    assert "_FABRIC_CORE_COMPLETE" in _typed("fabric-core --show-completion bash").stdout
+    assert "_FABRIC_CORE_COMPLETE" in fabric("--show-completion", "bash")[1]
 
 
 @pytest.mark.parametrize(("seconds", "terminal", "shown"), [(0.4, True, True), (0.0, True, False), (0.4, False, False)])
