@@ -1,9 +1,10 @@
 """Fully sharded data parallelism: every rank holds a part of each parameter, gathered block by block where needed."""
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Final, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt, model_validator
 from torch import nn
 
 from fabric_core.contracts import Collectives, PrecisionPolicy, Preset, StrategyCapabilities, World
@@ -34,12 +35,41 @@ class FSDPOptions(DistributedOptions):
     ranks; ``None`` is always, but for what belongs to no block, which ``backward`` needs first."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in the CPU's memory."""
-    replicate: int = Field(default=1, ge=1)
-    """How many whole copies of the model there are; each is sharded over the other ranks (HSDP)."""
+    replicate: PositiveInt | Literal["nodes"] = 1
+    """How many whole copies of the model there are; each is sharded over the other ranks (HSDP). ``"nodes"`` is one for
+    each node."""
     shard: int | None = Field(default=None, ge=1)
     """Over how many ranks a copy is sharded; ``None`` is all that ``replicate`` leaves."""
     state_dict_type: Literal["full", "sharded"] = "full"
     """How ``fabric.save`` writes: one file with whole tensors, or a directory to which all ranks write their parts."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_names_of_fsdp1(cls, given: Any) -> Any:
+        """Say what the arguments of PyTorch's first FSDP, which programs for Lightning Fabric give, mean here."""
+        if not isinstance(given, Mapping) or not _FSDP1 & given.keys():
+            return given
+        options = {name: value for name, value in given.items() if name not in _FSDP1}
+        options |= {name: value for name, value in given.items() if name in _ALWAYS and value is not True}
+        sharding = given.get("sharding_strategy", "FULL_SHARD")
+        name = str(getattr(sharding, "name", sharding)).upper()
+        if name not in _SHARDINGS:
+            raise ValueError(f"sharding_strategy is one of {', '.join(_SHARDINGS)}, and got {sharding!r}")
+        implied: dict[str, Any] = dict(_SHARDINGS[name])
+        if given.get("device_mesh") is not None:
+            replicate, shard = given["device_mesh"]
+            implied |= {"replicate": replicate, "shard": shard}
+        return {**implied, **options}
+
+
+_ALWAYS: Final = frozenset({"forward_prefetch", "limit_all_gathers", "sync_module_states", "use_orig_params"})
+"""What FSDP2 always does; anything but true is refused as an option that is not known."""
+_FSDP1: Final = _ALWAYS | {"sharding_strategy", "device_mesh"}
+_SHARDINGS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "FULL_SHARD": {},
+    "SHARD_GRAD_OP": {"reshard_after_forward": False},
+    "HYBRID_SHARD": {"replicate": "nodes"},
+}
 
 
 class FSDPStrategy(ShardedStrategy):
@@ -64,12 +94,14 @@ class FSDPStrategy(ShardedStrategy):
     def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
         """Join, and lay out the mesh."""
         replicate = self.options.replicate
+        if replicate == "nodes":
+            replicate = world.world_size // world.local_world_size
         shard = self.options.shard or max(1, world.world_size // replicate)
         if replicate * shard != world.world_size:
             raise OptionError(
                 f"replicate x shard is {replicate} x {shard}, and there are {world.world_size} processes",
                 where="options of the strategy FSDPStrategy",
-                got=f"replicate={replicate}, shard={self.options.shard}",
+                got=f"replicate={self.options.replicate}, shard={self.options.shard}",
                 instead="sizes whose product is the number of processes; shard=None is what replicate leaves",
             )
         group = super().connect(world, policy)

@@ -1,5 +1,6 @@
 """Which modules are sharded, or checkpointed, as one unit."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -33,7 +34,8 @@ def choose_modules(module: nn.Module, policy: ModulePolicy | None, *, option: st
     if policy == "auto":
         chosen = repeated_blocks(module)
     elif callable(policy):
-        chosen = [one for one in below if policy(one)]
+        asked = _asked(policy)
+        chosen = [one for one in below if asked(one)]
     else:
         chosen = [one for one in below if type(one) in policy or type(one).__name__ in policy]
         there = {type(one) for one in chosen} | {type(one).__name__ for one in chosen}
@@ -50,6 +52,19 @@ def choose_modules(module: nn.Module, policy: ModulePolicy | None, *, option: st
         for parameter in one.parameters(recurse=False):
             users[parameter] = users.get(parameter, 0) + 1
     return [one for one in reversed(chosen) if _stands_alone(one, users)]
+
+
+def _asked(policy: Callable[..., bool]) -> Callable[[nn.Module], bool]:
+    """Give a policy as a function of a module; those of ``torch.distributed.fsdp.wrap`` take more."""
+    try:
+        takes = inspect.signature(policy).parameters
+    except (TypeError, ValueError):  # a builtin that doesn't tell
+        return policy
+    if "recurse" not in takes:
+        return policy
+    return lambda one: policy(
+        module=one, recurse=False, nonwrapped_numel=sum(parameter.numel() for parameter in one.parameters())
+    )
 
 
 def _stands_alone(module: nn.Module, users: Mapping[nn.Parameter, int]) -> bool:

@@ -1,15 +1,21 @@
 """Each option of ``fsdp`` does what it says."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed import fsdp
+from torch.distributed.fsdp import ShardingStrategy
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy, size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
 from fabric_core import Fabric
 from fabric_core.conformance.pool import RankPool
+from fabric_core.errors import OptionError
+from fabric_plugins.strategies import FSDPStrategy
+from fabric_plugins.strategies._sharding import choose_modules
 
 
 class Block(nn.Module):
@@ -116,3 +122,57 @@ def test_names_that_are_missing_are_an_error_only_where_strict(two_ranks: RankPo
     """As with ``load_state_dict``."""
     assert all("Missing key" in said for said in two_ranks.run(_loaded, True))
     assert two_ranks.run(_loaded, False) == ["loaded", "loaded"]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"sharding_strategy": "FULL_SHARD", "limit_all_gathers": True}, {}),
+        ({"sharding_strategy": ShardingStrategy.SHARD_GRAD_OP}, {"reshard_after_forward": False}),
+        ({"sharding_strategy": "HYBRID_SHARD", "use_orig_params": True}, {"replicate": "nodes"}),
+        ({"sharding_strategy": "HYBRID_SHARD", "device_mesh": (2, 4)}, {"replicate": 2, "shard": 4}),
+        ({"device_mesh": (1, 2), "sync_module_states": True, "forward_prefetch": True}, {"shard": 2}),
+    ],
+)
+def test_the_names_of_fsdp1_mean_the_same(given: dict[str, Any], meant: dict[str, Any]) -> None:
+    """Programs for Lightning Fabric say it in the words of PyTorch's first FSDP."""
+    assert FSDPStrategy(**given).options == FSDPStrategy(**meant).options
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"sharding_strategy": "NO_SHARD"}, "FULL_SHARD, SHARD_GRAD_OP, HYBRID_SHARD"),
+        ({"limit_all_gathers": False}, "limit_all_gathers"),
+    ],
+)
+def test_what_fsdp2_cannot_do_is_refused(given: dict[str, Any], said: str) -> None:
+    """What has no meaning here is an error that names it."""
+    with pytest.raises(OptionError, match=said):
+        FSDPStrategy(**given)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ModuleWrapPolicy({nn.Linear}),
+        partial(transformer_auto_wrap_policy, transformer_layer_cls={nn.Linear}),
+        partial(size_based_auto_wrap_policy, min_num_params=10),
+        lambda module: isinstance(module, nn.Linear),
+    ],
+)
+def test_policies_of_pytorch_name_modules(policy: Any) -> None:
+    """Those that FSDP1 takes are asked for each module, as a callable of the user's own is."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.LayerNorm(4))
+    assert choose_modules(model, policy, option="auto_wrap_policy") == [model[0]]
+
+
+def _copies(strategy: FSDPStrategy) -> tuple[int, ...]:
+    with Fabric(accelerator="cpu", strategy=strategy, devices=2) as fabric:
+        fabric.launch()
+        return tuple(fabric.strategy._mesh.shape)  # type: ignore[attr-defined]
+
+
+def test_one_copy_for_each_node(two_ranks: RankPool) -> None:
+    """On one node there is one."""
+    assert two_ranks.run(_copies, FSDPStrategy(sharding_strategy="HYBRID_SHARD")) == [(2,), (2,)]
