@@ -109,7 +109,17 @@ class SingleDeviceCollective(Collective):
         """Give the tensor back, as all of these do."""
         return tensor
 
-    all_reduce = reduce = gather = scatter = recv = broadcast
+    all_reduce = reduce = recv = broadcast
+
+    def gather(self, tensor: torch.Tensor, *_: Any, **__: Any) -> list[torch.Tensor]:
+        """Give the tensor, in a list."""
+        return [tensor]
+
+    def scatter(
+        self, tensor: torch.Tensor, scatter_list: list[torch.Tensor] | None = None, *_: Any, **__: Any
+    ) -> torch.Tensor:
+        """Give the tensor back."""
+        return tensor
 
     def all_gather(self, tensor_list: list[torch.Tensor], tensor: torch.Tensor, **_: Any) -> list[torch.Tensor]:
         """Give the tensor, in a list."""

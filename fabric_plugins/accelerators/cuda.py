@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Final
 
 import torch
 
 from fabric_core.contracts import Accelerator, AcceleratorCapabilities
 
-__all__ = ["CUDAAccelerator"]
+__all__ = ["CUDAAccelerator", "find_usable_cuda_devices"]
 
 _TERA: Final = 1e12
 _HALF: Final = (torch.bfloat16, torch.float16)
@@ -122,3 +123,30 @@ class CUDAAccelerator(Accelerator):
             torch.cuda.empty_cache()
             torch.cuda.set_device(self._before)
             self._before = None
+
+
+def find_usable_cuda_devices(num_devices: int = -1) -> list[int]:
+    """Find GPUs that this process can use: those in a mode for one process may be taken by another.
+
+    Args:
+        num_devices: How many; -1 is all.
+
+    Returns:
+        Their indices.
+
+    Raises:
+        ValueError: There are not so many.
+        RuntimeError: So many can't be used.
+    """
+    if num_devices > torch.cuda.device_count():
+        raise ValueError(f"{num_devices} GPUs were asked for, and this machine has {torch.cuda.device_count()}")
+    found: list[int] = []
+    for index in range(torch.cuda.device_count()):
+        if len(found) == num_devices:
+            break
+        with suppress(RuntimeError):
+            torch.tensor(0.0, device=torch.device("cuda", index))
+            found.append(index)
+    if len(found) < num_devices:
+        raise RuntimeError(f"{num_devices} GPUs were asked for, and those that can be used are {found}")
+    return found

@@ -6,8 +6,8 @@ from fabric_core.lazy import lazy
 
 if TYPE_CHECKING:
     from fabric_plugins.precisions.full import FullPrecision
-    from fabric_plugins.precisions.mixed import BFloat16MixedPrecision, Float16MixedPrecision
-    from fabric_plugins.precisions.true import BFloat16Precision, DoublePrecision, Float16Precision
+    from fabric_plugins.precisions.mixed import BFloat16MixedPrecision, Float16MixedPrecision, MixedPrecision
+    from fabric_plugins.precisions.true import BFloat16Precision, DoublePrecision, Float16Precision, HalfPrecision
 
 __all__ = [
     "BFloat16MixedPrecision",
@@ -16,6 +16,8 @@ __all__ = [
     "Float16MixedPrecision",
     "Float16Precision",
     "FullPrecision",
+    "HalfPrecision",
+    "MixedPrecision",
 ]
 
 __getattr__, __dir__ = lazy(
@@ -25,6 +27,8 @@ __getattr__, __dir__ = lazy(
         "DoublePrecision": "true",
         "BFloat16Precision": "true",
         "Float16Precision": "true",
+        "HalfPrecision": "true",
+        "MixedPrecision": "mixed",
         "BFloat16MixedPrecision": "mixed",
         "Float16MixedPrecision": "mixed",
     },

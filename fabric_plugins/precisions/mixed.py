@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import Field
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from fabric_core.contracts import Collectives, PluginOptions, Precision, PrecisionPolicy, Preset
@@ -35,6 +36,7 @@ __all__ = [
     "Float16MixedOptions",
     "Float16MixedPrecision",
     "MixedOptions",
+    "MixedPrecision",
 ]
 
 
@@ -147,7 +149,7 @@ class Float16MixedPrecision(_MixedPrecision):
         if self._overflowed is not None:
             self._end_iteration()
         elif self._unscaled:
-            self._rescale(_nothing)
+            self._rescale(None)
         self._losses += 1
         return self._scaler.scale(loss)
 
@@ -245,15 +247,15 @@ class Float16MixedPrecision(_MixedPrecision):
         self._overflowed = None
         if not overflowed and self._scaler.skips_update():
             if self._unscaled:
-                self._rescale(_nothing, end=True)
+                self._rescale(None, end=True)
             return
         self._rescale(lambda: self._scaler.update_scale(overflowed=overflowed), end=True)
 
-    def _rescale(self, change: Callable[[], None], *, end: bool = False) -> None:
+    def _rescale(self, change: Callable[[], None] | None, *, end: bool = False) -> None:
         """Change the scale, and rescale outstanding gradients to the new one ([Note: outstanding gradients]).
 
         Args:
-            change: Changes it, or does nothing.
+            change: Changes it; ``None`` leaves it.
             end: The iteration is over, and what was found in it counts no more.
         """
         outstanding = []
@@ -267,7 +269,8 @@ class Float16MixedPrecision(_MixedPrecision):
             if end:
                 state.found = None
         before = self._scaler.current_scale() if outstanding else None
-        change()
+        if change is not None:
+            change()
         after = self._scaler.current_scale() if outstanding else None
         if before is not None and after is not None:
             for state, gradients in outstanding:
@@ -278,8 +281,31 @@ class Float16MixedPrecision(_MixedPrecision):
         self._unscaled = False
 
 
-def _nothing() -> None:
-    """Leave the scale as it is."""
+def MixedPrecision(  # noqa: N802 - as in Lightning Fabric
+    precision: str,
+    device: str,  # noqa: ARG001 - the accelerator's counts
+    scaler: GradScaler | None = None,
+) -> BFloat16MixedPrecision | Float16MixedPrecision:
+    """Make a mixed precision by its name, ``"16-mixed"`` or ``"bf16-mixed"``.
+
+    Args:
+        precision: The name.
+        device: A device type, which nothing depends on.
+        scaler: A ``torch.amp.GradScaler``, whose scale and factors are taken; for ``"16-mixed"``.
+
+    Raises:
+        ValueError: It has another name, or a scaler that it doesn't need.
+    """
+    if precision == "16-mixed":
+        return Float16MixedPrecision() if scaler is None else Float16MixedPrecision(
+            init_scale=scaler.get_scale(), growth_factor=scaler.get_growth_factor(),
+            backoff_factor=scaler.get_backoff_factor(), growth_interval=scaler.get_growth_interval(),
+        )  # fmt: skip
+    if precision != "bf16-mixed" or scaler is not None:
+        raise ValueError(
+            f"MixedPrecision takes 16-mixed, or bf16-mixed without a scaler, and got {precision!r}, {scaler}"
+        )
+    return BFloat16MixedPrecision()
 
 
 @dataclass

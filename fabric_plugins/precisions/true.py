@@ -9,7 +9,7 @@ import torch
 
 from fabric_core.contracts import DefaultDtype, PluginOptions, Precision, PrecisionPolicy, Preset
 
-__all__ = ["ALIAS", "BFloat16Precision", "DoublePrecision", "Float16Precision", "TrueOptions"]
+__all__ = ["ALIAS", "BFloat16Precision", "DoublePrecision", "Float16Precision", "HalfPrecision", "TrueOptions"]
 
 
 class TrueOptions(PluginOptions):
@@ -97,6 +97,17 @@ class Float16Precision(_TruePrecision):
     """Everything in float16, without loss scaling: for inference, or where gradients are known to fit its range."""
 
     dtype = torch.float16
+
+
+def HalfPrecision(precision: str = "16-true") -> BFloat16Precision | Float16Precision:  # noqa: N802 - Lightning Fabric's
+    """Make a true precision of 16 bits by its name, ``"16-true"`` or ``"bf16-true"``.
+
+    Raises:
+        ValueError: It has another name.
+    """
+    if precision not in {"16-true", "bf16-true"}:
+        raise ValueError(f"HalfPrecision takes 16-true or bf16-true, and got {precision!r}")
+    return Float16Precision() if precision == "16-true" else BFloat16Precision()
 
 
 ALIAS: Final = Preset.of(DoublePrecision)
