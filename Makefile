@@ -11,6 +11,7 @@ VENV := .venv$(if $(PYTHON),-$(shell "$(PYTHON)" -c 'import platform; print(plat
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
+AUTHORS_INSTALLED := $(VENV)/.installed-authors
 SITE_INSTALLED := $(VENV)/.installed-site
 # Not quiet: the first installation takes minutes, and pip shows what it is at.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -68,8 +69,8 @@ silence: $(INSTALLED) ## Run every way round Fabric under every strategy, and re
 		tests/distributed/test_no_silent_wrong_training.py tests/distributed/test_resume_exactly.py
 
 .PHONY: authors
-authors: $(INSTALLED) ## Build, install and check the packages that authors start from and copy
-	$(BIN)/python -m pytest -m authors tests/thirdparty
+authors: $(AUTHORS_INSTALLED) $(SITE_INSTALLED) ## Build, install and check the packages that authors start from and copy
+	$(BIN)/python -m pytest -m authors tests/thirdparty tests/docs
 
 .PHONY: generated
 generated: $(INSTALLED) ## Prove the conformance kit: a sample of changes that nobody chose, another each time
@@ -128,6 +129,11 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 $(BENCH_INSTALLED): $(INSTALLED)
 	@echo "Installing the peers to compare with into $(VENV)."
 	@$(PIP_INSTALL) --no-build-isolation -e '.[bench]'
+	@touch $@
+
+$(AUTHORS_INSTALLED): $(INSTALLED)
+	@echo "Installing what the example plugins stand on into $(VENV): DeepSpeed, Ray, bitsandbytes."
+	@DS_BUILD_OPS=0 $(PIP_INSTALL) --no-build-isolation -e '.[authors]'
 	@touch $@
 
 $(SITE_INSTALLED): $(INSTALLED)

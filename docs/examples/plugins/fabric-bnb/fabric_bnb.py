@@ -1,14 +1,17 @@
-"""Precisions by bitsandbytes: the weights of frozen linear layers lie in 4 bits."""
+"""Wrappers by bitsandbytes: the weights of frozen linear layers lie in 4 bits."""
 
 from typing import Any, Final, Literal
 
 from torch import nn
 
-from fabric_core.contracts import PluginOptions, Precision, PrecisionCapabilities, PrecisionPolicy, Preset
+from fabric_core.contracts import PluginOptions, Preset, Wrapper, WrapperCapabilities
+
+BLOCK: Final = 64
+"""How many weights share a scale; a layer whose rows are no multiple of it stays as it is."""
 
 
 class FourBitOptions(PluginOptions):
-    """The options of the precision ``bnb-nf4``."""
+    """The options of the wrapper ``bnb_nf4``."""
 
     quant_type: Literal["nf4", "fp4"] = "nf4"
     """The 4-bit type."""
@@ -18,23 +21,22 @@ class FourBitOptions(PluginOptions):
     """Names of layers, and of modules that have some, to leave as they are."""
 
 
-class FourBitPrecision(Precision):
-    """Linear layers whose weights are frozen keep them in 4 bits, and compute in their inputs' type."""
+class FourBitWrapper(Wrapper):
+    """Linear layers whose weights are frozen keep them in 4 bits, and compute in the type that they had.
+
+    It is no precision, which says in which types a model computes: it changes which numbers a layer holds, and goes
+    with any precision, such as ``bf16-true``.
+    """
 
     Options = FourBitOptions
     options: FourBitOptions
-    capabilities = PrecisionCapabilities(device_types=frozenset({"cpu", "cuda", "xpu"}))
+    capabilities = WrapperCapabilities(supports_sharded_parameters=False)
 
-    @property
-    def policy(self) -> PrecisionPolicy:
-        """Nothing is asked of anybody else: a converted layer takes and gives its inputs' type."""
-        return PrecisionPolicy()
-
-    def convert_module(self, module: nn.Module) -> nn.Module:
+    def wrap_module(self, module: nn.Module) -> nn.Module:
         """Replace layers in place; one that is trained, or tied to another, stays."""
         uses = [id(one) for each in module.modules() for one in each.parameters(recurse=False)]
         for name, layer in list(module.named_modules()):
-            if type(layer) is not nn.Linear or not name or layer.weight.requires_grad:
+            if type(layer) is not nn.Linear or not name or layer.weight.requires_grad or layer.in_features % BLOCK:
                 continue
             if any(name == one or name.startswith(f"{one}.") for one in self.options.skip):
                 continue
@@ -62,10 +64,20 @@ class FourBitPrecision(Precision):
             quant_type=self.options.quant_type,
         )
         made.bias = layer.bias
+        made.register_load_state_dict_pre_hook(_take_scales)
         # Moving it is what quantizes it.
         converted: nn.Module = made.to(layer.weight.device).train(layer.training)
         return converted
 
 
-FP4: Final = Preset.of(FourBitPrecision, quant_type="fp4")
-"""The alias ``bnb-fp4``."""
+def _take_scales(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Take from a state the scales that bitsandbytes saves beside a weight, and doesn't load by itself."""
+    stem = f"{prefix}weight."
+    scales = {name.removeprefix(stem): state.pop(name) for name in list(state) if name.startswith(stem)}
+    if scales:
+        data, device = state[f"{prefix}weight"], layer.weight.device
+        layer.weight = type(layer.weight).from_prequantized(data, scales, requires_grad=False, device=device)
+
+
+FP4: Final = Preset.of(FourBitWrapper, quant_type="fp4")
+"""The alias ``bnb_fp4``."""
