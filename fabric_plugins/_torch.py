@@ -17,7 +17,6 @@ __all__ = [
     "checkpoint_activations",
     "clear_groups",
     "clear_unsynchronized",
-    "end_finished_ranks",
     "expect_static_reduction",
     "found_inf",
     "growth_tracker",
@@ -144,17 +143,6 @@ def clear_groups(mesh: Any) -> None:
 def leave_reducer(replicated: Any) -> None:
     """Take a wrapper of ``DistributedDataParallel`` off its process group; a public end of it would replace it."""
     del replicated.reducer, replicated.logger
-
-
-def end_finished_ranks(agent: Any) -> None:
-    """Let the ranks of an agent of torchelastic whose function has returned end: each waits for all others to return.
-
-    When the agent is told to end, they would wait until they are killed. An agent that does this would replace it.
-    """
-    context = agent._pcontext  # noqa: SLF001
-    finished = getattr(context, "_worker_finished_event", None)  # ranks that are commands have none
-    if finished is not None:
-        finished.set()
 
 
 def checkpoint_activations(module: nn.Module, **arguments: Any) -> None:

@@ -6,12 +6,10 @@ A test here that fails with a new release names the function that used the part,
 import ast
 import copy
 import inspect
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any, cast
 
 import pytest
@@ -165,18 +163,6 @@ def _reducers() -> None:
         assert not hasattr(wrapped, "reducer")
 
 
-def _finished() -> None:
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
-
-    with TemporaryDirectory() as logs:
-        none: dict[int, Any] = {0: {}}
-        context = start_processes("test", print, {0: ()}, none, DefaultLogsSpecs(logs), start_method="fork")
-        plugins.end_finished_ranks(SimpleNamespace(_pcontext=context))
-        (pid,) = context.pids().values()
-        assert os.waitpid(pid, 0) == (pid, 0)
-        context.close()
-
-
 def _static_reducers() -> None:
     with process_group():
         original = DistributedDataParallel(nn.Linear(1, 1), static_graph=True)
@@ -309,7 +295,6 @@ PROBES: dict[str, Callable[[], None]] = {
     "clear_unsynchronized": _units,
     "compile_like": _compiled,
     "compiler": _compiler,
-    "end_finished_ranks": _finished,
     "expect_static_reduction": _static_reducers,
     "found_inf": _loss_scaling,
     "global_hooks": _global_hooks,

@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rendezvous
 
-from fabric_plugins._torch import end_finished_ranks
+from fabric_plugins.launchers._reports import note_end
 
 __all__ = ["run_agent"]
 
@@ -48,8 +48,7 @@ class _Agent(LocalElasticAgent):
         return result
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        # Ranks that save a last checkpoint when they are told to end return from their function.
-        end_finished_ranks(self)
+        note_end()
         super()._shutdown(death_sig, timeout)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 from fabric_core.contracts import ProcessInfo
 from fabric_core.errors import RankFailedError
 
-__all__ = ["REPORT", "failed", "missing_ranks", "read_report", "write_report"]
+__all__ = ["REPORT", "failed", "missing_ranks", "note_end", "read_report", "was_ended", "write_report"]
 
 REPORT: Final = "TORCHELASTIC_FABRIC_REPORT"
 """The variable that tells a rank how it was started, and the file for its report: ``function:PATH``."""
@@ -53,6 +53,21 @@ def read_report(path: Path) -> Mapping[str, Any] | None:
     except (OSError, ValueError):
         return None
     return report
+
+
+def note_end() -> None:
+    """Note, in the agent, that it ends the ranks now."""
+    with contextlib.suppress(OSError):
+        _end_note().touch()
+
+
+def was_ended() -> bool:
+    """Say, in a rank of a function, whether the agent has begun to end the ranks."""
+    return _end_note().exists()
+
+
+def _end_note() -> Path:
+    return Path(os.environ[REPORT].partition(":")[2]).with_suffix(".end")
 
 
 def failed(failures: Mapping[int, Any], report: Mapping[str, Any] | None, gone: Sequence[int] = ()) -> RankFailedError:

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import multiprocessing
 import os
 import pickle
 import signal
@@ -10,6 +11,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -17,13 +19,14 @@ import torch
 
 from fabric_core.contracts import Launcher, LauncherCapabilities, LaunchOrder, PluginOptions, ProcessInfo
 from fabric_core.errors import LaunchError, RankFailedError
-from fabric_plugins.launchers._reports import REPORT, failed, missing_ranks, read_report, write_report
+from fabric_plugins.launchers._reports import REPORT, failed, missing_ranks, read_report, was_ended, write_report
 from fabric_plugins.launchers._variables import Variables
 
 __all__ = ["ElasticLauncher", "ElasticOptions"]
 
 _OURS: Final = "fabric-"
 _ADDRESS: Final = "127.0.0.1"
+_PRELOADED: Final = ("torch", "fabric_core.fabric", "fabric_plugins.strategies", __name__, f"{__package__}._agent")
 _HERE: Final = 'under strategy="ddp_notebook" (or "fsdp:start_method=fork"), which forks this process'
 """How to run a function that is defined in a notebook."""
 _SIGNALS: Final = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
@@ -157,16 +160,17 @@ class ElasticLauncher(Launcher):
             report = Path(logs) / "failure.json"
             os.environ[REPORT] = f"{'command' if order.function is None else 'function'}:{report}"
             try:
-                failures, gone = run_agent(
-                    entry,
-                    arguments,
-                    processes=order.processes,
-                    run_id=f"{_OURS}{uuid.uuid4().hex}",
-                    address=_ADDRESS,
-                    start_method=start_method,
-                    shutdown_timeout=self.options.shutdown_timeout,
-                    logs=logs,
-                )
+                with _preloaded() if start_method == "forkserver" else contextlib.nullcontext():
+                    failures, gone = run_agent(
+                        entry,
+                        arguments if order.function is None else (os.environ[REPORT], *arguments),
+                        processes=order.processes,
+                        run_id=f"{_OURS}{uuid.uuid4().hex}",
+                        address=_ADDRESS,
+                        start_method=start_method,
+                        shutdown_timeout=self.options.shutdown_timeout,
+                        logs=logs,
+                    )
                 caught = 0
             except SignalException as error:
                 failures, gone, caught = {}, [], int(error.sigval)
@@ -207,8 +211,9 @@ def _typed_in() -> str:
     return path.removesuffix(typed) if typed else str(Path.cwd())
 
 
-def _run_rank(function: Callable[..., Any], result: Path, *args: Any) -> None:
+def _run_rank(report: str, function: Callable[..., Any], result: Path, *args: Any) -> None:
     """Run a function in a rank, and leave rank 0's result in a file: a pipe would fill up."""
+    os.environ[REPORT] = report  # a rank of the fork server has the environment of the first launch
     # A forked rank has its agent's handlers, which would wait for the interpreter while a collective waits for others.
     for name in _SIGNALS:
         signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
@@ -228,7 +233,26 @@ def _run_rank(function: Callable[..., Any], result: Path, *args: Any) -> None:
         raise SystemExit(1) from None
     if os.environ["RANK"] == "0":
         result.write_bytes(pickle.dumps(value))
+    if was_ended():
+        # It came here though it was told to end, with a last checkpoint, say. torchelastic would let it wait for the
+        # other ranks to return, which nobody asks any more, until it is killed.
+        raise SystemExit(128 + signal.SIGTERM)
     gc.freeze()  # as in the agent
+
+
+@contextlib.contextmanager
+def _preloaded() -> Iterator[None]:
+    """Let the fork server, if it starts now, import once what every rank would import again for seconds.
+
+    There is one in a process, whose list is the user's too.
+    """
+    server: Any = forkserver._forkserver  # noqa: SLF001 - nothing public tells what is preloaded
+    before = server._preload_modules  # noqa: SLF001
+    multiprocessing.set_forkserver_preload([*before, *_PRELOADED])
+    try:
+        yield
+    finally:
+        multiprocessing.set_forkserver_preload(before)
 
 
 def _die_with_parent() -> None:

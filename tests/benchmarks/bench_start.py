@@ -5,6 +5,9 @@ Each number is the wall time of fresh processes, and each ratio is against plain
 
 import argparse
 import importlib.util
+import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +28,31 @@ fabric = Fabric(accelerator="cpu", strategy="ddp", devices=2)
 fabric.launch()
 fabric.all_reduce(torch.ones(1))
 fabric.teardown()
+"""
+_ACCELERATE = """
+import torch
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+accelerator.reduce(torch.ones(1))
+accelerator.end_training()
+"""
+_FUNCTION = """
+import sys, time
+import torch
+from fabric_core import Fabric
+
+
+def reduce(fabric):
+    fabric.all_reduce(torch.ones(1))
+
+
+if __name__ == "__main__":
+    rounds = []
+    for _ in range({rounds} + 1):
+        start = time.perf_counter()
+        Fabric(accelerator="cpu", strategy="ddp:start_method={method}", devices=2).launch(reduce)
+        rounds.append(time.perf_counter() - start)
+    print(rounds[0], *sorted(rounds[1:]))
 """
 _LIGHTNING = """
 import torch
@@ -74,16 +102,44 @@ def main() -> None:
         contestants: dict[str, Callable[[], float]] = {
             "torchrun": partial(command_seconds, *torchrun, script("plain", _TORCHRUN)),
             "fabric.launch()": partial(command_seconds, script("ours", _FABRIC)),
+            "fabric-core run": partial(
+                command_seconds,
+                "-m",
+                "fabric_core",
+                "run",
+                "--accelerator",
+                "cpu",
+                "--devices",
+                "2",
+                script("run", _FABRIC),
+            ),
         }
+        if importlib.util.find_spec("accelerate") is not None:
+            launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+            port = ("--main_process_port", "29871", "--num_machines", "1", "--mixed_precision", "no")
+            contestants["accelerate launch"] = partial(command_seconds, *launch, *port, script("other", _ACCELERATE))
         if lightning:
             contestants["Lightning: fabric.launch()"] = partial(command_seconds, script("theirs", _LIGHTNING))
         found = medians(contestants, given.launch_rounds)
+        functions = []
+        for method in ("fork", "forkserver"):
+            path = script(method, _FUNCTION.format(method=method, rounds=given.launch_rounds))
+            done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True)
+            first, *later = map(float, done.stdout.split())
+            functions.append((method, f"{first:.2f}", f"{statistics.median(later):.2f}"))
     base = found["torchrun"]
     print(
         table(
             "Two ranks, until the first all-reduce is done and the command has ended",
             ("started by", "seconds", "times `torchrun`"),
             [(name, f"{seconds:.2f}", f"{seconds / base:.2f}") for name, seconds in found.items()],
+        )
+    )
+    print(
+        table(
+            "A function on two ranks, from the call of fabric.launch(function) to its return",
+            ("start method", "seconds, the first time", "seconds, again"),
+            functions,
         )
     )
 

@@ -1,12 +1,14 @@
 """``fabric.launch()`` in real scripts: ranks are started, joined, and ended."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +331,21 @@ def test_function_returns_the_result_of_rank_zero_however_large() -> None:
     assert result.shape == (64, 2**18)
     assert (result == 2).all()
     assert (dict(os.environ), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.slow
+def test_fork_server_starts_ranks_of_each_launch() -> None:
+    """It imports what ranks need once; a later launch has its own report of failures; the list of the user is kept."""
+    multiprocessing.set_forkserver_preload(["json"])
+    try:
+        fabric = Fabric(accelerator="cpu", strategy="ddp:start_method=forkserver", devices=2)
+        assert fabric.launch(_large, megabytes=1).shape == (1, 2**18)
+        with pytest.raises(RankFailedError) as caught:
+            fabric.launch(_fail_on_one)
+        assert (caught.value.rank, caught.value.exception_type) == (1, "KeyError")
+        assert forkserver._forkserver._preload_modules == ["json"]  # type: ignore[attr-defined]
+    finally:
+        multiprocessing.set_forkserver_preload(["__main__"])
 
 
 @pytest.mark.slow
