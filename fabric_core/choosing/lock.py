@@ -276,7 +276,10 @@ def _specs(module: str) -> Iterator[tuple[str, ModuleSpec]]:
         return
     for count in range(1, len(parts) + 1):
         name = ".".join(parts[:count])
-        spec = next(filter(None, (finder.find_spec(name, path) for finder in sys.meta_path)), None)
+        # What is imported already is what would be used.
+        spec = getattr(sys.modules.get(name), "__spec__", None) or next(
+            filter(None, (finder.find_spec(name, path) for finder in sys.meta_path)), None
+        )
         if spec is None:
             return
         yield name, spec

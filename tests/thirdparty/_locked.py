@@ -67,6 +67,14 @@ def from_file() -> None:
     Fabric.from_config("run.toml")
 
 
+def imported_before() -> None:
+    """Make a Fabric when a module of the plugin's name was imported from elsewhere."""
+    sys.path.insert(0, "first")
+    __import__("acme_strategy")
+    del sys.path[0]
+    Fabric(accelerator="cpu", devices=1, lock=LOCK, strategy="acme")
+
+
 def install(name: str) -> None:
     """Install a wheel into a folder of its own, as installers do: unpacked, and its .pth files read."""
     folder = Path("beside") / name
@@ -146,6 +154,7 @@ def main() -> None:
     Path("first/acme_strategy").mkdir(parents=True)
     Path("first/acme_strategy/__init__.py").touch()
     answers["earlier on the path"] = fabric(first="first", strategy="acme")
+    answers["imported before"] = attempt(imported_before)
     Path("namespace/acme_space").mkdir(parents=True)
     Path("namespace/acme_space/part.py").touch()
     answers["namespace"] = fabric(wrappers=["spaced"])

@@ -102,6 +102,13 @@ def test_what_differs_is_named_and_nothing_of_it_is_imported(answers: dict[str, 
     assert (answer["run"], answer["imported"]) == (allowed, ["acme_strategy", "acme_strategy.plug"] if allowed else [])
 
 
+def test_a_module_that_was_imported_from_elsewhere_is_refused(answers: dict[str, Any]) -> None:
+    """It would be used for the one that is locked."""
+    answer = answers["imported before"]
+    assert answer["error"] == "LockError"
+    assert answer["got"].startswith("acme_strategy/__init__.py is no file of the distribution")
+
+
 @pytest.mark.parametrize(
     "name", ["unlocked", "as locked", "added, unlocked", "twin, the other named", "not asked for", "switched off"]
 )
