@@ -12,6 +12,7 @@ import inspect
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import wraps
 from typing import Any, Final, cast
@@ -29,6 +30,9 @@ __all__ = ["Bindings", "Trace", "around", "check_extension", "life_cycle"]
 
 _MARK: Final = "fabric_around"
 
+_EVERY: Final = "every"
+"""In the place of a kind: all behaviours of all kinds."""
+
 _BESIDE: Final[Mapping[str, type[Any]]] = {Collectives.kind: Collectives, FabricActs.kind: FabricActs}
 """What may be wrapped beside plugins: collectives, which a strategy makes, and the façade's own acts."""
 
@@ -43,11 +47,16 @@ Trace = Callable[[str, float, BaseException | None], None]
 
 
 class _Around:
-    """Marks methods of an extension that wrap a behaviour: ``@around.strategy``, ``@around.precision``, ..."""
+    """Marks methods of an extension that wrap a behaviour: ``@around.strategy``, ``@around.precision``, ...
+
+    A method that is marked by ``@around.every`` wraps all behaviours of all kinds. It takes the behaviour's name, such
+    as ``"strategy.backward"``, and is called for each call of each.
+    """
 
     def __getattr__(self, kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        if _contract(kind) is None:
-            raise AttributeError(f"there is no kind {kind!r} to wrap; there are: {', '.join([*KINDS, *_BESIDE])}")
+        if kind != _EVERY and _contract(kind) is None:
+            known = ", ".join([*KINDS, *_BESIDE, _EVERY])
+            raise AttributeError(f"there is no kind {kind!r} to wrap; there are: {known}")
 
         def mark(function: Callable[..., Any]) -> Callable[..., Any]:
             setattr(function, _MARK, kind)
@@ -121,7 +130,7 @@ def check_extension(extension: object) -> None:
 
 def _check_wrapper(extension: object, name: str, kind: str) -> None:
     method = getattr(type(extension), name)
-    known = behaviours(cast("Any", _contract(kind)))
+    known = {name: ("behaviour",)} if kind == _EVERY else behaviours(cast("Any", _contract(kind)))
     where = f"{type(extension).__module__}.{type(extension).__qualname__}.{name}"
     if name not in known:
         near = get_close_matches(name, known, n=1)
@@ -169,6 +178,9 @@ class Bindings:
     def __init__(self, extensions: Sequence[object] = (), trace: Trace | None = None) -> None:
         self._extensions = extensions
         self._trace = trace
+        self._every = [
+            contextmanager(getattr(one, name)) for one in extensions for name in dir(one) if _wraps(one, name) == _EVERY
+        ]
         self._owners: list[Any] = []
         self._released: list[Any] = []
 
@@ -183,7 +195,8 @@ class Bindings:
         contract, single = cast("Any", _contract(owner.kind)), _is_single(owner)
         names = behaviours(contract)
         wrapping = [one for one in self._extensions if any(_wraps(one, name) == owner.kind for name in names)]
-        if not (single or wrapping or self._trace) or not self._claim(owner, alone=bool(wrapping)):
+        watched = bool(self._trace or self._every)
+        if not (single or wrapping or watched) or not self._claim(owner, alone=bool(wrapping)):
             return
         bound: dict[str, Callable[..., Any]] = {}
         if wrapping:
@@ -193,6 +206,9 @@ class Bindings:
             manager.check_pending()
             wrapped = [name for name in names if any(_wraps(one, name) == owner.kind for one in wrapping)]
             bound = {name: _through(getattr(manager.hook, name), getattr(owner, name), names[name]) for name in wrapped}
+        for every in self._every:
+            calls = {name: bound.get(name) or getattr(owner, name) for name in names}
+            bound = {name: _within(call, f"{owner.kind}.{name}", every) for name, call in calls.items()}
         if self._trace is not None:
             label = f"{owner.kind} {type(owner).__name__}"
             calls = {name: bound.get(name) or getattr(owner, name) for name in names}
@@ -287,6 +303,15 @@ def _through(caller: pluggy.HookCaller, method: Callable[..., Any], names: tuple
         return caller(**given)
 
     return wrapped
+
+
+def _within(function: Callable[..., Any], label: str, context: Callable[[str], Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with context(label):
+            return function(*args, **kwargs)
+
+    return within
 
 
 def _traced(function: Callable[..., Any], label: str, trace: Trace) -> Callable[..., Any]:

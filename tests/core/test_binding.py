@@ -418,3 +418,47 @@ def test_an_extension_goes_round_the_facades_acts_and_hears_what_happens(in_memo
         "setup Linear", "set up FabricSGD", "backward 1", "step", "stepped on rank 0", "after step", "barrier here",
         "save there", "load", "loaded there", "failed by ZeroDivisionError('at last')", "torn down",
     ]  # fmt: skip
+
+
+class Everywhere:
+    """Goes round all behaviours."""
+
+    @around.every
+    def call(self, behaviour: str) -> Generator[None, None, None]:
+        SAID.append(f"{behaviour} begins")
+        try:
+            yield
+        finally:
+            SAID.append(f"{behaviour} ends")
+
+
+def test_one_method_goes_round_every_behaviour() -> None:
+    """It is told the name, outside of what wraps the one behaviour, also where that raises; letting go restores all."""
+    owner = Owner()
+    before = dict(vars(owner))
+    SAID.clear()
+    bindings = bind(owner, Everywhere(), Speaker("one"))
+    owner.backward(torch.ones(()), None, {})
+    assert SAID == ["strategy.backward begins", "one before", "owner", "one after", "strategy.backward ends"]
+    with pytest.raises(LookupError):
+        owner.clip_grad_value([], 1.0)
+    assert SAID[-2:] == ["strategy.clip_grad_value begins", "strategy.clip_grad_value ends"]
+    bindings.undo()
+    assert vars(owner) == before
+
+
+def test_a_method_round_everything_takes_the_name_alone() -> None:
+    """Other arguments, or no `yield`, are errors at once."""
+
+    class Strange:
+        @around.every
+        def call(self, module: nn.Module) -> Generator[None, None, None]:
+            yield
+
+    class Plain:
+        @around.every
+        def call(self, behaviour: str) -> None: ...
+
+    for extension, said in ((Strange(), "behaviour"), (Plain(), "yield")):
+        with pytest.raises(QuarantinedError, match=said):
+            check_extension(extension)
