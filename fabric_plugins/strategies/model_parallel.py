@@ -30,7 +30,7 @@ class ModelParallelOptions(DistributedOptions):
     parallelize_fn: ImportString[Callable[[Any, DeviceMesh], Any]]
     """Spreads a module, given it and the mesh: ``parallelize_module(module, mesh["tensor_parallel"], plan)``. It may
     shard blocks, or all, over ``mesh["data_parallel"]`` too; the strategy does it where the function didn't. It may
-    give back another module with the same parameters, such as a compiled one. Text says where it lies:
+    return another module with the same parameters, such as a compiled one. Text says where it lies:
     ``"module:function"``."""
     data_parallel_size: PositiveInt | Literal["auto"] = "auto"
     """How many groups read different data; ``"auto"`` is what the other size leaves, and else the number of nodes."""
@@ -123,9 +123,9 @@ def _check_result(result: Any, user: nn.Module) -> None:
         SetupError: It is no module, or its parameters have other names, so that no optimizer would know them.
     """
     if not isinstance(result, nn.Module):
-        fault = f"gave back a {type(result).__name__}, which is no module"
+        fault = f"returned a {type(result).__name__}, which is no module"
     elif names := _names(original_of(result)) ^ _names(user):
-        fault = f"gave back a module that has other parameters: {', '.join(sorted(names))}"
+        fault = f"returned a module that has other parameters: {', '.join(sorted(names))}"
     else:
         return
     raise SetupError(

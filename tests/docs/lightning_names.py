@@ -32,7 +32,7 @@ RENAMED: Final = {
 }
 
 _AUTHORS: Final = "is for authors: a contract of its own, [here](contracts/strategy.md)"
-_LIBRARY: Final = "of another library or hardware: a package of its own brings it, by the same door"
+_LIBRARY: Final = "of another library or hardware: a package of its own provides it, by the same door"
 _WIRED: Final = "is set by the `Fabric`, which is given it as an argument of its own"
 _ENVIRONMENT: Final = "the job is recognised by itself, by a [launcher](contracts/launcher.md); nothing is to be given"
 

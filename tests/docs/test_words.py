@@ -35,7 +35,7 @@ REPLACED: Final = {
     r"\b[Bb]rings?\b": "provides (a distribution a plugin); imports; writes",
     r"can('t|not) be understood": "can't parse ...",
     r"\b[Mm]end(s|ed|ing)?\b": "fix",
-    r"\bFABRIC_PLUGINS\b|\bfabric\.plugins\b": "FABRIC_EXTENSIONS, fabric.extensions",
+    r"\bFABRIC_PLUGINS\b|(?<!lightning\.)\bfabric\.plugins\b": "FABRIC_EXTENSIONS, fabric.extensions",
     r"\bway through (a|the) (tree|state)\b": "key path",
     r"\b[Bb]y hand\b": "plain PyTorch; manually",
 }

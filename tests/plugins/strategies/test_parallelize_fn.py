@@ -1,4 +1,4 @@
-"""What a `parallelize_fn` may do: shard all by itself, or give back another module."""
+"""What a `parallelize_fn` may do: shard all by itself, or return another module."""
 
 import copy
 from collections.abc import Callable
@@ -107,7 +107,7 @@ def refused(how: Callable[..., Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [(add, "other parameters: extra"), (say, "gave back a str, which is no module")]
+    ("how", "said"), [(add, "other parameters: extra"), (say, "returned a str, which is no module")]
 )
 def test_what_no_optimizer_would_know_is_refused(how: Callable[..., Any], said: str, two_ranks: RankPool) -> None:
     """The error names what is other, and what to give back."""

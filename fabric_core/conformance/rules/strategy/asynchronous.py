@@ -1,4 +1,4 @@
-"""Rules for strategies that let ranks part between steps, and bring them together from time to time."""
+"""Rules for strategies that let ranks part between steps, and synchronize them from time to time."""
 
 import tempfile
 from pathlib import Path
@@ -60,7 +60,7 @@ def _parts(bench: Bench) -> None:
 
 @TABLE.rule(
     "STR-347",
-    f"Who doesn't declare synchronous brings its ranks together within {_CASE.steps} steps: after one all have the same"
+    f"Who doesn't declare synchronous synchronizes its ranks within {_CASE.steps} steps: after one all have the same"
     " parameters.",
     reason="Ranks that never meet train models of their own, and only one of them is saved.",
     advice="average parameters every few steps; with many steps between, choose options for the kit with fewer",

@@ -20,13 +20,13 @@ class Modest(Averaging):
     capabilities = Averaging.capabilities.model_copy(update={"synchronous": False})
 
 
-@mutant("never brings ranks together", "STR-347")
+@mutant("never synchronizes ranks", "STR-347")
 class Estranged(Parting):
     def meet(self, tensors: Sequence[torch.Tensor]) -> None:
         pass
 
 
-@mutant("brings together some of a model's parameters", "STR-347")
+@mutant("synchronizes some of a model's parameters", "STR-347")
 class Partial(Parting):
     def meet(self, tensors: Sequence[torch.Tensor]) -> None:
         super().meet(tensors[1:])
