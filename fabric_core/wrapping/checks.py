@@ -21,6 +21,7 @@ __all__ = [
     "check_model",
     "check_optimizer",
     "check_same",
+    "check_shared",
     "check_trains",
 ]
 
@@ -95,6 +96,28 @@ def check_hooks(names: Sequence[str]) -> None:
             got=", ".join(names),
             instead="register hooks after fabric.setup, on the parameters that the model has then",
         )
+
+
+def check_shared(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> None:
+    """Refuse that a parameter which several places share comes apart.
+
+    Args:
+        before: The parameters before the strategy had the model, by every name that they have.
+        after: Those that it has now.
+
+    Raises:
+        SetupError: One did.
+    """
+    first: dict[int, str] = {}
+    for name, parameter in before.items():
+        known = first.setdefault(id(parameter), name)
+        if after[name] is not after[known]:
+            raise SetupError(
+                "a parameter that two parts of the model share came apart, so each would train its own",
+                where=_WHERE,
+                got=f"{known} and {name}",
+                instead=f"tie them again where they were divided: model.{name} = model.{known}",
+            )
 
 
 def check_counts(strategy: Strategy, models: int, optimizers: int) -> None:

@@ -25,6 +25,7 @@ from fabric_core.wrapping.checks import (
     check_model,
     check_optimizer,
     check_same,
+    check_shared,
     check_trains,
 )
 from fabric_core.wrapping.compiled import compile_again, uncompiled
@@ -141,10 +142,11 @@ class Setup:
         """Give what the strategy put in the place of a model's parameters, also to the optimizers that are known.
 
         Raises:
-            SetupError: Hooks on parameters would get lost.
+            SetupError: Hooks on parameters would get lost, or what the model shares came apart.
         """
         after = dict(module.named_parameters(remove_duplicate=False))
         names = [name for name, old in before.items() if after[name] is not old]
+        check_shared(before, after)
         check_hooks([name for name in names if has_hooks(before[name])])
         replaced: dict[torch.Tensor, torch.Tensor] = {before[name]: after[name] for name in names}
         self._replaced.update(replaced)

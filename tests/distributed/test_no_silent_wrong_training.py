@@ -109,13 +109,18 @@ UNSUPPORTED: dict[str, frozenset[str]] = {
             "hessian_by_vector",
         }
     ),
+    # PyTorch's compiler takes no buckets that are smaller than its first one.
+    "ddp-buckets": frozenset({"compiled_after_setup", "compiled_before_setup"}),
     # It knows no copies.
     "third-party": frozenset({"a_copy"}),
     # It averages what has passed since the last backward pass, whose ever that was.
     "third-party-routed": frozenset({"a_copy", "an_adversarial_pair"}),
 }
-UNSUPPORTED["data-parallel"] = (UNSUPPORTED["fsdp"] | {"penalty_in_the_loss"}) - {"gradient_penalty"}
-UNSUPPORTED["tensor-parallel"] = frozenset({"penalty_in_the_loss", "gradient_penalty_alone"})
+# PyTorch's `parallelize_module` takes apart what layers share.
+UNSUPPORTED["data-parallel"] = (UNSUPPORTED["fsdp"] | {"penalty_in_the_loss", "tied_weights"}) - {"gradient_penalty"}
+UNSUPPORTED["tensor-parallel"] = frozenset(
+    {"gradient_penalty_alone", "hessian_by_vector", "penalty_in_the_loss", "tied_weights"}
+)
 
 UNSEEN: dict[str, frozenset[str]] = {
     # PyTorch's DTensor takes gradients that it redistributes for constants: docs/explanation/where-the-guards-end.md
