@@ -2,8 +2,6 @@
 
 import json
 import os
-import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,6 @@ from fabric_core.errors import CheckpointError
 from fabric_plugins.checkpoints import SafetensorsCheckpoint
 from fabric_plugins.checkpoints._manifest import encode
 from tests.plugins.checkpoints.test_hostile_files import FILES, FOLDERS, manifest_of, model_and_optimizer
-
-SEED = os.environ.get("CHECKPOINT_SEED") or str(time.time_ns())
-"""What the sample for two ranks is drawn from; a failure shows it."""
-SAMPLE = int(os.environ.get("CHECKPOINT_HOSTILE", "6"))
-"""How many; ``CHECKPOINT_HOSTILE=1000`` is all of them."""
 
 
 def _parts(path: Path) -> list[Path]:
@@ -177,23 +170,19 @@ def _locals(model: nn.Module) -> list[Any]:
     return [one.to_local() if hasattr(one, "to_local") else one.detach() for one in model.parameters()]
 
 
-def test_nobody_waits_on_two_ranks(two_ranks: RankPool, tmp_path: Path) -> None:
-    """Both ranks refuse it by name, whatever it is; a sample, another each time."""
-    every = (
-        [("file", case) for case in FILES] + [("folder", case) for case in FOLDERS] + [("safe", case) for case in SAFE]
-    )
-    draw = random.Random(SEED)  # noqa: S311 - no secret
-    for number, (what, case) in enumerate(draw.sample(every, min(SAMPLE, len(every)))):
-        path = tmp_path / str(number) / "state"
-        plugins = [SafetensorsCheckpoint(max_shard_size=20)] if what == "safe" else []
-        with Fabric(accelerator="cpu", devices=1, plugins=plugins) as fabric:
-            model, optimizer = model_and_optimizer()
-            state = {"model": model} if what == "safe" else {"model": model, "optimizer": optimizer}
-            fabric.save(path, state, format={"file": "single_file", "folder": "distributed"}.get(what))
-        {"file": FILES, "folder": FOLDERS, "safe": SAFE}[what][case](path)
-        try:
-            told = two_ranks.run(_on_two, path, "fsdp" if number % 2 else "ddp", what == "safe", path.parent / "proof")
-        except Exception as error:
-            error.add_note(f"{what}: {case}; CHECKPOINT_SEED={SEED}")
-            raise
-        assert all(str(path) in one for one in told), (what, case, told)
+@pytest.mark.sampled(0.05)
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [(kind, case) for kind, cases in (("file", FILES), ("folder", FOLDERS), ("safe", SAFE)) for case in cases],
+)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_nobody_waits_on_two_ranks(strategy: str, kind: str, case: str, two_ranks: RankPool, tmp_path: Path) -> None:
+    """Both ranks refuse it by name, whatever it is, and nothing has happened."""
+    path, safe = tmp_path / "state", kind == "safe"
+    plugins = [SafetensorsCheckpoint(max_shard_size=20)] if safe else []
+    with Fabric(accelerator="cpu", devices=1, plugins=plugins) as fabric:
+        model, optimizer = model_and_optimizer()
+        state = {"model": model} if safe else {"model": model, "optimizer": optimizer}
+        fabric.save(path, state, format={"file": "single_file", "folder": "distributed"}.get(kind))
+    {"file": FILES, "folder": FOLDERS, "safe": SAFE}[kind][case](path)
+    assert all(str(path) in one for one in two_ranks.run(_on_two, path, strategy, safe, tmp_path / "proof"))
