@@ -69,6 +69,16 @@ def test_what_works_trains(pytestconfig: pytest.Config) -> None:
         assert cell.shown == "trained", f"FABRIC_SAMPLE_SEED={seed}: {cell} {cell.tried}"
 
 
+def test_several_nodes_are_not_tried_on_one() -> None:
+    """Declared, it works; there is no second machine to train on."""
+    request = Request.of(devices=1, num_nodes=2)
+    axes = {**AXES, "accelerator": ["cpu"], "strategy": ["ddp"], "precision": ["32-true"]}
+    (cell,) = cells = list(make_matrix(Registry(), request, {}, axes))
+    assert (cell.status, cell.processes) == ("works", 2)
+    (cell,) = try_cells(cells)
+    assert (cell.shown, cell.reason) == ("not tried", "it needs several nodes")
+
+
 def test_every_plugin_stands_in_it_once() -> None:
     """By its first name; with what presets its options beside it, and no other names."""
     precisions = {cell.precision for cell in _cells(1)}

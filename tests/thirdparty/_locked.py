@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import zipfile
 from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,26 @@ def with_change(path: str, text: str | None, **asked: Any) -> dict[str, Any]:
             file.unlink()
         else:
             file.write_text((before or "") + text)
-        return fabric(strategy="acme", **asked)
+        return fabric(**{"strategy": "acme", **asked})
     finally:
         if before is None:
             file.unlink()
         else:
             file.write_text(before)
+
+
+def editable(answers: dict[str, Any]) -> None:
+    """Go through what may happen to an editable install."""
+    # The sources of an editable install are no files of its RECORD: the lock has their hashes.
+    answers["editable, not in the lock"] = fabric(wrappers=["edited"])
+    answers["lock with it"] = command("plugins", "lock", "second.lock")
+    answers["editable"] = fabric(wrappers=["edited"], lock="second.lock")
+    pth = "__editable__.acme_edited-1.0.pth"
+    answers["pth, changed"] = with_change(pth, "# another line\n", wrappers=["edited"], lock="second.lock")
+    source = Path("source/acme_edited/__init__.py")
+    source.write_text(source.read_text() + "\n")
+    answers["editable, changed"] = fabric(wrappers=["edited"], lock="second.lock")
+    answers["differences"] = command("plugins", "lock", "second.lock", "--check", "--json")
 
 
 def main() -> None:
@@ -125,17 +140,14 @@ def main() -> None:
         ("changed", "acme_strategy/helper.py", "\n"),
         ("missing", "acme_strategy/helper.py", None),
         ("added", "acme_strategy/added.py", ""),
-        ("shadowed beside it", "acme_strategy.abi3.so", ""),
+        ("binary", f"acme_strategy/plug{EXTENSION_SUFFIXES[-1]}", ""),
     ):
         answers[name] = with_change(path, text)
-        answers[f"{name}, unlocked"] = with_change(path, text, lock=None) if name == "added" else None
+    answers["added, unlocked"] = with_change("acme_strategy/added.py", "", lock=None)
     info = next(SITE.glob("acme_strategy-1.0.dist-info"))
     answers["record"] = with_change(f"{info.name}/RECORD", "acme_strategy/other.txt,sha256=abc,3\n")
     shutil.move(info, "kept")
-    for name, beside in {
-        "other version": "acme_strategy",
-    }.items():
-        answers[name] = fabric(beside, strategy="acme")
+    answers["other version"] = fabric("acme_strategy", strategy="acme")
     shutil.move("kept", info)
     answers["twin"] = fabric("acme_twin", strategy="acme")
     answers["twin, unlocked"] = fabric("acme_twin", strategy="acme", lock=None)
@@ -165,14 +177,7 @@ def main() -> None:
     del os.environ["FABRIC_LOCK"]
     Path("run.toml").write_text(f'accelerator = "cpu"\ndevices = 1\nlock = "{LOCK}"\n')
     answers["file"] = attempt(from_file)
-    # The sources of an editable install are no files of its RECORD: the lock has their hashes.
-    answers["editable, not in the lock"] = fabric(wrappers=["edited"])
-    answers["lock with it"] = command("plugins", "lock", "second.lock")
-    answers["editable"] = fabric(wrappers=["edited"], lock="second.lock")
-    source = Path("source/acme_edited/__init__.py")
-    source.write_text(source.read_text() + "\n")
-    answers["editable, changed"] = fabric(wrappers=["edited"], lock="second.lock")
-    answers["differences"] = command("plugins", "lock", "second.lock", "--check", "--json")
+    editable(answers)
     sys.stdout.write(json.dumps(answers))
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ REFUSED = {
     "changed": "acme_strategy/helper.py was changed",
     "missing": "acme_strategy/helper.py is missing",
     "added": "acme_strategy/added.py is no file of the distribution, and would be imported",
+    "binary": f"acme_strategy/plug{EXTENSION_SUFFIXES[-1]} is no file of the distribution, and would be imported",
     "record": "acme_strategy/other.txt is missing",
     "other version": "its version is 2.0, and the lock has 1.0",
     "twin": "the lock has no distribution acme-twin",
@@ -83,12 +85,13 @@ REFUSED = {
     "file": "the lock has no distribution acme-extension",
     "editable, not in the lock": "the lock has no distribution acme-edited",
     "editable, changed": "acme_edited/__init__.py was changed",
+    "pth, changed": "__editable__.acme_edited-1.0.pth was changed",
 }
 
 RUN = ["__init__", "plug"]
 """What of the locked strategy's files is run."""
 
-LATE = {"launcher", "checkpoint"}
+LATE = {"launcher", "checkpoint", "pth, changed"}
 """Looked at when the strategy that was named, and is locked, has been imported."""
 
 
