@@ -88,7 +88,7 @@ def _make_app() -> typer.Typer:
     _add(config, "make", asking(make_config), "config make run.toml --strategy ddp --devices 2")
     _add(config, "check", check_config, "config check run.toml --elsewhere")
     _add(config, "schema", print_schema, "config schema > fabric.schema.json")
-    _add(app, "conformance", conformance, "conformance strategy:ddp --rule STR-101")
+    _add(app, "conformance", conformance, "conformance accelerator:cpu --rule ACC-101")
     _add(app, "new", new, "new strategy my_strategy --author Ada")
     _add(app, "explain", asking(explain), "explain --strategy ddp --devices 2")
     _add(app, "contract", contract, "contract strategy")

@@ -1,6 +1,7 @@
 """Every command of the command line keeps the same promises: JSON, an example, exit codes, completion, no traceback."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from rich.console import Console
 from fabric_core import cli
 from fabric_core.cli import _output
 from fabric_core.cli._output import progress
+from fabric_core.conformance.rules import rules_for
+from fabric_core.kinds import KINDS
 
 
 def _commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -64,6 +67,8 @@ def test_the_help_of_every_command_has_an_example_that_can_be_parsed(name: str) 
     assert example.startswith(begin)
     words = example.removeprefix(begin).partition(">")[0].split()
     COMMANDS[name].make_context(name, words).close()
+    rules = {rule.id for kind in KINDS for rule in rules_for(kind)}
+    assert {word for word in words if re.fullmatch(r"[A-Z]{3}-[0-9]+", word)} <= rules
 
 
 @pytest.mark.parametrize(
