@@ -134,7 +134,8 @@ def _on_terminal() -> bool:
 
 def _ask(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Ask for each kind that has an argument, and for devices; each answer narrows what the next question offers."""
-    answers, registry = dict(asked), find_registry()
+    answers = dict(asked)
+    registry = make_registry(environment(), _request(answers).lock or environment().get("FABRIC_LOCK") or None)
     for kind in KINDS.values():
         single = kind.count is Count.ONE
         if kind.argument is not None and answers[kind.name] in (None, [], AUTO):

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Final
 import typer
 from rich.console import Console
 
-from fabric_core.assembly import make_plan
+from fabric_core.assembly import make_plan, make_registry
 from fabric_core.choosing.offers import Offer
 from fabric_core.choosing.parsing import parse_plugin
 from fabric_core.choosing.registry import Registry
 from fabric_core.choosing.request import Request
-from fabric_core.cli._asking import Config, completer, find_registry, request_of
+from fabric_core.cli._asking import Config, completer, request_of
 from fabric_core.cli._output import AsJson, Exit, as_dict, print_json, print_table, print_text, progress
 from fabric_core.errors import FabricError, RequestError, UnknownPluginError
 
@@ -105,7 +105,7 @@ def matrix(
         raise RequestError("there is no folder for the picture", where="--png", got=str(png), instead="an existing one")
     base, variables = request_of(config, devices=devices, num_nodes=num_nodes)
     named = {"accelerator": accelerator, "strategy": strategy, "precision": precision, "wrapper": wrapper}
-    cells = list(make_matrix(find_registry(), base, variables, named))
+    cells = list(make_matrix(make_registry(variables, base.lock), base, variables, named))
     if tried:
         cells = list(try_cells(cells))
     if png is not None:

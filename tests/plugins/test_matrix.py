@@ -9,6 +9,7 @@ from typing import Any, Self
 import pytest
 
 from fabric_core import Fabric, Wrapper, cli
+from fabric_core.choosing.lock import Lock
 from fabric_core.choosing.registry import Registry, registered
 from fabric_core.choosing.request import Request
 from fabric_core.cli._matrix import Cell, make_matrix, try_cells
@@ -198,6 +199,15 @@ def test_the_picture_is_one(fabric: Any, tmp_path: Path) -> None:
     assert fabric("--accelerator", "cpu", "--precision", "32-true", "--png", str(path))[0] == 0
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 5000
+
+
+def test_a_lock_in_a_configuration_file_holds(fabric: Any, tmp_path: Path) -> None:
+    """What it doesn't let run is refused in every cell, and imported for none."""
+    Lock(str(tmp_path / "fabric.lock"), ()).write()
+    (tmp_path / "run.toml").write_text(f'lock = "{tmp_path}/fabric.lock"\n')
+    cells = json.loads(fabric("--accelerator", "cpu", "--json", "--config", str(tmp_path / "run.toml"))[1])["cells"]
+    assert {cell["error"]["type"] for cell in cells} == {"LockError"}
+    assert all("the lock has no distribution fabric-registry" in cell["reason"] for cell in cells)
 
 
 def test_a_name_that_nobody_offers_is_a_mistake(fabric: Any) -> None:
