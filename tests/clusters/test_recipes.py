@@ -1,7 +1,6 @@
 """The recipes of docs/how-to/run-on-a-cluster.md, as they stand there, on as many nodes as this machine is."""
 
 import os
-import random
 import re
 import signal
 import subprocess
@@ -35,15 +34,6 @@ with Fabric(accelerator="cpu", strategy="ddp", devices=2) as fabric:
 """
 
 
-_RECIPES = ("slurm", "mpi", "kubernetes")
-_CHOSEN = random.choice(_RECIPES)  # noqa: S311 - another one each time; ``make faults`` runs all
-
-
-def _sampled(recipe: str) -> Any:
-    """Leave a test to ``make faults``, unless its recipe was chosen for this run."""
-    return pytest.mark.slow if recipe == _CHOSEN else pytest.mark.faults
-
-
 def _block(heading: str, language: str) -> str:
     """Give the first block of a language below a heading of the page."""
     found = re.search(rf"^## {re.escape(heading)}\n.*?^```{language}\n(.*?)^```", _PAGE, re.DOTALL | re.MULTILINE)
@@ -51,7 +41,8 @@ def _block(heading: str, language: str) -> str:
     return found[1]
 
 
-@_sampled("slurm")
+@pytest.mark.slow
+@pytest.mark.sampled(0.4)
 def test_slurm_batch_script(slurm: Command, train: str, ranks: Command, tmp_path: Path) -> None:
     """The batch script, on one node with two tasks and without GPUs, is one world."""
     text = (
@@ -68,6 +59,7 @@ def test_slurm_batch_script(slurm: Command, train: str, ranks: Command, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(0.4)
 def test_slurm_job_that_is_cancelled_saves_a_last_checkpoint(slurm: Command, tmp_path: Path) -> None:
     """``scancel`` sends SIGTERM to the tasks: both leave their loop after the same step, and save."""
     script = tmp_path / "job.py"
@@ -87,7 +79,8 @@ def test_slurm_job_that_is_cancelled_saves_a_last_checkpoint(slurm: Command, tmp
     assert (tmp_path / "last.ckpt").exists()
 
 
-@_sampled("mpi")
+@pytest.mark.slow
+@pytest.mark.sampled(0.4)
 def test_mpi_host_file(command: Command, needing: Command, train: str, ranks: Command, tmp_path: Path) -> None:
     """The host file and the command, with this machine as the only host."""
     needing("mpirun")
@@ -109,7 +102,8 @@ def test_mpi_host_file(command: Command, needing: Command, train: str, ranks: Co
     assert [row["size"] for row in ranks(done.out)] == [2, 2]
 
 
-@_sampled("kubernetes")
+@pytest.mark.slow
+@pytest.mark.sampled(0.4)
 def test_kubernetes_manifest(train: str, ranks: Command, tmp_path: Path) -> None:
     """The manifest is one, and its pods, with the variables that the operator sets, are one world of two nodes."""
     manifest = yaml.safe_load(_block("Kubernetes", "yaml"))

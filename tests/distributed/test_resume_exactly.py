@@ -122,7 +122,8 @@ _STARTERS = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("starter", ["run", pytest.param("torchrun", marks=pytest.mark.faults)])
+@pytest.mark.sampled(0.5)
+@pytest.mark.parametrize("starter", _STARTERS)
 def test_a_job_that_is_restarted_goes_on(starter: str, uninterrupted: Callable[..., list[Any]], tmp_path: Path) -> None:
     """``--max-restarts``: rank 0 is killed, all ranks start again, and end as if nothing had been."""
     where = ("ddp", 2, "32-true", 2)

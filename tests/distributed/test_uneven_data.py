@@ -39,6 +39,8 @@ def _flat(model: nn.Module) -> torch.Tensor:
     return torch.cat([one.detach().flatten() for one in whole])
 
 
+pytestmark = pytest.mark.sampled(0.4)
+
 # Training by fabric.join
 
 
