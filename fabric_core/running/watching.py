@@ -21,7 +21,7 @@ _LOOKS: Final = 4
 
 
 class WatchedWaits:
-    """An extension that says which ranks wait in a collective of Fabric's own, and since when.
+    """An extension that says which ranks wait in a collective of Fabric's own and since when, and where one failed.
 
     A wait costs two assignments. One thread looks on; it finds the user's line only when there is something to say. It
     ends with the ``Fabric``.
@@ -62,6 +62,9 @@ class WatchedWaits:
         self.waiting = (what, time.monotonic())
         try:
             return (yield)
+        except Exception as error:
+            error.add_note(f"in {what} at {frames_line(sys._getframe())}")  # noqa: SLF001 - documented
+            raise
         finally:
             self.waiting = None
 

@@ -13,10 +13,20 @@ from typing import Any, Final
 from fabric_core.contracts import ProcessInfo
 from fabric_core.errors import RankFailedError
 
-__all__ = ["REPORT", "failed", "missing_ranks", "note_end", "read_report", "was_ended", "write_report"]
+__all__ = [
+    "REPORT",
+    "agent_ended",
+    "failed",
+    "missing_ranks",
+    "note_end",
+    "read_report",
+    "report_folder",
+    "was_ended",
+    "write_report",
+]
 
 REPORT: Final = "TORCHELASTIC_FABRIC_REPORT"
-"""The variable that tells a rank how it was started, and the file for its report: ``function:PATH``."""
+"""The variable that tells a rank how it was started, by which process, and where to report: ``function:PID:PATH``."""
 _ENDED: Final = (-signal.SIGTERM, -signal.SIGINT)
 """How the ranks end that the agent ends, which it notices after those that it ends them for."""
 
@@ -31,7 +41,7 @@ def write_report(error: BaseException, rank: int) -> bool:
     Returns:
         Whether the agent will show the error.
     """
-    how, _, path = os.environ.get(REPORT, "").partition(":")
+    how, _, path = _told()
     if not path:
         return False
     kind = type(error)
@@ -44,6 +54,27 @@ def write_report(error: BaseException, rank: int) -> bool:
     with contextlib.suppress(OSError), Path(path).open("x", encoding="utf-8", errors="replace") as file:
         json.dump(report, file)
     return how == "function"
+
+
+def report_folder() -> Path:
+    """Give, in a rank, the folder of its report, which the agent removes."""
+    return Path(_told()[2]).parent
+
+
+def agent_ended() -> bool:
+    """Whether the process that started this rank is gone."""
+    try:
+        os.kill(int(_told()[1]), 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def _told() -> tuple[str, str, str]:
+    """Give the parts of the variable, in a rank; three empty ones elsewhere."""
+    how, _, rest = os.environ.get(REPORT, "").partition(":")
+    agent, _, path = rest.partition(":")
+    return how, agent, path
 
 
 def read_report(path: Path) -> Mapping[str, Any] | None:
@@ -67,7 +98,7 @@ def was_ended() -> bool:
 
 
 def _end_note() -> Path:
-    return Path(os.environ[REPORT].partition(":")[2]).with_suffix(".end")
+    return Path(_told()[2]).with_suffix(".end")
 
 
 def failed(failures: Mapping[int, Any], report: Mapping[str, Any] | None, gone: Sequence[int] = ()) -> RankFailedError:

@@ -19,7 +19,16 @@ import torch
 
 from fabric_core.contracts import Launcher, LauncherCapabilities, LaunchOrder, PluginOptions, ProcessInfo
 from fabric_core.errors import LaunchError, RankFailedError
-from fabric_plugins.launchers._reports import REPORT, failed, missing_ranks, read_report, was_ended, write_report
+from fabric_plugins.launchers._reports import (
+    REPORT,
+    agent_ended,
+    failed,
+    missing_ranks,
+    read_report,
+    report_folder,
+    was_ended,
+    write_report,
+)
 from fabric_plugins.launchers._variables import Variables
 
 __all__ = ["ElasticLauncher", "ElasticOptions"]
@@ -95,10 +104,18 @@ class ElasticLauncher(Launcher):
         if info.owner != "elastic":
             return
         _die_with_parent()
+        self._keep_temporary_files()
         threads = torch.get_num_threads()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // info.local_world_size))
             self._undo.append(lambda: torch.set_num_threads(threads))
+
+    def _keep_temporary_files(self) -> None:
+        """Let the files of ``multiprocessing`` (of a loader's workers, say) go with the agent's."""
+        config = multiprocessing.current_process()._config  # type: ignore[attr-defined] # noqa: SLF001 - no public way
+        before = config.get("tempdir")
+        config["tempdir"] = str(report_folder())  # a rank that is ended removes nothing
+        self._undo.append(lambda: config.update(tempdir=before))
 
     def check_peers(self, info: ProcessInfo) -> None:
         """Notice that a rank of this node has ended before it came."""
@@ -158,7 +175,7 @@ class ElasticLauncher(Launcher):
 
         with tempfile.TemporaryDirectory(prefix="fabric-logs-") as logs, _restored():
             report = Path(logs) / "failure.json"
-            os.environ[REPORT] = f"{'command' if order.function is None else 'function'}:{report}"
+            os.environ[REPORT] = f"{'command' if order.function is None else 'function'}:{os.getpid()}:{report}"
             try:
                 with _preloaded() if start_method == "forkserver" else contextlib.nullcontext():
                     failures, gone = run_agent(
@@ -263,6 +280,8 @@ def _die_with_parent() -> None:
 
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if agent_ended():  # before the system was asked to tell
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """``Fabric(check=True)``: ranks that are about to do different things learn it at once, with what the others do."""
 
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,6 +63,13 @@ def _ends_early(fabric: Fabric, first: bool) -> None:
         fabric.barrier()
 
 
+def _saves_on_one_rank(fabric: Fabric, first: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        if first:
+            fabric.save(Path(folder) / "saved", {"epoch": 1})
+        fabric.barrier()
+
+
 def _mismatched(act: Callable[[Fabric, bool], None], strategy: str) -> tuple[str, float]:
     begin = time.monotonic()
     with Fabric(accelerator="cpu", strategy=strategy, devices=2, check=True) as fabric:
@@ -81,6 +90,7 @@ _NAMED: dict[Callable[[Fabric, bool], None], tuple[str, str]] = {
     _another_collective: ("all_gather", "all_reduce"),
     _one_batch_more: ("forward of", "all_reduce"),
     _a_step_less: ("SGD.step", "forward of"),
+    _saves_on_one_rank: ("broadcast", "barrier"),
     _ends_early: ("the end of its Fabric", "barrier"),
 }
 
@@ -148,3 +158,25 @@ def test_a_long_wait_is_told(two_ranks: RankPool, tmp_path: Any) -> None:
     assert "[fabric, rank 1]" in text
     assert f"rank 1 in barrier(here) at {__file__}:" in text
     assert "rank 0 in no collective of Fabric's" in text
+
+
+def _fails_alone() -> str:
+    fabric = Fabric(accelerator="cpu", strategy="ddp", devices=2)
+    fabric.launch()
+    said = ""
+    if fabric.is_global_zero:
+        try:
+            fabric.broadcast(lambda: None)  # nothing that can travel
+        except Exception as error:  # noqa: BLE001 - whatever pickling raises
+            said = error.__notes__[0]
+        fabric.broadcast(None)
+    else:
+        fabric.broadcast(None)
+    fabric.teardown()
+    return said
+
+
+def test_a_failed_collective_says_which_call_it_was_in(two_ranks: RankPool) -> None:
+    """Its error has a note with the collective and the line of the user's code, without the checked mode too."""
+    said, _ = two_ranks.run(_fails_alone)
+    assert said.startswith(f"in broadcast at {__file__}:")

@@ -290,6 +290,24 @@ def test_ranks_do_not_outlive_the_command(tmp_path: Path, how: signal.Signals) -
     assert all(_gone(pid) for pid in pids)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells that a parent has ended")
+def test_rank_whose_agent_was_killed_early_ends(tmp_path: Path) -> None:
+    """It could not ask yet to be ended with its agent, and doesn't wait for the others until the timeout."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as agent:
+        agent.wait()
+    place = {"RANK": "1", "LOCAL_RANK": "1", "GROUP_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "fabric-x"}
+    told = {"TORCHELASTIC_FABRIC_REPORT": f"command:{agent.pid}:{tmp_path / 'failure.json'}"}
+    done = subprocess.run(
+        [sys.executable, _script(tmp_path, _SCRIPT)],
+        env={**os.environ, **place, **meeting, **told},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, b"")
+
+
 def _large(fabric: Fabric, megabytes: int) -> torch.Tensor:
     return torch.full((megabytes, 2**18), float(fabric.world_size))
 
