@@ -7,6 +7,7 @@ in the background, and for a sharded load less than half of the checkpoint on an
 """
 
 import argparse
+import ctypes
 import json
 import os
 import shutil
@@ -156,6 +157,7 @@ def _loaded(path: str, megabytes: int) -> dict[str, float]:
     with fabric.init_module(empty_init=True):
         model = _Model(megabytes)
     wrapped = fabric.setup(model)
+    ctypes.CDLL(None).malloc_trim(0)  # else what is read could hide in what the initialisation left
     _forget_peak()
     before = _memory("VmRSS")
     begun = time.perf_counter()
