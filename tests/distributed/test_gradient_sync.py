@@ -135,19 +135,21 @@ class Drawing(Dataset[list[float]]):
         return [index, torch.rand(()).item(), numpys, pythons]
 
 
-def _drawn(workers: int) -> list[Any]:
+def _drawn(workers: int, persistent: bool) -> list[Any]:
     with Fabric(accelerator="cpu", strategy="ddp", devices=2) as fabric:
         fabric.launch()
         fabric.seed_everything(42)
-        loader = fabric.setup_dataloaders(DataLoader(Drawing(), batch_size=2, num_workers=workers))
+        # A rank of the pool would start workers that import PyTorch again; a script's are forked.
+        given: dict[str, Any] = {"multiprocessing_context": "fork", "persistent_workers": persistent} if workers else {}
+        loader = fabric.setup_dataloaders(DataLoader(Drawing(), batch_size=2, num_workers=workers, **given))
         return [[[column.tolist() for column in batch] for batch in loader] for _ in range(2)]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_items_draw_other_numbers_on_every_rank_and_in_every_epoch(workers: int) -> None:
+@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
+def test_items_draw_other_numbers_on_every_rank_and_in_every_epoch(workers: int, persistent: bool) -> None:
     """By PyTorch, NumPy and Python alike; and the same ones when all is run again."""
     with RankPool(2, parents=True) as pool:
-        first, again = pool.run(_drawn, workers), pool.run(_drawn, workers)
+        first, again = pool.run(_drawn, workers, persistent), pool.run(_drawn, workers, persistent)
     assert first == again
     for source in (1, 2, 3):
         drawn = [number for rank in first for epoch in rank for batch in epoch for number in batch[source]]

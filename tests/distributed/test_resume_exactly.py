@@ -17,8 +17,8 @@ import torch
 from fabric_core.conformance.pool import RankPool
 
 SCRIPT = Path(__file__).with_name("_resumed_run.py")
-RUNS = int(os.environ.get("FABRIC_RESUME_RUNS", "1"))
-"""How often the kill by a signal is tried; ``FABRIC_RESUME_RUNS=30`` is the long form."""
+RUNS = 30
+"""How often the kill by a signal is tried; a run of all tests tries one, and ``make silence`` all."""
 
 
 def _script() -> ModuleType:
@@ -100,12 +100,15 @@ def _results(path: Path, devices: int) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("attempt", range(RUNS))
-def test_a_killed_run_goes_on(attempt: int, uninterrupted: Callable[..., list[Any]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "attempt", [None, *(pytest.param(number, marks=pytest.mark.silence) for number in range(RUNS))]
+)
+def test_a_killed_run_goes_on(attempt: int | None, uninterrupted: Callable[..., list[Any]], tmp_path: Path) -> None:
     """SIGKILL on rank 0 at a random step, with augmenting workers; started again, the run ends as if nothing was."""
     choice = random.SystemRandom()
-    strategy, devices = [("ddp", 2), ("auto", 1), ("fsdp", 2)][attempt % 3]
-    precision, kill_at = ("32-true", "16-mixed")[attempt // 3 % 2], choice.randrange(1, _script().STEPS_OF_TWO)
+    cell = choice.randrange(6) if attempt is None else attempt
+    strategy, devices = [("ddp", 2), ("auto", 1), ("fsdp", 2)][cell % 3]
+    precision, kill_at = ("32-true", "16-mixed")[cell // 3 % 2], choice.randrange(1, _script().STEPS_OF_TWO)
     where = (strategy, devices, precision, 2)
     print(f"{strategy} on {devices}, {precision}, killed after step {kill_at}")  # noqa: T201 - shown where it fails
     assert _start(*where, tmp_path / "killed", tmp_path / "result", kill_at) != 0
