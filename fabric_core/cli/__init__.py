@@ -10,6 +10,7 @@ import fabric_core
 from fabric_core.choosing.plan import processes
 from fabric_core.cli._asking import asking, plan_of
 from fabric_core.cli._checkpoint import checkpoint
+from fabric_core.cli._cluster import doctor
 from fabric_core.cli._config import check_config, make_config, print_schema
 from fabric_core.cli._conformance import conformance
 from fabric_core.cli._describe import contract_page
@@ -91,6 +92,7 @@ def _make_app() -> typer.Typer:
     _add(app, "conformance", conformance, "conformance accelerator:cpu --rule ACC-101")
     _add(app, "new", new, "new strategy my_strategy --author Ada")
     _add(app, "explain", asking(explain), "explain --strategy ddp --devices 2")
+    _add(app, "doctor", asking(doctor), "doctor --accelerator cpu --strategy ddp --devices 2")
     _add(app, "contract", contract, "contract strategy")
     options = {"allow_interspersed_args": False}
     _add(app, "run", run, "run --devices 4 --strategy fsdp train.py --lr 0.1", context_settings=options)

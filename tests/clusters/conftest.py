@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -211,3 +212,65 @@ def rows(output: str) -> list[dict[str, Any]]:
 def ranks() -> Callable[[str], list[dict[str, Any]]]:
     """Give what reads what the ranks of ``train`` printed."""
     return rows
+
+
+_HOSTS = (("10.99.0.1", "v0"), ("10.99.0.2", "v1"))
+
+
+@pytest.fixture
+def hosts(needing: Callable[..., None]) -> Iterator[tuple[str, str]]:
+    """Make two namespaces joined by a pair of interfaces; gives their names."""
+    needing("ip")
+    names = (f"fabric-a{os.getpid()}", f"fabric-b{os.getpid()}")
+    if subprocess.run(["ip", "netns", "add", names[0]], capture_output=True, check=False).returncode:
+        pytest.skip("network namespaces are not allowed here")
+    with contextlib.ExitStack() as stack:
+        stack.callback(_ip, "netns", "del", names[0])
+        _ip("netns", "add", names[1])
+        stack.callback(_ip, "netns", "del", names[1])
+        _ip("link", "add", "v0", "netns", names[0], "type", "veth", "peer", "name", "v1", "netns", names[1])
+        for name, (address, link) in zip(names, _HOSTS, strict=True):
+            _ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
+            for one in (link, "lo"):
+                _ip("-n", name, "link", "set", one, "up")
+        yield names
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, timeout=20)
+
+
+def _agent(host: str, node: int, *words: str) -> "subprocess.Popen[str]":
+    """Start the agent of one host, with a script and its arguments."""
+    address, link = _HOSTS[node]
+    where = ("--nnodes", "2", "--node-rank", str(node), "--rdzv-endpoint", f"{_HOSTS[0][0]}:29571")
+    command = (sys.executable, "-m", "fabric_core", "run", *where, "--accelerator", "cpu", "--devices", "2")
+    return subprocess.Popen(
+        ["ip", "netns", "exec", host, *command, *words],
+        env={**clean(), "GLOO_SOCKET_IFNAME": link, "OMP_NUM_THREADS": "1", "HOST": address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _ended(agent: "subprocess.Popen[str]", seconds: float) -> str:
+    try:
+        return agent.communicate(timeout=seconds)[0]
+    finally:
+        if agent.poll() is None:
+            os.killpg(agent.pid, signal.SIGKILL)
+            agent.communicate()
+
+
+@pytest.fixture
+def agent() -> Callable[..., "subprocess.Popen[str]"]:
+    """Give what starts ``fabric-core run`` on a host: ``agent(host, node, script, *arguments)``."""
+    return _agent
+
+
+@pytest.fixture
+def ended() -> Callable[..., str]:
+    """Give what waits for an agent, killed when it takes too long, for its output: ``ended(agent, seconds)``."""
+    return _ended
