@@ -61,7 +61,7 @@ mutants: $(INSTALLED) ## Prove the conformance kit: every mutant by every rule
 
 .PHONY: faults
 faults: $(INSTALLED) ## Let ranks fail in every way, at every place, under every way of starting
-	$(BIN)/python -m pytest -m faults tests/distributed/test_faults.py tests/clusters
+	$(BIN)/python -m pytest -m faults tests/distributed/test_faults.py tests/distributed/test_many_launches.py tests/clusters
 
 .PHONY: silence
 silence: $(INSTALLED) ## Run every way round Fabric under every strategy, and resume runs that are killed
