@@ -12,7 +12,7 @@ import typer
 
 from fabric_core import cli, errors
 from fabric_core.choosing.registry import Registry
-from fabric_core.contracts import LifeCycle
+from fabric_core.contracts import LifeCycle, PluginOptions, Preset, Strategy, StrategyCapabilities
 from fabric_core.contracts._spec import behaviours
 from fabric_core.kinds import KINDS
 
@@ -115,3 +115,43 @@ def test_every_public_name_is_documented(module: str) -> None:
     """In the reference, by its name."""
     words = _words(_text("reference/api.md"))
     assert set(importlib.import_module(module).__all__) <= words
+
+
+class _PlantedOptions(PluginOptions):
+    planted_option: int = 0
+
+
+class _PlantedCapabilities(StrategyCapabilities):
+    planted_capability: bool = False
+
+
+class _Planted(Strategy):
+    Options = _PlantedOptions
+
+
+def test_an_undocumented_addition_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more hook, option, error, capability or option of the command line, and the test of its page fails."""
+    with monkeypatch.context() as patch:
+        hooks = {**behaviours(LifeCycle), "planted_hook": ("fabric",)}
+        patch.setitem(globals(), "behaviours", lambda _: hooks)
+        with pytest.raises(AssertionError):
+            test_every_hook_is_documented()
+    with monkeypatch.context() as patch:
+        planted = type("PlantedError", (errors.FabricError,), {"__module__": errors.__name__})
+        patch.setattr(errors, "PlantedError", planted, raising=False)
+        with pytest.raises(AssertionError):
+            test_every_error_is_documented()
+    with monkeypatch.context() as patch:
+        patch.setattr(Strategy, "capabilities", _PlantedCapabilities())
+        with pytest.raises(AssertionError):
+            test_every_behaviour_and_capability_is_on_its_contract_s_page("strategy")
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "_built_ins", lambda: iter([("strategy planted", Preset.of(_Planted))]))
+        with pytest.raises(AssertionError, match="planted_option"):
+            test_every_option_of_a_built_in_is_documented()
+    with monkeypatch.context() as patch:
+        commands = dict(_commands(typer.main.get_command(cli._make_app())))
+        commands["plugins list"].params[0].opts = ["--planted-flag"]
+        patch.setitem(globals(), "_commands", lambda _: commands.items())
+        with pytest.raises(AssertionError, match="planted-flag"):
+            test_every_command_and_option_is_documented()
