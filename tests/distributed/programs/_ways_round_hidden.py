@@ -451,7 +451,7 @@ def closure_inside_the_context(run: Run) -> None:
 @way
 def line_search_on_the_raw_model(run: Run) -> None:
     net = run.net()
-    _, optimizer = run.setup(net, torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=3))
+    _, optimizer = run.setup(net, torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=1))
     optimizer.step(_closure(run, net, optimizer))
 
 
