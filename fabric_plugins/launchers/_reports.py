@@ -131,24 +131,29 @@ def failed(failures: Mapping[int, Any], report: Mapping[str, Any] | None, gone: 
 def missing_ranks(info: ProcessInfo) -> list[int]:
     """Give the ranks of this node whose processes are gone, as far as the system tells (Linux does).
 
-    A rank's process is found by its variables, so that one that was wrapped in another command is found too.
+    A rank's process is found by its variables, so that one that was wrapped in another command is found too. Runs may
+    have one id, as ``torchrun`` gives them by default, but they meet at different ports.
     """
-    run, proc = os.environ.get("TORCHELASTIC_RUN_ID"), Path("/proc")
-    if not run or not sys.platform.startswith("linux") or os.environ.get(REPORT, "").startswith("function:"):
+    if not sys.platform.startswith("linux") or os.environ.get(REPORT, "").startswith("function:"):
         return []
-    here: set[int] = set()
-    for folder in proc.iterdir():
-        if not folder.name.isdecimal():
-            continue
-        with contextlib.suppress(OSError, ValueError):
-            lines = (folder / "environ").read_bytes().split(b"\0")
-            variables = dict(line.partition(b"=")[::2] for line in lines)
-            if variables.get(b"TORCHELASTIC_RUN_ID") == run.encode() and b"RANK" in variables:
-                here.add(int(variables[b"RANK"]))
-    if info.global_rank not in here:  # nothing can be seen
-        return []
+    found = {folder.name: _rank_of(folder) for folder in Path("/proc").iterdir() if folder.name.isdecimal()}
+    own = found.get(str(os.getpid()))
+    if own is None or own[1] != info.global_rank:
+        return []  # its variables were set after it was started, as the others' may have been
+    there = {one[1] for one in found.values() if one is not None and one[0] == own[0]}
     first = info.global_rank - info.local_rank
-    return [rank for rank in range(first, first + info.local_world_size) if rank not in here]
+    return [rank for rank in range(first, first + info.local_world_size) if rank not in there]
+
+
+def _rank_of(folder: Path) -> tuple[tuple[bytes | None, ...], int] | None:
+    """Give the run and the rank that a process was started with, if it was."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = (folder / "environ").read_bytes().split(b"\0")
+        variables = dict(line.partition(b"=")[::2] for line in lines)
+        if variables.get(b"TORCHELASTIC_RUN_ID"):
+            run = tuple(variables.get(name) for name in (b"TORCHELASTIC_RUN_ID", b"MASTER_ADDR", b"MASTER_PORT"))
+            return run, int(variables.get(b"RANK", -1))
+    return None
 
 
 def _signal_name(number: int) -> str:
