@@ -370,7 +370,14 @@ def _own_names() -> set[str]:
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
                 own.add(node.attr)
     # Those of the standard library, where they are part of its public face, or where it has no public one.
-    return own | {"_fields", "_replace", "_asdict", "_getframe", "_current_frames", "_forkserver", "_preload_modules"}
+    return (
+        own
+        | {"_fields", "_replace", "_asdict", "_getframe", "_current_frames", "_forkserver", "_preload_modules"}
+        | {
+            "_config",
+            "_exit",
+        }
+    )
 
 
 def _is_private(name: str) -> bool:
