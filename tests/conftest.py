@@ -9,7 +9,8 @@ import pytest
 
 from fabric_core.conformance.pool import RankPool
 
-SEED: Final = os.environ.get("FABRIC_SAMPLE_SEED") or str(random.randrange(10**6))  # noqa: S311 - a choice of tests
+SEED: Final = os.environ.setdefault("FABRIC_SAMPLE_SEED", str(random.randrange(10**6)))  # noqa: S311 - of tests
+"""What a plain run draws follows from it, also where a test draws itself."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,6 +36,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
     if left:
         config.hook.pytest_deselected(items=left)
+
+
+@pytest.fixture
+def draw(request: pytest.FixtureRequest) -> random.Random:
+    """Give what a test draws its own cases from."""
+    return random.Random(f"{SEED} {request.node.nodeid}")  # noqa: S311 - a choice of tests
 
 
 @pytest.fixture(scope="session")

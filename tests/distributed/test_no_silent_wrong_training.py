@@ -1,6 +1,7 @@
 """No training goes wrong in silence: what goes round Fabric raises, or ends where plain PyTorch does on all data."""
 
 import importlib.util
+import os
 import random
 import sys
 import warnings
@@ -184,7 +185,8 @@ def _ranks(strategy: str) -> int:
 
 def _run(strategy: str, precision: str, names: list[str], count: int | None, pool: RankPool) -> dict[str, list[Any]]:
     """Run some of the scripts, or all; gives for each what every rank ended with."""
-    chosen = names if count is None else random.SystemRandom().sample(names, count)
+    draw = random.Random(f"{os.environ['FABRIC_SAMPLE_SEED']} {strategy} {precision}")  # noqa: S311 - of tests
+    chosen = names if count is None else draw.sample(names, count)
     print(f"ran {', '.join(chosen)}")  # noqa: T201 - shown where the test fails
     found: dict[str, list[Any]] = {}
     for few in (

@@ -54,11 +54,10 @@ def _compare(whole: list[Any], rest: list[Any]) -> None:
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 @pytest.mark.parametrize(("strategy", "devices"), [("auto", 1), ("ddp", 2), ("fsdp", 2)])
 def test_an_abandoned_run_goes_on(
-    strategy: str, devices: int, precision: str, two_ranks: RankPool, tmp_path: Path
+    strategy: str, devices: int, precision: str, two_ranks: RankPool, tmp_path: Path, draw: random.Random
 ) -> None:
     """Twice abandoned at random steps: dropout, shuffle, items drawn at random, accumulation and loss scale go on."""
-    seed = random.SystemRandom().randrange(10**6)
-    steps = random.Random(seed).choices(range(1, 5), k=2)  # noqa: S311 - no secret
+    steps = draw.choices(range(1, 5), k=2)
 
     def run(path: Path, kill_at: int | None) -> list[Any]:
         arguments = (strategy, devices, precision, 0, path, kill_at)
@@ -69,7 +68,7 @@ def test_an_abandoned_run_goes_on(
         for kill_at in steps:
             run(tmp_path / "killed", kill_at)
         rest = run(tmp_path / "killed", None)
-    print(f"seed {seed}: abandoned after steps {steps}")  # noqa: T201 - shown where the test fails
+    print(f"abandoned after steps {steps}")  # noqa: T201 - shown where the test fails
     _compare(whole, rest)
 
 
@@ -103,12 +102,13 @@ def _results(path: Path, devices: int) -> list[Any]:
 @pytest.mark.parametrize(
     "attempt", [None, *(pytest.param(number, marks=pytest.mark.silence) for number in range(RUNS))]
 )
-def test_a_killed_run_goes_on(attempt: int | None, uninterrupted: Callable[..., list[Any]], tmp_path: Path) -> None:
+def test_a_killed_run_goes_on(
+    attempt: int | None, uninterrupted: Callable[..., list[Any]], tmp_path: Path, draw: random.Random
+) -> None:
     """SIGKILL on rank 0 at a random step, with augmenting workers; started again, the run ends as if nothing was."""
-    choice = random.SystemRandom()
-    cell = choice.randrange(6) if attempt is None else attempt
+    cell = draw.randrange(6) if attempt is None else attempt
     strategy, devices = [("ddp", 2), ("auto", 1), ("fsdp", 2)][cell % 3]
-    precision, kill_at = ("32-true", "16-mixed")[cell // 3 % 2], choice.randrange(1, _script().STEPS_OF_TWO)
+    precision, kill_at = ("32-true", "16-mixed")[cell // 3 % 2], draw.randrange(1, _script().STEPS_OF_TWO)
     where = (strategy, devices, precision, 2)
     print(f"{strategy} on {devices}, {precision}, killed after step {kill_at}")  # noqa: T201 - shown where it fails
     assert _start(*where, tmp_path / "killed", tmp_path / "result", kill_at) != 0
@@ -127,11 +127,13 @@ _STARTERS = {
 @pytest.mark.timeout(400)
 @pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("starter", _STARTERS)
-def test_a_job_that_is_restarted_goes_on(starter: str, uninterrupted: Callable[..., list[Any]], tmp_path: Path) -> None:
+def test_a_job_that_is_restarted_goes_on(
+    starter: str, uninterrupted: Callable[..., list[Any]], tmp_path: Path, draw: random.Random
+) -> None:
     """``--max-restarts``: rank 0 is killed, all ranks start again, and end as if nothing had been."""
     where = ("ddp", 2, "32-true", 2)
     # Late, so that the second attempt, which counts from its own beginning, doesn't come so far.
-    kill_at = random.SystemRandom().randrange(_script().STEPS_OF_TWO // 2 + 1, _script().STEPS_OF_TWO)
+    kill_at = draw.randrange(_script().STEPS_OF_TWO // 2 + 1, _script().STEPS_OF_TWO)
     print(f"killed after step {kill_at}")  # noqa: T201 - shown where it fails
     job = (SCRIPT, *where, tmp_path / "killed", tmp_path / "result", kill_at)
     command = [sys.executable, *_STARTERS[starter], "--max-restarts", "1", *map(str, job)]

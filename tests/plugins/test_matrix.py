@@ -1,7 +1,6 @@
 """The matrix says what ``Fabric(...)`` does: what works trains, and what is refused is refused for that very reason."""
 
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any, Self
@@ -60,14 +59,13 @@ def test_every_cell_is_what_fabric_does(devices: int) -> None:
 
 
 @pytest.mark.sampled(1.0)  # it samples itself: the cells are known when all plugins are imported
-def test_what_works_trains(pytestconfig: pytest.Config) -> None:
+def test_what_works_trains(pytestconfig: pytest.Config, draw: random.Random) -> None:
     """On one and on two ranks; a plain run draws a few cells, others each time, and says how to draw them again."""
-    seed = os.environ.get("FABRIC_SAMPLE_SEED") or str(random.SystemRandom().randrange(10**6))
     cells = [cell for devices in (1, 2) for cell in _cells(devices, accelerator=["cpu"]) if cell.status == "works"]
     if not pytestconfig.getoption("--whole"):
-        cells = random.Random(seed).sample(cells, SAMPLED)  # noqa: S311 - no secret
+        cells = draw.sample(cells, SAMPLED)
     for cell in try_cells(cells):
-        assert cell.shown == "trained", f"FABRIC_SAMPLE_SEED={seed}: {cell} {cell.tried}"
+        assert cell.shown == "trained", f"{cell} {cell.tried}"
 
 
 def test_several_nodes_are_not_tried_on_one() -> None:
