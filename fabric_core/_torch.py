@@ -18,6 +18,7 @@ __all__ = [
     "backward_state",
     "compile_like",
     "compiler",
+    "fake_mode",
     "global_hooks",
     "has_hooks",
     "in_backward",
@@ -105,6 +106,13 @@ def run_backward(
     torch.autograd.graph._engine_run_backward(  # noqa: SLF001
         given, grads, retain_graph, create_graph, leaves, allow_unreachable=True, accumulate_grad=True
     )
+
+
+def fake_mode() -> Any:
+    """Give the context in which tensors have shapes and types alone; a public name for it would replace it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def apply_to_tensors(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -121,6 +121,13 @@ def _compiler() -> None:
     assert __import__(core.compiler(), fromlist=["OptimizedModule"]).OptimizedModule
 
 
+def _fake_mode() -> None:
+    with core.fake_mode():
+        large = torch.ones(2**50)
+        assert (large + large).untyped_storage().nbytes() == 2**52
+        assert not large.is_meta
+
+
 def _global_hooks() -> None:
     before = sum(core.global_hooks())
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
@@ -296,6 +303,7 @@ PROBES: dict[str, Callable[[], None]] = {
     "compile_like": _compiled,
     "compiler": _compiler,
     "expect_static_reduction": _static_reducers,
+    "fake_mode": _fake_mode,
     "found_inf": _loss_scaling,
     "global_hooks": _global_hooks,
     "growth_tracker": _growth,

@@ -14,6 +14,7 @@ from fabric_core.cli._cluster import doctor
 from fabric_core.cli._config import check_config, make_config, print_schema
 from fabric_core.cli._conformance import conformance
 from fabric_core.cli._describe import contract_page
+from fabric_core.cli._estimate import estimate
 from fabric_core.cli._lock import lock_plugins
 from fabric_core.cli._matrix import matrix
 from fabric_core.cli._new import new
@@ -93,6 +94,7 @@ def _make_app() -> typer.Typer:
     _add(app, "new", new, "new strategy my_strategy --author Ada")
     _add(app, "explain", asking(explain), "explain --strategy ddp --devices 2")
     _add(app, "doctor", asking(doctor), "doctor --accelerator cpu --strategy ddp --devices 2")
+    _add(app, "estimate", asking(estimate), "estimate my_models:make --strategy fsdp --devices 2")
     _add(app, "contract", contract, "contract strategy")
     options = {"allow_interspersed_args": False}
     _add(app, "run", run, "run --devices 4 --strategy fsdp train.py --lr 0.1", context_settings=options)

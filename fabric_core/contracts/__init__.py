@@ -33,6 +33,7 @@ from fabric_core.contracts.checkpoint import ABOUT, Checkpoint, walk_tensors
 from fabric_core.contracts.launcher import Launcher, LaunchOrder
 from fabric_core.contracts.lifecycle import LifeCycle
 from fabric_core.contracts.logger import Logger
+from fabric_core.contracts.memory import MemoryEstimate
 from fabric_core.contracts.precision import (
     Precision,
     PrecisionPolicy,
@@ -62,6 +63,7 @@ __all__ = [
     "LauncherCapabilities",
     "LifeCycle",
     "Logger",
+    "MemoryEstimate",
     "Plugin",
     "PluginOptions",
     "Precision",

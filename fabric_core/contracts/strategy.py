@@ -10,9 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from fabric_core.collectives import Collectives, World
+from fabric_core.collectives import Collectives, ProcessInfo, World
 from fabric_core.contracts._spec import Plugin
 from fabric_core.contracts.capabilities import StrategyCapabilities
+from fabric_core.contracts.memory import MemoryEstimate
 from fabric_core.contracts.precision import PrecisionPolicy
 from fabric_core.errors import MisuseError
 from fabric_core.markers import behaviour
@@ -101,6 +102,31 @@ class Strategy(Plugin, ABC):
     @behaviour
     def teardown(self) -> None:
         """Release resources, before the core closes the collectives. May be called again, and without ``connect``."""
+
+    @behaviour
+    def estimate_memory(
+        self, info: ProcessInfo, policy: PrecisionPolicy, module: nn.Module, optimizer: Optimizer
+    ) -> MemoryEstimate:
+        """Say what a rank would hold through a step; asked without ``connect``, and of any rank.
+
+        Args:
+            info: The rank's place among the others.
+            policy: What the precision asks for.
+            module: The user's module, converted, after a step of one process alone: its parameters have gradients. Its
+                tensors may have no memory: only their shapes and types count.
+            optimizer: Its optimizer, likewise, with the state that the step left.
+
+        Raises:
+            MisuseError: It can't be said. Not overridden, that is so under ``sharded`` and ``joint_setup``; else every
+                rank holds everything whole.
+        """
+        if self.capabilities.sharded or self.capabilities.joint_setup:
+            raise MisuseError(
+                f"{type(self).__name__} doesn't say what a rank will hold",
+                where=f"{type(self).__name__}.estimate_memory",
+                instead="a strategy that says it, or a training of a few steps",
+            )
+        return MemoryEstimate.of(module, optimizer)
 
     @behaviour
     def init_module(self, empty: bool) -> AbstractContextManager[Any]:

@@ -2,13 +2,24 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, Final, Literal
 
 import torch.distributed as dist
 from pydantic import Field
 from torch import nn
+from torch.optim import Optimizer
 
-from fabric_core.contracts import Collectives, PrecisionPolicy, Preset, ProcessGroup, StrategyCapabilities, World
+from fabric_core.contracts import (
+    Collectives,
+    MemoryEstimate,
+    PrecisionPolicy,
+    Preset,
+    ProcessGroup,
+    ProcessInfo,
+    StrategyCapabilities,
+    World,
+)
 from fabric_core.errors import SetupError
 from fabric_plugins.strategies._distributed import DistributedOptions, DistributedStrategy
 
@@ -64,6 +75,15 @@ class DDPStrategy(DistributedStrategy):
         elif dist.get_rank(given) >= 0:
             self._members = ProcessGroup(world, group=given)
         return everybody
+
+    def estimate_memory(
+        self, info: ProcessInfo, policy: PrecisionPolicy, module: nn.Module, optimizer: Optimizer
+    ) -> MemoryEstimate:
+        """Add the buckets: gradients are views into them, or copied there."""
+        whole = MemoryEstimate.of(module, optimizer)
+        if self.options.gradient_as_bucket_view:
+            return replace(whole, gradients_stay=True)
+        return replace(whole, in_flight=whole.gradients)
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Wrap a module; one without trainable parameters starts with rank 0's values, and is averaged no more.

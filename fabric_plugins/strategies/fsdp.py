@@ -6,9 +6,18 @@ from typing import Any, Final, Literal
 import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import nn
+from torch.optim import Optimizer
 
-from fabric_core.contracts import Collectives, PrecisionPolicy, Preset, StrategyCapabilities, World
-from fabric_core.errors import OptionError
+from fabric_core.contracts import (
+    Collectives,
+    MemoryEstimate,
+    PrecisionPolicy,
+    Preset,
+    ProcessInfo,
+    StrategyCapabilities,
+    World,
+)
+from fabric_core.errors import MisuseError, OptionError
 from fabric_plugins._torch import checkpoint_activations
 from fabric_plugins.strategies._distributed import DistributedOptions
 from fabric_plugins.strategies._sharding import (
@@ -16,6 +25,7 @@ from fabric_plugins.strategies._sharding import (
     ShardedStrategy,
     check_materialisable,
     choose_modules,
+    divided_memory,
     materialise,
 )
 
@@ -91,19 +101,54 @@ class FSDPStrategy(ShardedStrategy):
         """As the option says."""
         return self.options.state_dict_type == "sharded"
 
-    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
-        """Join, and lay out the mesh."""
+    def _sizes(self, info: ProcessInfo) -> tuple[int, int]:
+        """Give how many copies there are, and over how many ranks each is sharded.
+
+        Raises:
+            OptionError: Their product isn't the number of processes.
+        """
         replicate = self.options.replicate
         if replicate == "nodes":
-            replicate = world.world_size // world.local_world_size
-        shard = self.options.shard or max(1, world.world_size // replicate)
-        if replicate * shard != world.world_size:
+            replicate = info.world_size // info.local_world_size
+        shard = self.options.shard or max(1, info.world_size // replicate)
+        if replicate * shard != info.world_size:
             raise OptionError(
-                f"replicate x shard is {replicate} x {shard}, and there are {world.world_size} processes",
+                f"replicate x shard is {replicate} x {shard}, and there are {info.world_size} processes",
                 where="options of the strategy FSDPStrategy",
                 got=f"replicate={self.options.replicate}, shard={self.options.shard}",
                 instead="sizes whose product is the number of processes; shard=None is what replicate leaves",
             )
+        return replicate, shard
+
+    def estimate_memory(
+        self, info: ProcessInfo, policy: PrecisionPolicy, module: nn.Module, optimizer: Optimizer
+    ) -> MemoryEstimate:
+        """Divide everything over the ranks of a copy, and add the units that are whole at one time.
+
+        Raises:
+            MisuseError: An option moves memory elsewhere, or saves what the model computes.
+        """
+        for name in ("cpu_offload", "activation_checkpointing_policy"):
+            if getattr(self.options, name):
+                raise MisuseError(
+                    f"{name} is not a part of the estimate",
+                    where="options of the strategy FSDPStrategy",
+                    got=f"{name}={getattr(self.options, name)!r}",
+                    instead="the estimate without it, which is an upper bound for each device",
+                )
+        blocks = choose_modules(module, self.options.auto_wrap_policy, option="auto_wrap_policy")
+        return divided_memory(
+            module,
+            optimizer,
+            blocks,
+            ranks=self._sizes(info)[1],
+            kept=self.options.reshard_after_forward,
+            policy=policy,
+        )
+
+    def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
+        """Join, and lay out the mesh."""
+        replicate, shard = self._sizes(world)
         group = super().connect(world, policy)
         from torch.distributed.device_mesh import init_device_mesh
 

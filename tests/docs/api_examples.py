@@ -92,6 +92,11 @@ EXAMPLES: Final[Mapping[str, Mapping[str, str]]] = {
         "LifeCycle": (
             "class Told:\n    @hookimpl\n    def launched(self, fabric, world):\n        print(world.world_size)"
         ),
+        "MemoryEstimate": (
+            "model = torch.nn.Linear(2, 1)\n"
+            "optimizer = torch.optim.SGD(model.parameters())\n"
+            "assert MemoryEstimate.of(model, optimizer).parameters == 3 * 4"
+        ),
         "Plugin": "assert issubclass(Strategy, Plugin)",
         "PluginOptions": ('class Options(PluginOptions):\n    every: int = 1\n    """After how many steps."""'),
         "PrecisionCapabilities": 'PrecisionCapabilities(device_types=frozenset({"cpu"}))',
