@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from typing import Final
 
@@ -11,6 +12,11 @@ from fabric_core.conformance.pool import RankPool
 
 SEED: Final = os.environ.setdefault("FABRIC_SAMPLE_SEED", str(random.randrange(10**6)))  # noqa: S311 - of tests
 """What a plain run draws follows from it, also where a test draws itself."""
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # As a shell starts what runs in the background; processes that the tests start would ignore Ctrl-C too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
