@@ -39,10 +39,12 @@ class Footprint:
     def peak(self, held: MemoryEstimate) -> int:
         """Give the most that a rank has at one time, which is less than the sum: not all of it is there at once."""
         beside = held.gradients if held.gradients_stay else 0
-        training = max(size + max(beside, share * held.gradients) for size, share in self.moments)
+        training = held.in_flight + max(size + max(beside, share * held.gradients) for size, share in self.moments)
         # A divided optimizer steps on parts.
-        stepping = held.gradients + self.step * held.gradients / max(1, self.gradients)
-        return round(held.parameters + held.optimizer + held.in_flight + max(training, stepping))
+        stepping = self.step * held.gradients / max(1, self.gradients)
+        return round(
+            held.parameters + held.optimizer + max(training, held.gradients + max(held.in_flight_last, stepping))
+        )
 
 
 class _Live(DispatchMode):  # type: ignore[no-untyped-call]

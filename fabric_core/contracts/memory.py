@@ -20,6 +20,7 @@ class MemoryEstimate:
         gradients: All gradients, as they are after a backward pass.
         optimizer: The optimizer's state, as it is after a step.
         in_flight: The most that buckets, gathered units and the like take at one time, beside all of these.
+        in_flight_last: Likewise when ``backward`` ends, and nothing that ``forward`` computed is left.
         gradients_stay: The gradients' memory is there during ``forward`` too, however they are cleared.
     """
 
@@ -27,6 +28,7 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     in_flight: int = 0
+    in_flight_last: int = 0
     gradients_stay: bool = False
 
     @classmethod

@@ -83,7 +83,7 @@ class DDPStrategy(DistributedStrategy):
         whole = MemoryEstimate.of(module, optimizer)
         if self.options.gradient_as_bucket_view:
             return replace(whole, gradients_stay=True)
-        return replace(whole, in_flight=whole.gradients)
+        return replace(whole, in_flight=whole.gradients, in_flight_last=whole.gradients)
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Wrap a module; one without trainable parameters starts with rank 0's values, and is averaged no more.

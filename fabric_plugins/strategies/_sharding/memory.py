@@ -25,7 +25,8 @@ def divided_memory(
     """Divide parameters, gradients and state along their first dimension, and add what FSDP2 has whole at one time.
 
     During ``backward`` that is: what is gathered and stays so, the unit that is computed and the next one, the whole
-    gradients of the outermost unit, which are divided last, and those of one block, with the copy that is reduced.
+    gradients of the outermost unit, and those of one block, with the copy that is reduced. The outermost unit's are
+    reduced last, when no block is whole any more.
 
     Args:
         module: The model after a step of one process alone.
@@ -60,8 +61,9 @@ def divided_memory(
     gradients = [_gathered(own, policy.compute_dtype) for own in trained]
     reduced = [_gathered(own, policy.reduce_dtype) for own in trained]
     of_blocks = sum(passing) + max(map(sum, zip(gradients[:-1], reduced[:-1], strict=True)), default=0)
-    in_flight = stays + gradients[-1] + max(of_blocks, reduced[-1])
-    return replace(MemoryEstimate.of(module, optimizer, part), in_flight=in_flight)
+    held = MemoryEstimate.of(module, optimizer, part)
+    before = stays + gradients[-1]
+    return replace(held, in_flight=before + of_blocks, in_flight_last=before + reduced[-1])
 
 
 def _gathered(parameters: Iterable[torch.Tensor], dtype: torch.dtype | None) -> int:
