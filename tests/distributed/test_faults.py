@@ -124,7 +124,9 @@ def _check(folder: Path, start: str, kind: str, place: str, strategy: str) -> No
     failed = float(failed_at.read_text())
     assert time.time() - failed < _SECONDS, done.stderr
     _check_told(done, start, kind)
-    own = {"torchinductor_root"} | ({one.name for one in temporary.glob("torchelastic_*")} if torchrun else set())
+    # torchrun keeps its own folder; and of ours nothing outlives a rank there that could remove what it had no time to.
+    kept = ("torchelastic_*", "pymp-*") if torchrun else ()
+    own = {"torchinductor_root"} | {one.name for pattern in kept for one in temporary.glob(pattern)}
     _until_none(lambda: {one.name for one in temporary.iterdir()} - own, failed)
     _until_none(lambda: _processes(mark), failed)
     _until_none(lambda: _shared() - shared, failed)
