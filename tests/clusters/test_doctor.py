@@ -31,7 +31,7 @@ def _said(faults: list[dict[str, str]]) -> str:
     return "\n".join(f"{one['where']}: {one['what']}" for one in faults)
 
 
-@pytest.mark.sampled(0.3)
+@pytest.mark.sampled(0.15)
 @pytest.mark.slow
 def test_under_slurm_all_is_sound(slurm: Command) -> None:
     """``srun -n2``: one world of two, with its ranks, versions, plan, plugins and links."""
@@ -46,7 +46,7 @@ def test_under_slurm_all_is_sound(slurm: Command) -> None:
     assert [one["bytes"] for one in report["all_reduce"]][:2] == [8, 65536]
 
 
-@pytest.mark.sampled(0.3)
+@pytest.mark.sampled(0.15)
 @pytest.mark.slow
 def test_another_version_of_a_plugin_is_named(command: Command, needing: Command, tmp_path: Path) -> None:
     """Rank 1 finds another version of a distribution: both versions are said, with its rank."""
@@ -64,7 +64,7 @@ def test_another_version_of_a_plugin_is_named(command: Command, needing: Command
     assert report["faults"][0]["where"].startswith("rank 1 on node 0")
 
 
-@pytest.mark.sampled(0.3)
+@pytest.mark.sampled(0.15)
 @pytest.mark.slow
 @pytest.mark.parametrize("line", ["sleep 100", "exit 0"], ids=["silent", "ended"])
 def test_a_missing_rank_is_named(command: Command, needing: Command, tmp_path: Path, line: str) -> None:
@@ -79,7 +79,7 @@ def test_a_missing_rank_is_named(command: Command, needing: Command, tmp_path: P
     assert [one["rank"] for one in report["ranks"]] == [0]
 
 
-@pytest.mark.sampled(0.3)
+@pytest.mark.sampled(0.15)
 @pytest.mark.slow
 def test_a_name_that_does_not_resolve_is_named(command: Command, needing: Command, tmp_path: Path) -> None:
     """Rank 1 is told another host for rank 0, which nobody knows: it says so itself, and rank 0 misses it."""
@@ -92,7 +92,7 @@ def test_a_name_that_does_not_resolve_is_named(command: Command, needing: Comman
     assert '"seen_by": 1' in done.out
 
 
-@pytest.mark.sampled(0.3)
+@pytest.mark.sampled(0.15)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "limits"),

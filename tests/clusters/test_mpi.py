@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.sampled(0.5)
+
 Command = Callable[..., Any]
 
 _OPEN_MPI = ("mpirun.openmpi", "--allow-run-as-root", "--oversubscribe")

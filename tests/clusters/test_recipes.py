@@ -42,7 +42,7 @@ def _block(heading: str, language: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.sampled(0.4)
+@pytest.mark.sampled(0.25)
 def test_slurm_batch_script(slurm: Command, train: str, ranks: Command, tmp_path: Path) -> None:
     """The batch script, on one node with two tasks and without GPUs, is one world."""
     text = (
@@ -59,7 +59,7 @@ def test_slurm_batch_script(slurm: Command, train: str, ranks: Command, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.sampled(0.4)
+@pytest.mark.sampled(0.25)
 def test_slurm_job_that_is_cancelled_saves_a_last_checkpoint(slurm: Command, tmp_path: Path) -> None:
     """``scancel`` sends SIGTERM to the tasks: both leave their loop after the same step, and save."""
     script = tmp_path / "job.py"
@@ -80,7 +80,7 @@ def test_slurm_job_that_is_cancelled_saves_a_last_checkpoint(slurm: Command, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.sampled(0.4)
+@pytest.mark.sampled(0.25)
 def test_mpi_host_file(command: Command, needing: Command, train: str, ranks: Command, tmp_path: Path) -> None:
     """The host file and the command, with this machine as the only host."""
     needing("mpirun")
@@ -103,7 +103,7 @@ def test_mpi_host_file(command: Command, needing: Command, train: str, ranks: Co
 
 
 @pytest.mark.slow
-@pytest.mark.sampled(0.4)
+@pytest.mark.sampled(0.25)
 def test_kubernetes_manifest(train: str, ranks: Command, tmp_path: Path) -> None:
     """The manifest is one, and its pods, with the variables that the operator sets, are one world of two nodes."""
     manifest = yaml.safe_load(_block("Kubernetes", "yaml"))

@@ -11,6 +11,8 @@ from torch import nn
 
 from fabric_core import Fabric
 
+pytestmark = pytest.mark.sampled(0.4)
+
 Command = Callable[..., Any]
 
 

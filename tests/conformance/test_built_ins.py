@@ -6,7 +6,7 @@ import pytest
 
 from fabric_core.conformance import suite
 
-pytestmark = pytest.mark.sampled(0.35)
+pytestmark = pytest.mark.sampled(0.2)
 
 
 def leave_whole(_module: Any, _mesh: Any) -> None:

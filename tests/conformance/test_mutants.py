@@ -13,6 +13,8 @@ from fabric_core.conformance.rule import Rule
 from fabric_core.conformance.rules import rules_for
 from fabric_core.conformance.runner import judge
 
+pytestmark = pytest.mark.sampled(0.3)
+
 SEEDS = range(1, 1 + int(os.environ.get("FABRIC_CONFORMANCE_SEEDS", "1")))
 """`make seeds` asks for twenty."""
 

@@ -4,7 +4,7 @@ import pytest
 
 from fabric_core.conformance import references, suite
 
-pytestmark = pytest.mark.sampled(0.3)
+pytestmark = pytest.mark.sampled(0.2)
 
 test_host = suite("accelerator", references.Host)
 test_scaled = suite("precision", references.Scaled)

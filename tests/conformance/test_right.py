@@ -11,6 +11,8 @@ from fabric_core.conformance.rule import Rule
 from fabric_core.conformance.rules import rules_for
 from fabric_core.conformance.runner import judge
 
+pytestmark = pytest.mark.sampled(0.4)
+
 SEEDS = int(os.environ.get("FABRIC_CONFORMANCE_SEEDS", "1"))
 """`make seeds` asks for twenty: then all rules are judged, each by one of twenty seeds."""
 

@@ -12,6 +12,8 @@ import torch
 
 from fabric_core import Fabric
 
+pytestmark = pytest.mark.sampled(0.4)
+
 SCRIPT = Path(__file__).parents[2] / "docs" / "examples" / "digits.py"
 EPOCHS = 6
 ACCURACY = re.compile(r"^test accuracy ([\d.]+)%, and again ([\d.]+)%", re.MULTILINE)

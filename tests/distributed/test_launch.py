@@ -20,6 +20,8 @@ from fabric_core.choosing.registry import registered
 from fabric_core.errors import LaunchError, MisuseError, RankFailedError
 from fabric_plugins.strategies import DDPStrategy
 
+pytestmark = pytest.mark.sampled(0.3)
+
 _SCRIPT = """
 import json, os, sys, torch
 from fabric_core import Fabric

@@ -125,7 +125,7 @@ _STARTERS = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.sampled(0.5)
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("starter", _STARTERS)
 def test_a_job_that_is_restarted_goes_on(
     starter: str, uninterrupted: Callable[..., list[Any]], tmp_path: Path, draw: random.Random

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.sampled(0.35)
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 INSTALLED = importlib.util.find_spec("lightning") is not None
 

@@ -57,7 +57,7 @@ _STARTS = {
 _CELLS = list(itertools.product(_STARTS, ("ddp", "fsdp"), ("agent", "rank"), (signal.SIGTERM, signal.SIGINT)))
 
 
-@pytest.mark.sampled(0.05)
+@pytest.mark.sampled(0.03)
 @pytest.mark.slow
 @pytest.mark.parametrize(("start", "strategy", "target", "how"), _CELLS)
 def test_a_signal_makes_all_ranks_save_and_end(

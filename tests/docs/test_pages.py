@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,6 +104,7 @@ def read_links(text: str) -> Iterator[str]:
             yield target
 
 
+@lru_cache(maxsize=8)
 def read_anchors(text: str) -> set[str]:
     """Return the anchors of a page's headings, made the way that GitHub makes them."""
     tokens = MarkdownIt().parse(text)

@@ -14,6 +14,8 @@ import pytest
 
 from tests.docs.test_pages import ROOT, read_blocks
 
+pytestmark = pytest.mark.sampled(0.3)
+
 TUTORIAL = ROOT / "docs" / "tutorials" / "first-training.md"
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
 

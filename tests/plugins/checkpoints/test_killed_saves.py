@@ -13,7 +13,7 @@ BATCHES = {("single_file", 1): 10, ("safetensors", 1): 5, ("distributed", 1): 10
 """Formats and ranks, and how many batches of each: 200 kills."""
 
 
-@pytest.mark.sampled(0.1)
+@pytest.mark.sampled(0.05)
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("form", "ranks", "batch"), [(*case, batch) for case, count in BATCHES.items() for batch in range(count)]

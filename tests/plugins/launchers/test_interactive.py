@@ -10,6 +10,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.sampled(0.4)
+
 _PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "use-in-a-notebook.md"
 _PAGE_CELLS = re.findall(
     r"the tests run it in the kernel of a notebook -->\n```python\n(.*?)```", _PAGE.read_text(), re.DOTALL
