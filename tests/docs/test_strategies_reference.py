@@ -10,7 +10,7 @@ from fabric_plugins import accelerators, strategies
 PAGE = Path(__file__).parents[2] / "docs/reference/strategies.md"
 PLUGINS: list[type[Strategy] | type[Accelerator]] = [
     *(getattr(strategies, name) for name in strategies.__all__),
-    *(getattr(accelerators, name) for name in accelerators.__all__),
+    *(one for name in accelerators.__all__ if isinstance(one := getattr(accelerators, name), type)),
 ]
 
 
