@@ -1,12 +1,14 @@
 """``fabric-core doctor`` under real schedulers and on two hosts: what is broken is named, in time."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -92,6 +94,9 @@ def test_a_name_that_does_not_resolve_is_named(command: Command, needing: Comman
     assert '"seen_by": 1' in done.out
 
 
+_TC: Final = shutil.which("tc", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or "tc"
+
+
 @pytest.mark.sampled(0.15)
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -107,7 +112,7 @@ def test_a_slow_link_between_two_hosts_is_named(
 ) -> None:
     """A link that ``tc`` delays, or lets 5 MB/s through: both hosts are named, and no rank."""
     for host, link in zip(hosts, ("v0", "v1"), strict=True):
-        command = ["tc", "-n", host, "qdisc", "add", "dev", link, "root", *shape.split()]
+        command = [_TC, "-n", host, "qdisc", "add", "dev", link, "root", *shape.split()]
         if subprocess.run(command, capture_output=True, check=False).returncode:
             pytest.skip(f"the kernel has no {shape.split(maxsplit=1)[0]}")
     start = time.monotonic()

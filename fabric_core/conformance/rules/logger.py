@@ -71,6 +71,7 @@ def _hold(place: Place) -> list[str]:
         before = Path.cwd()
         os.chdir(folder)
         try:
+            place.plugin()  # what libraries change as they are imported is not the logger's
             look = snapshot.take()
             params = {"rate": 0.5, "path": Path("x"), "type": torch.float32, "nested": {"list": [1, {"a": None}]}}
             metrics = {"loss": 1.5, "accuracy": 0.5}

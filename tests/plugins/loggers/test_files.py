@@ -199,7 +199,9 @@ fabric.launch()
 fabric.log("loss", 1)
 fabric.barrier()
 if sys.argv[1] == "raise":
-    raise KeyError("on purpose")
+    if fabric.is_global_zero:
+        raise KeyError("on purpose")
+    fabric.barrier()
 if sys.argv[1] == "teardown":
     fabric.teardown()
 """

@@ -45,6 +45,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed:init_scale=131072"])
 def test_mixed_precision_learns_the_digits(precision: str, full: float, tmp_path: Path) -> None:
     """The accuracy is within a point of that in 32 bits; the metrics hold the scale, halved after overflows."""
