@@ -16,7 +16,8 @@ _HALF: Final = (torch.bfloat16, torch.float16)
 
 # Peaks in TFLOP/s without sparsity: of the matrix units in 16 bits, added up in 32, and of float32 outside of them;
 # `None` where the sheet was not at hand. What a sheet gives with sparsity is halved here. The pattern is looked for in
-# what the driver calls the device; the first that is found counts.
+# what the driver calls the device; the first that is found counts. The vendors' pages are named above their rows; the
+# numbers were taken from copies of them and compared with other projects' tables.
 _PEAKS: Final[Mapping[str, tuple[float, float | None]]] = {
     # https://nvdam.widen.net/s/wwnsxrhm2w/blackwell-datasheet-3384703
     r"\bGB200\b": (2500.0, 80.0),
