@@ -39,8 +39,8 @@ def _run(name: str, folder: Path, *arguments: str) -> str:
 
 
 def test_every_example_is_run_here() -> None:
-    """A script that is added is tried, too; digits.py has tests of its own."""
-    tried = {*FALLS, "digits", "k_fold", "inference", "exact_evaluation", "resume"}
+    """A script that is added is tried, too; digits.py has tests of its own, and my_models.py is run by its page."""
+    tried = {*FALLS, "digits", "my_models", "k_fold", "inference", "exact_evaluation", "resume"}
     assert {one.stem for one in EXAMPLES.glob("*.py")} == tried
 
 
