@@ -13,8 +13,8 @@ from fabric_core.cli._asking import find_registry
 from fabric_core.cli._output import AsJson, Exit, print_json, progress
 from fabric_core.contracts import ABOUT, Checkpoint, walk_tensors
 from fabric_core.errors import CheckpointError
-from fabric_core.running.paths import as_path, is_url
-from fabric_core.running.recognising import recognise
+from fabric_core.running.paths import as_path
+from fabric_core.running.recognising import reaches, recognise
 
 __all__ = ["checkpoint"]
 
@@ -208,7 +208,7 @@ def _leaves(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
 def _copy(source: str, target: str, writer: Checkpoint, entries: list[str] | None, as_json: bool) -> None:
     _, found, where = _found(source)
     there = as_path(target)
-    if is_url(there) and not writer.capabilities.remote:
+    if not reaches(writer, there):
         raise CheckpointError("this format writes local files alone", where=target)
     about = found.describe(where).get(ABOUT, {})
     with _spilled(found, where, entries, there) as tree:

@@ -16,8 +16,8 @@ from fabric_core.errors import CheckpointError, CheckpointTypeError, CheckpointV
 from fabric_core.running.asynchronous import Background, SaveHandle
 from fabric_core.running.collecting import collect
 from fabric_core.running.fits import check_fits
-from fabric_core.running.paths import as_path, is_url
-from fabric_core.running.recognising import recognise
+from fabric_core.running.paths import as_path
+from fabric_core.running.recognising import reaches, recognise
 from fabric_core.running.restoring import Undo, in_place, restore, restore_modules, template
 from fabric_core.running.retention import check_keep, latest, prune
 from fabric_core.running.state import Part, named, parts_of
@@ -168,7 +168,7 @@ class Checkpointing:
             chosen = next(iter(fitting), self._formats[0][1] if self._formats else None)
         if chosen is None:
             raise CheckpointError("no checkpoint format is installed that fits", where="fabric.save")
-        if is_url(path) and not chosen.capabilities.remote:
+        if not reaches(chosen, path):
             raise CheckpointError("this format writes local files alone", where=path, got=type(chosen).__name__)
         return chosen
 

@@ -8,7 +8,12 @@ from fabric_core.contracts import Checkpoint
 from fabric_core.errors import CheckpointError, NoCheckpointError
 from fabric_core.running.paths import is_url, name_of
 
-__all__ = ["recognise"]
+__all__ = ["reaches", "recognise"]
+
+
+def reaches(one: Checkpoint, path: Any) -> bool:
+    """Say whether a format can read and write at a path: behind a URL not every one can."""
+    return one.capabilities.remote or not is_url(path)
 
 
 def recognise(path: Any, formats: Iterable[tuple[str, Checkpoint]]) -> tuple[str, Checkpoint]:
@@ -18,7 +23,7 @@ def recognise(path: Any, formats: Iterable[tuple[str, Checkpoint]]) -> tuple[str
         NoCheckpointError: Nothing lies there.
         CheckpointError: Something does that no format recognises, or it can't be seen whether something does.
     """
-    usable = [(name, one) for name, one in formats if one.capabilities.remote or not is_url(path)]
+    usable = [(name, one) for name, one in formats if reaches(one, path)]
     for name, one in usable:
         if one.recognises(path):
             return name, one

@@ -10,6 +10,7 @@ from typing import Any, Final
 from fabric_core.contracts import ABOUT, Checkpoint
 from fabric_core.errors import CheckpointError, NoCheckpointError
 from fabric_core.running.paths import is_url, name_of, named_beside
+from fabric_core.running.recognising import reaches
 
 __all__ = ["LATEST", "check_keep", "latest", "prune"]
 
@@ -97,7 +98,7 @@ def _checkpoints_beside(
     path: Any, formats: Iterable[Checkpoint], wanted: Callable[[str], bool]
 ) -> Iterator[tuple[str, Any, Checkpoint]]:
     """Give name, path and format of the checkpoints in a path's folder."""
-    lister = next((one for one in formats if one.capabilities.remote or not is_url(path)), None)
+    lister = next((one for one in formats if reaches(one, path)), None)
     for name in [] if lister is None else lister.names_beside(path):
         one = named_beside(path, name)
         found = _format_of(one, formats) if wanted(name) else None
@@ -106,8 +107,7 @@ def _checkpoints_beside(
 
 
 def _format_of(path: Any, formats: Iterable[Checkpoint]) -> Checkpoint | None:
-    usable = (one for one in formats if one.capabilities.remote or not is_url(path))
-    return next((one for one in usable if one.recognises(path)), None)
+    return next((one for one in formats if reaches(one, path) and one.recognises(path)), None)
 
 
 def _about(path: Any, found: Checkpoint) -> Mapping[str, Any]:
