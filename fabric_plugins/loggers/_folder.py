@@ -62,14 +62,31 @@ class FolderLogger(Logger):
 
     Which version a run is depends on the folders that are there when it is first asked for; with several ranks, what
     rank 0 finds at ``launch`` holds for all.
+
+    Args:
+        root_dir: The folder of all runs; or all options.
+        name: The folder of this experiment, in ``root_dir``; empty for none.
+        version: The folder of this run; ``None`` is the next ``version_N``. One that is there is continued.
+        prefix: Goes before every metric's name, with a dash.
+        more: The options that a logger has beyond these.
     """
 
     LOGGER_JOIN_CHAR = "-"
     Options = FolderOptions
     options: FolderOptions
 
-    def __init__(self, options: PluginOptions | None = None, /, **given: Any) -> None:
-        super().__init__(options, **given)
+    def __init__(
+        self,
+        root_dir: PluginOptions | str | Path = ".",
+        name: str | None = "lightning_logs",
+        version: int | str | None = None,
+        prefix: str = "",
+        **more: Any,
+    ) -> None:
+        if isinstance(root_dir, PluginOptions):
+            super().__init__(root_dir)
+        else:
+            super().__init__(root_dir=str(root_dir), name=name or "", version=version, prefix=prefix, **more)
         self._version = self.options.version
         self._writes = True
         self._count = 0
@@ -184,16 +201,7 @@ class RowLogger(FolderLogger):
         prefix: str = "",
         flush_logs_every_n_steps: int = 100,
     ) -> None:
-        if isinstance(root_dir, PluginOptions):
-            super().__init__(root_dir)
-        else:
-            super().__init__(
-                root_dir=str(root_dir),
-                name=name or "",
-                version=version,
-                prefix=prefix,
-                flush_logs_every_n_steps=flush_logs_every_n_steps,
-            )
+        super().__init__(root_dir, name, version, prefix, flush_logs_every_n_steps=flush_logs_every_n_steps)
         self._rows: Any = None
 
     @abstractmethod

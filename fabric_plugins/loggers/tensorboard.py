@@ -56,18 +56,15 @@ class TensorBoardLogger(FolderLogger):
         sub_dir: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(root_dir, PluginOptions):
-            super().__init__(root_dir)
-        else:
-            super().__init__(
-                root_dir=str(root_dir),
-                name=name or "",
-                version=version,
-                default_hp_metric=default_hp_metric,
-                prefix=prefix,
-                sub_dir=None if sub_dir is None else str(sub_dir),
-                writer=kwargs,
-            )
+        super().__init__(
+            root_dir,
+            name,
+            version,
+            prefix,
+            default_hp_metric=default_hp_metric,
+            sub_dir=None if sub_dir is None else str(sub_dir),
+            writer=kwargs,
+        )
         _summary_writer()
         self._events: Any = None
 
