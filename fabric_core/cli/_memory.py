@@ -110,7 +110,7 @@ def measure(
         batch: What the model is given.
         dtype: The type that a strategy converts parameters to for ``forward``; ``None`` is their own.
     """
-    gradients = sum(one.grad.numel() * one.grad.element_size() for one in module.parameters() if one.grad is not None)
+    gradients = MemoryEstimate.of(module, optimizer).gradients
     with _Live() as stepping:
         optimizer.step()
         step = max(size for size, _ in stepping.moments)
@@ -132,7 +132,7 @@ def measure(
 
 
 def convert(module: nn.Module, precision: Precision) -> nn.Module:
-    """Convert a model as a precision does; ``Module.to``, which the contract's own way uses, can't do it here."""
+    """Convert a model as a precision does; a tensor without memory can't be replaced in place, as the contract does."""
     if type(precision).convert_module is not Precision.convert_module:
         return precision.convert_module(module)
     if precision.policy.param_dtype is not None:

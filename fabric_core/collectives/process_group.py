@@ -35,7 +35,7 @@ class ProcessGroup(Collectives):
 
     Args:
         world: Who this process is; the collectives are closed when this world ends.
-        backend: The backend of a default group that is made here, such as ``"gloo"``; ``None`` is the accelerator's.
+        backend: The backend of a default group that is made here, as PyTorch names it; ``None`` is the accelerator's.
         timeout: How long a collective waits for the other ranks; ``None`` is the world's.
         group: A process group over all ranks or some of them, which is used as it is.
         owned: Whether ``close`` ends the group that is given.

@@ -269,7 +269,7 @@ class Processes:
         """Let rank 0 run the block before all others.
 
         They wait as long as for any collective: where rank 0 takes more than the usual 30 minutes, raise the strategy's
-        ``timeout``, as in ``Fabric(strategy="ddp:timeout=PT3H")``.
+        ``timeout``, as in ``Fabric(strategy="NAME:timeout=PT3H")``.
 
         Args:
             local: Each node's local rank 0, instead of the one global rank 0.

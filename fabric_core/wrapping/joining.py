@@ -54,7 +54,7 @@ def joined(
                 f"under {type(strategy).__name__} every rank needs the same number of batches",
                 where="fabric.join",
                 got=f"a {type(inner).__name__}, whose communication no other rank can shadow",
-                instead=f"the strategy ddp; or {_ELSE}",
+                instead=f"a strategy whose models are PyTorch's Joinable, as those of its DDP are; or {_ELSE}",
             )
     if precision.policy.loss_scaling:
         raise SetupError(
