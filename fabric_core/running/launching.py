@@ -217,9 +217,12 @@ def _wait(store: Store, key: str, world: World, launcher: Launcher) -> None:
         came = set(map(int, store.get("came").decode().split(",")[:-1]))  # one question, however many ranks there are
         missing = sorted(set(range(world.world_size)) - came)
         names = ", ".join(map(str, missing[:_NAMED])) + (", ..." if len(missing) > _NAMED else "")
-        what = (
-            f"rank {world.global_rank} has waited {waited:.0f} s for rank {names or '(none)'} to call fabric.launch()"
+        awaited = (
+            f"rank {names} to call fabric.launch()"
+            if missing
+            else "a rank that called fabric.launch() and went no further"
         )
+        what = f"rank {world.global_rank} has waited {waited:.0f} s for {awaited}"
         if late:
             raise LaunchError(what, where="fabric.launch()", ranks=missing)
         print(f"fabric: {what}", file=sys.stderr, flush=True)  # noqa: T201 - in place of a hang without a word

@@ -137,9 +137,13 @@ def _converted(
     def converted(*args: Any, **kwargs: Any) -> Any:
         if kwargs:
             args, kwargs = convert_input((args, kwargs))
+        elif kept_in and len(args) == 1:
+            # Looked at here, because a walk takes a microsecond to find that there is nothing to do.
+            one = args[0]
+            if one.__class__ is not plain or one.dtype not in kept_in:
+                args = (convert_input(one),)
         else:
             for one in args:
-                # Looked at here, because a walk takes a microsecond to find that there is nothing to do.
                 if one.__class__ is not plain or one.dtype not in kept_in:
                     args, kwargs = convert_input((args, kwargs))
                     break

@@ -246,8 +246,8 @@ class Setup:
         """Give what the strategy made of a model; without one, of the only one that is set up."""
         if model is not None:
             return strategy_module(check_set_up(model, "fabric.backward(model=)"))
-        models = self.models
-        return strategy_module(models[0]) if len(models) == 1 else None
+        models = self._models.values() if len(self._models) == 1 else ()
+        return next((strategy_module(one) for one in models), None)
 
     def no_backward_sync(self, module: Any, *, enabled: bool) -> AbstractContextManager[Any]:
         """Give the context that skips gradient synchronization.

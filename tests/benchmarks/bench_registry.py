@@ -116,6 +116,8 @@ class _Around:
 def _call() -> None:
     plain, unwrapped, wrapped = _Owner(), _Owner(), _Owner()
     bindings = Bindings(), Bindings([_Around()])
+    for owner in (plain, unwrapped, wrapped):
+        owner.collectives = SingleProcess()
     for one, owner in zip(bindings, (unwrapped, wrapped), strict=True):
         one.bind(owner)
     contestants: dict[str, Callable[[], Any]] = {

@@ -77,3 +77,11 @@ def test_a_rank_says_whom_it_waits_for(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert caught.value.fields["ranks"] == [2, *range(4, 12)]
     assert capsys.readouterr().err.count("has waited") == 1
     assert store.counts["get"] < 5
+
+
+def test_a_rank_that_came_and_ended_is_not_called_late() -> None:
+    """Where all have come and one never compared, the error doesn't ask for a rank that has called it."""
+    store = HashStore()
+    store.set("came", "1,")
+    with pytest.raises(LaunchError, match=r"waited \d s for a rank that called fabric.launch\(\) and went no further"):
+        _agree(0, 2, store, timedelta(seconds=0.3))
