@@ -169,7 +169,7 @@ def runner(
 
     def run() -> torch.Tensor:
         args, kwargs = precision.convert_input(_arguments(batch))
-        context = None if itself else precision.forward_context("cpu")
+        context = None if itself and policy.input_dtype is not None else precision.forward_context("cpu")
         with nullcontext() if context is None else context:
             output = module(*args, **kwargs)
         kept[:] = [precision.convert_output(output)]

@@ -39,7 +39,8 @@ class StrategyCapabilities(_Capabilities):
     intercepts_forward: bool = False
     """What runs the model must pass through the module that ``setup_module`` returns, all methods of it."""
     applies_mixed_precision: bool = False
-    """It carries out the precision's compute, reduce and output types itself, so nobody casts inputs or autocasts."""
+    """It carries out the precision's input, compute, reduce and output types itself, so nobody else casts inputs or
+    autocasts; where the policy leaves inputs as they are (``input_dtype=None``), autocast runs around it."""
     handles_device_placement: bool = False
     """It moves the parameters to the device itself, as it shards them; they may come on the meta device."""
     requires_strategy_backward: bool = False

@@ -31,10 +31,11 @@ class PrecisionPolicy:
         reduce_dtype: The type in which gradients are reduced over the ranks; ``None`` is the gradients' own. A strategy
             that declares ``applies_mixed_precision`` carries it out; under any other one gradients are reduced in
             their own type, which is their parameters', so that it must be no wider than that.
-        input_dtype: The type that floating-point inputs of ``forward`` are converted to; ``None`` leaves them.
+        input_dtype: The type that floating-point inputs of ``forward`` are converted to; ``None`` leaves them, under
+            every strategy.
         output_dtype: The type that floating-point outputs of ``forward`` are converted to; ``None`` leaves them.
         autocast: ``forward_context`` does nothing but autocast to ``compute_dtype``, so a strategy that carries compute
-            types itself may take its place.
+            types itself may take its place, if it converts inputs; those that stay as they are need autocast beside it.
         loss_scaling: The loss is scaled, and gradients must be unscaled before they are looked at. The scale may change
             from step to step or stay what it is: a static scale is right too.
     """

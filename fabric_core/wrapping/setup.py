@@ -175,9 +175,12 @@ class Setup:
         return inner
 
     def _around(self) -> Around:
+        policy = self._precision.policy
+        carries = self._strategy.capabilities.applies_mixed_precision and policy.autocast
         return Around(
             precision=self._precision,
-            carried=self._strategy.capabilities.applies_mixed_precision and self._precision.policy.autocast,
+            # Inputs that stay as they are meet parameters of the computing type: only autocast can compute with both.
+            carried=carries and policy.input_dtype is not None,
             wrappers=tuple(self._wrappers),
             guard=self._guard,
             sync=self._sync,

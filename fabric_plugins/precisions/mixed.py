@@ -44,8 +44,7 @@ class MixedOptions(PluginOptions):
     """The options of mixed precisions."""
 
     cast_inputs: bool = True
-    """Convert floating-point inputs to the type that is computed in; otherwise they are left to autocast, or to a
-    strategy that keeps parameters in that type for ``forward``, as ``fsdp`` does."""
+    """Convert floating-point inputs to the type that is computed in; otherwise they are left to autocast."""
 
 
 class _MixedPrecision(Precision):

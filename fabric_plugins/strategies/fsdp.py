@@ -195,8 +195,8 @@ class FSDPStrategy(ShardedStrategy):
             param_dtype=self._policy.compute_dtype,
             reduce_dtype=self._policy.reduce_dtype,
             output_dtype=output_dtype,
-            # Whatever the precision says of inputs: without autocast, a unit computes in the type that it is given.
-            cast_forward_inputs=True,
+            # Where inputs are to stay as they are, autocast runs around the model, and computes with what it is given.
+            cast_forward_inputs=self._policy.input_dtype is not None or not self._policy.autocast,
         )
 
 

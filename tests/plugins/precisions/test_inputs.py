@@ -176,18 +176,40 @@ def test_outputs_of_transformers_come_back_in_32_bits() -> None:
     assert packed.data.dtype is torch.float32
 
 
-@pytest.mark.parametrize("strategy", ["single_device", "fsdp"])
+class Blocks(nn.Module):
+    """What strategies shard apart, with parameters that meet inputs in several ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(2))
+        self.gain = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x * self.gain + layer(x)
+        return x
+
+
+@pytest.mark.parametrize("strategy", ["single_device", "ddp", "fsdp", "fsdp:auto_wrap_policy=null"])
 @pytest.mark.parametrize("name", ["16-mixed", "bf16-mixed"])
-def test_cast_inputs_false_leaves_inputs_to_who_computes(name: str, strategy: str) -> None:
-    """Autocast takes what it gets; a strategy that carries compute types converts inputs itself."""
-    model = nn.Linear(2, 2)
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16])
+def test_cast_inputs_false_leaves_inputs_under_every_strategy(name: str, strategy: str, given: torch.dtype) -> None:
+    """The model and its blocks see what they are given, autocast computes with it, and the parameters are trained."""
+    model = Blocks()
     seen = []
     model.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
-    compute, other = torch.float16, torch.bfloat16
-    if name == "bf16-mixed":
-        compute, other = other, compute
+    model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    computed = []
+    linear: Any = model.layers[0]
+    linear[0].register_forward_hook(lambda _, __, output: computed.append(output.dtype))
     with Fabric(accelerator="cpu", devices=1, strategy=strategy, precision=f"{name}:cast_inputs=false") as fabric:
         fabric.launch()
-        output = fabric.setup(model)(torch.ones(1, 2, dtype=other))
-    assert seen == [other if strategy == "single_device" else compute]
+        wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        output = wrapped(torch.ones(1, 4, dtype=given))
+        fabric.backward(output.square().mean())
+        optimizer.step()
+        trained = [one.grad is not None and one.dtype is torch.float32 for one in wrapped.parameters()]
+    assert seen == [given, given]
+    assert computed == [torch.float16 if name == "16-mixed" else torch.bfloat16]
     assert output.dtype is torch.float32
+    assert all(trained)
