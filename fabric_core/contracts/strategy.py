@@ -116,6 +116,13 @@ class Strategy(Plugin, ABC):
                 tensors may have no memory: only their shapes and types count.
             optimizer: Its optimizer, likewise, with the state that the step left.
 
+        Returns:
+            Bytes of this rank alone. ``parameters`` (with buffers), ``gradients`` and ``optimizer`` are what it holds
+            after a backward pass and a step, which the kit counts, to the byte where ranks divide evenly.
+            ``in_flight`` is the most at one time of what is gathered or waits to be reduced, and ``in_flight_last``
+            what is left of it as ``backward`` ends; both are bounds. What the model computes is not the strategy's to
+            say, and comes on top.
+
         Raises:
             MisuseError: It can't be said. Not overridden, that is so under ``sharded`` and ``joint_setup``; else every
                 rank holds everything whole.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fabric_core.conformance.references import (
     Sharding,
     Surroundings,
 )
-from fabric_core.contracts import PrecisionPolicy, ProcessInfo, World
+from fabric_core.contracts import MemoryEstimate, PrecisionPolicy, ProcessInfo, World
 from proof.mutants import Mutants
 
 MUTANTS = Mutants()
@@ -151,6 +152,30 @@ class Narrow(Sharding):
 class Keeping(Sharding):
     def gradients_cleared(self, parameters: Sequence[torch.Tensor]) -> None:
         pass
+
+
+@mutant("says that ranks divide what each of them holds whole", "STR-399")
+class Hopeful(Averaging):
+    def estimate_memory(
+        self, info: ProcessInfo, policy: PrecisionPolicy, module: nn.Module, optimizer: Optimizer
+    ) -> MemoryEstimate:
+        return MemoryEstimate.of(module, optimizer, lambda one: one.nbytes // info.world_size)
+
+
+@mutant("says that ranks hold whole what they divide", "STR-399")
+class Undivided(Sharding):
+    def estimate_memory(
+        self, info: ProcessInfo, policy: PrecisionPolicy, module: nn.Module, optimizer: Optimizer
+    ) -> MemoryEstimate:
+        return MemoryEstimate.of(module, optimizer)
+
+
+@mutant("leaves the optimizer's state out of what ranks will hold", "STR-399")
+class Stateless(Averaging):
+    def estimate_memory(
+        self, info: ProcessInfo, policy: PrecisionPolicy, module: nn.Module, optimizer: Optimizer
+    ) -> MemoryEstimate:
+        return replace(super().estimate_memory(info, policy, module, optimizer), optimizer=0)
 
 
 # Precisions
