@@ -24,11 +24,13 @@ class Footprint:
         moments: What was computed and not freed yet, batch included, and which share of all gradients there was by
             then; the moments of ``forward`` and ``backward`` at which either was larger than before.
         step: The most that the optimizer's step takes for a time.
+        kept: What lives on when ``backward`` has ended: the batch, and the output in a variable of the training's loop.
         gradients: All gradients of one process alone.
     """
 
     moments: tuple[tuple[int, float], ...]
     step: int
+    kept: int
     gradients: int
 
     @property
@@ -41,7 +43,7 @@ class Footprint:
         beside = held.gradients if held.gradients_stay else 0
         training = held.in_flight + max(size + max(beside, share * held.gradients) for size, share in self.moments)
         # A divided optimizer steps on parts.
-        stepping = self.step * held.gradients / max(1, self.gradients)
+        stepping = self.kept + self.step * held.gradients / max(1, self.gradients)
         return round(
             held.parameters + held.optimizer + max(training, held.gradients + max(held.in_flight_last, stepping))
         )
@@ -92,19 +94,19 @@ class _Live(DispatchMode):  # type: ignore[no-untyped-call]
         self.moments.append((self.live, self.gradients))
 
 
-def train_once(run: Callable[[], torch.Tensor], optimizer: Optimizer) -> None:
+def train_once(run: Callable[[bool], torch.Tensor], optimizer: Optimizer) -> None:
     """Step once, so that there are gradients and the optimizer has its state."""
-    run().backward()  # type: ignore[no-untyped-call]
+    run(True).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
 
 
 def measure(
-    run: Callable[[], torch.Tensor], module: nn.Module, optimizer: Optimizer, batch: Any, dtype: torch.dtype | None
+    run: Callable[[bool], torch.Tensor], module: nn.Module, optimizer: Optimizer, batch: Any, dtype: torch.dtype | None
 ) -> Footprint:
     """Measure another step.
 
     Args:
-        run: Computes the loss.
+        run: Computes the loss, in the precision's context or without.
         module: The model; it is left without gradients, and in the type below.
         optimizer: Its optimizer, which has stepped once.
         batch: What the model is given.
@@ -124,11 +126,12 @@ def measure(
             for one in module.parameters()
             if one.requires_grad
         ]
-        run().backward()  # type: ignore[no-untyped-call]
+        run(dtype is None).backward()  # type: ignore[no-untyped-call]
+        kept = live.live
     for hook in hooks:
         hook.remove()
     whole = max(1, live.gradients)
-    return Footprint(tuple((size, share / whole) for size, share in live.moments), step, gradients)
+    return Footprint(tuple((size, share / whole) for size, share in live.moments), step, kept, gradients)
 
 
 def convert(module: nn.Module, precision: Precision) -> nn.Module:
@@ -156,10 +159,11 @@ def _retype(module: nn.Module, dtype: torch.dtype, *, buffers: bool) -> None:
 
 def runner(
     module: nn.Module, batch: Any, loss: Callable[[Any], torch.Tensor] | None, precision: Precision, strategy: Strategy
-) -> tuple[Callable[[], torch.Tensor], torch.dtype | None]:
-    """Give what computes the loss, as a training with these plugins would; and the type to convert the model to.
+) -> tuple[Callable[[bool], torch.Tensor], torch.dtype | None]:
+    """Give what computes the loss, in the precision's context or without, and the type to convert the model to.
 
-    A strategy that carries out mixed precision computes in the type itself, in the place of autocast.
+    A strategy that carries out mixed precision computes in the type itself, in the place of the context; ``None`` where
+    the context is what a training has.
     """
     policy = precision.policy
     itself = strategy.capabilities.applies_mixed_precision and policy.autocast
@@ -167,9 +171,10 @@ def runner(
     kept: list[Any] = []
     """The output: a training's own loop holds it in a variable until the next one."""
 
-    def run() -> torch.Tensor:
+    def run(within: bool) -> torch.Tensor:
         args, kwargs = precision.convert_input(_arguments(batch))
-        context = None if itself and policy.input_dtype is not None else precision.forward_context("cpu")
+        # Inputs that stay as they are need the context, whoever converts the model.
+        context = precision.forward_context("cpu") if within or policy.input_dtype is None else None
         with nullcontext() if context is None else context:
             output = module(*args, **kwargs)
         kept[:] = [precision.convert_output(output)]

@@ -136,6 +136,20 @@ def _estimated(name: str, strategy: str, precision: str, optimizer: str, devices
     return max(int(one["peak"]) for one in json.loads(done.stdout)["ranks"])
 
 
+def _accelerates(name: str, precision: str) -> int:
+    """Ask what ``accelerate estimate-memory`` prints for a training, which takes models of the Hugging Face Hub alone.
+
+    It knows Adam alone, and neither the batch nor the strategy.
+    """
+    from accelerate.commands.estimate import estimate_training_usage
+    from accelerate.utils import calculate_maximum_sizes
+
+    with torch.device("meta"):
+        model = MODELS[name]()[0]
+    dtype = {"32-true": "float32", "bf16-mixed": "bfloat16"}[precision]
+    return int(max(estimate_training_usage(calculate_maximum_sizes(model)[0], dtype).values()))
+
+
 def main() -> None:
     """Estimate, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -153,9 +167,10 @@ def main() -> None:
     for case in itertools.product(given.models, given.strategies, given.precisions, given.optimizers):
         devices = "1" if case[1] == "single_device" else "2"
         said, real = _estimated(*case, devices), _measured(*case, devices)
-        rows.append((*case, f"{said / MIB:.0f}", f"{real / MIB:.0f}", f"{said / real - 1:+.0%}"))
-    title = "Peak of a rank, MiB"
-    print(table(title, ("model", "strategy", "precision", "optimizer", "estimated", "measured", "difference"), rows))
+        other = f"{_accelerates(case[0], case[2]) / MIB:.0f}" if case[3] == "AdamW" else ""
+        rows.append((*case, f"{said / MIB:.0f}", f"{real / MIB:.0f}", f"{100 * (said / real - 1):+.1f} %", other))
+    columns = ("model", "strategy", "precision", "optimizer", "estimated", "measured", "difference", "Accelerate")
+    print(table("Peak of a rank, MiB", columns, rows))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ def with_loss(batch=8):
     model, data = make(batch)
     return model, (data,), lambda output: output.square().sum()
 
+def wide():
+    return nn.Linear(1, 2**20, bias=False), torch.ones(1, 1), lambda output: output[0, 0]
+
 def huge():
     return make(1, 2**17, 6)
 
@@ -85,6 +88,26 @@ def test_one_process_peaks_where_it_was_said(estimate: Any, optimizer: str, prec
     said = json.loads(out)["ranks"][0]["peak"]
     real = _peak(batch, getattr(torch.optim, optimizer), autocast=precision != "32-true")
     assert said == pytest.approx(real, rel=0.03)
+
+
+def test_who_converts_the_model_itself_is_given_converted_inputs_of_numbers(estimate: Any) -> None:
+    """Under fsdp in bf16-mixed too; what the model computes takes half of what it takes in full precision."""
+    found = {}
+    for precision in ("32-true", "bf16-mixed"):
+        asked = ("--batch", "4096", "--strategy", "fsdp", "--devices", "2", "--precision", precision)
+        code, out, _ = estimate("make", *asked, "--json")
+        assert code == 0
+        found[precision] = json.loads(out)["activations"]
+    assert found["bf16-mixed"] < 0.75 * found["32-true"]
+
+
+def test_the_output_lives_while_the_optimizer_steps(estimate: Any) -> None:
+    """What the model returned, in a variable of the loop, is not gone when AdamW takes most."""
+    _, out, _ = estimate("wide", "--json")
+    one = json.loads(out)["ranks"][0]
+    output = 4 * 2**20
+    largest = 4 * 2**20  # of the parameters: two more of it while it is stepped
+    assert one["peak"] >= one["parameters"] + one["gradients"] + one["optimizer"] + 2 * largest + output
 
 
 def test_a_model_that_fits_nowhere(estimate: Any) -> None:
