@@ -242,10 +242,13 @@ class Processes:
     def all_reduce(self, data: Any, group: Any | None = None, reduce_op: str | None = "mean") -> Any:
         """Reduce every tensor of a nested value over the ranks; numbers become tensors."""
         collectives = self._connected()
-        return map_tensors(
+        result = map_tensors(
             _tensors(data, self.device),
             lambda one: collectives.all_reduce(one, group, reduce_op or "sum"),
         )
+        if group is None:
+            self._setup.reduced(result)
+        return result
 
     def all_gather(self, data: Any, group: Any | None = None, sync_grads: bool = False) -> Any:
         """Gather every tensor of a nested value over the ranks.

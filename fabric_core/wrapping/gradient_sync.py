@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_core._torch import after_backward, in_backward
-from fabric_core.contracts import Strategy
+from fabric_core.contracts import Strategy, map_tensors
 from fabric_core.errors import MisuseError
 from fabric_core.wrapping.backward_guard import running_pass
 from fabric_core.wrapping.notes import Notes, held_by, trainable
@@ -24,15 +24,18 @@ class GradientSync:
     [Note: unsynchronized gradients] A hook on each parameter notes that a gradient was added to it. At the end of the
     backward pass, after all that the strategy does then, the notes of a model are cleared if the strategy averaged: a
     synchronized forward pass came before, or none needs to, and the strategy says that it did. What is still noted when
-    an optimizer steps belongs to this rank alone, however it came there.
+    an optimizer steps belongs to this rank alone, however it came there, unless the script averaged it: then it is, or
+    is equal to, what ``fabric.all_reduce`` gave since that backward pass.
 
     Args:
         strategy: The bound strategy.
+        world_size: How many ranks it averages over.
         owner: Whose calls of ``fabric.backward`` are the strategy's too.
     """
 
-    def __init__(self, strategy: Strategy, owner: object) -> None:
+    def __init__(self, strategy: Strategy, world_size: int, owner: object) -> None:
         self.strategy = strategy
+        self.world_size = world_size
         self.owner = owner
         self.routed = strategy.capabilities.intercepts_forward
         self.averages_in_backward = getattr(type(strategy), "backward", None) is not Strategy.backward
@@ -68,6 +71,11 @@ class GradientSync:
         model = ModelSync(self, module, inner)
         self._models.add(model)
         return model
+
+    def reduced(self, result: Any) -> None:
+        """Take note of what the script reduced over all ranks, which may be gradients."""
+        for model in list(self.noted):
+            map_tensors(result, model.reduced)
 
     def check(self, optimizer: Optimizer) -> None:
         """Refuse to step on gradients that were not averaged.
@@ -132,6 +140,8 @@ class ModelSync(Notes):
         self._idle = True
         """Whether no backward pass is known to run."""
         self._why = ""
+        self._reductions: list[torch.Tensor] = []
+        """What the script reduced over all ranks since the last backward pass."""
         self._handles: list[Any] = []
         for index, (_, parameter) in enumerate(parameters):
             frozen = not parameter.requires_grad
@@ -185,6 +195,7 @@ class ModelSync(Notes):
     def _begin(self) -> None:
         """Know of a backward pass by its first gradient, and look again when it is over."""
         self._idle = False
+        self._reductions.clear()
         self._sync.noted.add(self)
         call = running_pass(self._sync.owner)
         if call is None:
@@ -230,9 +241,20 @@ class ModelSync(Notes):
                 for other in list(sync.noted):
                     other.forget(own)  # what models share was averaged for all of them
 
+    def reduced(self, result: torch.Tensor) -> torch.Tensor:
+        """Keep what may be one of the gradients, or hold several."""
+        self._reductions.append(result)
+        return result
+
+    def _averaged_by_script(self, index: int) -> bool:
+        parameter = self._references[index]()
+        gradient = None if parameter is None else parameter.grad
+        return gradient is None or any(_comes_from(gradient, one, self._sync.world_size) for one in self._reductions)
+
     def clear(self) -> None:
         """Forget everything, also that a pass runs: one that failed is over."""
         self._idle = True
+        self._reductions.clear()
         self._reached.clear()
         self.noted.clear()
         self._sync.noted.discard(self)
@@ -288,6 +310,10 @@ class ModelSync(Notes):
         """
         self.noted |= self._reached
         found = self.with_gradients(held)
+        if self._reductions:
+            averaged = {index for index in found if self._averaged_by_script(index)}
+            self.noted -= averaged
+            found = [index for index in found if index not in averaged]
         self._reached &= self.noted
         if found:
             raise MisuseError(
@@ -295,9 +321,11 @@ class ModelSync(Notes):
                 where=f"{type(optimizer).__name__}.step, on gradients of {self._kind}: {self.shown(found)}",
                 got=self._why or None,
                 instead="run forward through the model that fabric.setup returned, and fabric.backward(loss) after it,"
-                " both outside of fabric.no_backward_sync, at least the last time before each step",
+                " both outside of fabric.no_backward_sync, at least the last time before each step; or average them"
+                " yourself: p.grad = fabric.all_reduce(p.grad) for each parameter",
             )
         if not self.noted:
+            self._reductions.clear()
             self._sync.noted.discard(self)
 
     def close(self) -> None:
@@ -308,6 +336,20 @@ class ModelSync(Notes):
         self.clear()
 
 
+def _comes_from(gradient: torch.Tensor, reduced: torch.Tensor, world_size: int) -> bool:
+    """Say whether a gradient lies in what was reduced, or is equal to it, or to a mean that was made of a sum."""
+    if gradient is reduced:
+        return True
+    if gradient.layout is not torch.strided or reduced.layout is not torch.strided:
+        return False
+    if gradient.untyped_storage().data_ptr() == reduced.untyped_storage().data_ptr():
+        return True
+    if (gradient.shape, gradient.dtype, gradient.device) != (reduced.shape, reduced.dtype, reduced.device):
+        return False
+    rounding = 4 * torch.finfo(gradient.dtype).eps
+    return any(torch.allclose(one, reduced, rounding, 0.0, equal_nan=True) for one in (gradient, gradient * world_size))
+
+
 def gradient_sync(strategy: Strategy, world_size: int, owner: object) -> GradientSync | None:
     """Give what watches over averaging, where a strategy averages the gradients of whole models.
 
@@ -315,4 +357,4 @@ def gradient_sync(strategy: Strategy, world_size: int, owner: object) -> Gradien
     """
     declared = strategy.capabilities
     needed = world_size > 1 and declared.distributed and declared.synchronous and not declared.sharded
-    return GradientSync(strategy, owner) if needed else None
+    return GradientSync(strategy, world_size, owner) if needed else None

@@ -245,6 +245,11 @@ class Setup:
         """Give the context of one call of ``fabric.backward``."""
         return nullcontext() if self._guard is None and self._sync is None else BackwardPass(self._owner)
 
+    def reduced(self, result: Any) -> None:
+        """Take note of what the script reduced over all ranks."""
+        if self._sync is not None and self._sync.noted:
+            self._sync.reduced(result)
+
     def called(self, model: FabricModule | None) -> nn.Module | None:
         """Give what the strategy made of a model; without one, of the only one that is set up."""
         if model is not None:

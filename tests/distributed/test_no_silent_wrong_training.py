@@ -84,6 +84,18 @@ HOW_MANY = pytest.mark.parametrize(
 
 
 SHARDED = frozenset({"fsdp", "data-parallel", "tensor-parallel"})
+UNSYNCHRONIZED = frozenset(
+    {
+        "averaged_by_the_script",
+        "averaged_by_the_script_in_one_piece",
+        "averaged_by_the_script_into_what_is_there",
+        "learning_to_learn",
+        "summed_by_the_script",
+    }
+)
+"""Right programs without any backward pass that the strategy averages."""
+WHOLE = frozenset({"averaged_by_the_script_after_the_raw_model"}) | UNSYNCHRONIZED - {"learning_to_learn"}
+"""Right programs that average whole gradients, of which sharding leaves none."""
 UNSUPPORTED: dict[str, frozenset[str]] = {
     # PyTorch's FSDP2 makes no copies, and frees parameters that a second derivative needs; a raw `zero_grad` doesn't
     # reach what it keeps.
@@ -95,7 +107,8 @@ UNSUPPORTED: dict[str, frozenset[str]] = {
             "gradient_penalty_alone",
             "hessian_by_vector",
         }
-    ),
+    )
+    | WHOLE,
     # PyTorch makes the first reduction of a static graph in the first pass that comes through an output, and can't be
     # without it there.
     "ddp-static": frozenset(
@@ -109,7 +122,8 @@ UNSUPPORTED: dict[str, frozenset[str]] = {
             "gradient_penalty_alone",
             "hessian_by_vector",
         }
-    ),
+    )
+    | UNSYNCHRONIZED,
     # PyTorch's compiler takes no buckets that are smaller than its first one.
     "ddp-buckets": frozenset({"compiled_after_setup", "compiled_before_setup"}),
     # It knows no copies.
@@ -119,14 +133,19 @@ UNSUPPORTED: dict[str, frozenset[str]] = {
 }
 # PyTorch's `parallelize_module` takes apart what layers share.
 UNSUPPORTED["data-parallel"] = (UNSUPPORTED["fsdp"] | {"penalty_in_the_loss", "tied_weights"}) - {"gradient_penalty"}
-UNSUPPORTED["tensor-parallel"] = frozenset(
-    {"gradient_penalty_alone", "hessian_by_vector", "penalty_in_the_loss", "tied_weights"}
-)
+UNSUPPORTED["tensor-parallel"] = WHOLE | {
+    "gradient_penalty_alone",
+    "hessian_by_vector",
+    "penalty_in_the_loss",
+    "tied_weights",
+}
 
 UNSEEN: dict[str, frozenset[str]] = {
+    # PyTorch's FSDP2 ends the process by a fault in second derivatives of a function of adapted parameters.
+    "fsdp": frozenset({"learning_to_learn"}),
     # PyTorch's DTensor takes gradients that it redistributes for constants: docs/explanation/where-the-guards-end.md
-    "data-parallel": frozenset({"gradient_penalty"}),
-    "tensor-parallel": frozenset({"gradient_penalty"}),
+    "data-parallel": frozenset({"gradient_penalty", "learning_to_learn"}),
+    "tensor-parallel": frozenset({"gradient_penalty", "learning_to_learn"}),
 }
 
 

@@ -15,6 +15,7 @@ FALLS = {
     "language_model": (("--steps", "30"), r"loss ([\d.]+)", 0.8),
     "gan": (("--steps", "101"), r": ([\d.]+) from", 0.8),
     "reinforcement": (("--steps", "60"), r"reward -([\d.]+)", 0.8),
+    "meta_learning": (("--steps", "60"), r"loss ([\d.]+)", 0.8),
     "meta_fsdp": (("--steps", "30"), r"loss ([\d.]+)", 0.8),
     "tensor_parallel": (("--steps", "30"), r"loss ([\d.]+)", 0.8),
 }
@@ -76,6 +77,12 @@ def test_an_evaluation_says_the_same_on_two_processes(tmp_path: Path) -> None:
     alone = _run("exact_evaluation", tmp_path)
     assert "101 samples" in alone
     assert _run("exact_evaluation", tmp_path, *TWO) == alone
+
+
+@pytest.mark.sampled(0.2)
+def test_learning_to_learn_is_the_same_on_two_processes(tmp_path: Path) -> None:
+    """Gradients that the script averages by itself make the steps of one process that has all tasks."""
+    assert _run("meta_learning", tmp_path, "--steps", "21", *TWO) == _run("meta_learning", tmp_path, "--steps", "21")
 
 
 @pytest.mark.sampled(0.2)

@@ -292,3 +292,83 @@ def numbers_read_from_gradients(run: Run) -> None:
     run.backward(loss_of(model(run.x)))
     assert all(one.grad is not None and bool(one.grad.isfinite().all()) for one in net.parameters())
     optimizer.step()
+
+
+def averaged(run: Run, gradient: Any, reduce_op: str = "mean") -> Any:
+    """Reduce a gradient, as a script does that averages by itself."""
+    return gradient if run.fabric is None else run.fabric.all_reduce(gradient, reduce_op=reduce_op)
+
+
+def unsynchronized(run: Run, model: Any, passes: int = 2) -> None:
+    """Run backward passes inside ``no_backward_sync``."""
+    for index in range(passes):
+        with run.no_sync(model):
+            run.backward(loss_of(model(run.x * (index + 1))))
+
+
+@right
+def averaged_by_the_script(run: Run) -> None:
+    net, _, model, optimizer = usual(run)
+    for _ in range(2):
+        unsynchronized(run, model)
+        for one in net.parameters():
+            one.grad = averaged(run, one.grad)
+            one.grad.mul_(0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    step(run, model, optimizer)
+
+
+@right
+def averaged_by_the_script_in_one_piece(run: Run) -> None:
+    net, _, model, optimizer = usual(run)
+    unsynchronized(run, model)
+    own = list(net.parameters())
+    flat = averaged(run, torch.cat([one.grad.flatten() for one in own]))
+    for one, part in zip(own, flat.split([one.numel() for one in own]), strict=True):
+        one.grad = part.view_as(one)
+    optimizer.step()
+
+
+@right
+def averaged_by_the_script_into_what_is_there(run: Run) -> None:
+    net, _, model, optimizer = usual(run)
+    unsynchronized(run, model)
+    found = averaged(run, [one.grad for one in net.parameters()])
+    for one, gradient in zip(net.parameters(), found, strict=True):
+        one.grad.copy_(gradient)
+    optimizer.step()
+
+
+@right
+def summed_by_the_script(run: Run) -> None:
+    net, _, model, optimizer = usual(run)
+    unsynchronized(run, model)
+    for one in net.parameters():
+        one.grad = averaged(run, one.grad, "sum") / (1 if run.fabric is None else run.fabric.world_size)
+    optimizer.step()
+
+
+@right
+def averaged_by_the_script_after_the_raw_model(run: Run) -> None:
+    net, _, _, optimizer = usual(run)
+    run.backward(loss_of(net(run.x)))
+    for one in net.parameters():
+        one.grad = averaged(run, one.grad)
+    optimizer.step()
+
+
+@right
+def learning_to_learn(run: Run) -> None:
+    net, _, model, optimizer = usual(run)
+    for _ in range(2):
+        with run.no_sync(model):
+            inner = loss_of(model(run.common()))
+            own = dict(net.named_parameters())
+            slopes = torch.autograd.grad(inner, list(own.values()), create_graph=True)
+            adapted = {name: one - 0.1 * slope for (name, one), slope in zip(own.items(), slopes, strict=True)}
+            run.backward(loss_of(torch.func.functional_call(net, adapted, (run.x,))))
+        for one in net.parameters():
+            one.grad = averaged(run, one.grad)
+        optimizer.step()
+        optimizer.zero_grad()

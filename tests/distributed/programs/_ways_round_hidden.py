@@ -684,3 +684,53 @@ def raw_tied_part(run: Run) -> None:
     run.backward(loss_of(model(run.x)) + net.again.bias.sum() * 0)
     run.backward(loss_of(net.again(run.x)))
     optimizer.step()
+
+
+def reduced(run: Run, gradient: torch.Tensor) -> torch.Tensor:
+    """Average a gradient."""
+    return gradient.clone() if run.fabric is None else run.fabric.all_reduce(gradient)
+
+
+@way
+def averaged_for_a_log(run: Run) -> None:
+    net, _, model, optimizer = usual(run)
+    with run.no_sync(model):
+        run.backward(loss_of(model(run.x)))
+    for one in net.parameters():
+        reduced(run, one.grad).norm()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 100.0)
+    optimizer.step()
+
+
+@way
+def averaged_before_the_last_pass(run: Run) -> None:
+    net, _, model, optimizer = usual(run)
+    with run.no_sync(model):
+        run.backward(loss_of(model(run.x)))
+    for one in net.parameters():
+        one.grad = reduced(run, one.grad)
+    with run.no_sync(model):
+        run.backward(loss_of(model(run.x)))
+    optimizer.step()
+
+
+@way
+def averaged_in_part(run: Run) -> None:
+    net, _, model, optimizer = usual(run)
+    with run.no_sync(model):
+        run.backward(loss_of(model(run.x)))
+    for one in net.head.parameters():
+        one.grad = reduced(run, one.grad)
+    optimizer.step()
+
+
+@way
+def averaged_and_replaced_by_what_was_there(run: Run) -> None:
+    net, _, model, optimizer = usual(run)
+    with run.no_sync(model):
+        run.backward(loss_of(model(run.x)))
+    for one in net.parameters():
+        before = one.grad.clone()
+        one.grad = reduced(run, one.grad)
+        one.grad = before
+    optimizer.step()
