@@ -242,10 +242,8 @@ class Processes:
     def all_reduce(self, data: Any, group: Any | None = None, reduce_op: str | None = "mean") -> Any:
         """Reduce every tensor of a nested value over the ranks; numbers become tensors."""
         collectives = self._connected()
-        result = map_tensors(
-            _tensors(data, self.device),
-            lambda one: collectives.all_reduce(one, group, reduce_op or "sum"),
-        )
+        reduce_op = reduce_op or "sum"
+        result = map_tensors(_tensors(data, self.device), lambda one: collectives.all_reduce(one, group, reduce_op))
         if group is None:
             self._setup.reduced(result)
         return result
