@@ -19,7 +19,7 @@ import torch
 from fabric_core.errors import CheckpointError
 from fabric_plugins.checkpoints._files import open_regular
 
-__all__ = ["ABOUT_RECORD", "HEADER", "Counted", "append", "check", "manifest_of"]
+__all__ = ["ABOUT_RECORD", "HEADER", "Counted", "Passed", "append", "check", "manifest_of"]
 
 ABOUT_RECORD: Final = "fabric.json"
 """The record with our manifest, which ``torch.load`` passes over."""
@@ -51,20 +51,13 @@ _PARALLEL: Final = 1 << 24
 """From how many bytes on checksums are computed by several threads."""
 
 
-class Counted(io.RawIOBase):
-    """Passes what ``torch.save`` writes on to a file, and keeps length, checksum, and the error that it would hide."""
+class Passed(io.RawIOBase):
+    """Passes what ``torch.save`` writes on to a file, and keeps the error that it would hide."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__()
         self._file = file
-        self._value = 0
         self._error: OSError | None = None
-        self.length = 0
-
-    @property
-    def checksum(self) -> str:
-        """The checksum of everything that was written."""
-        return f"{self._value:08x}"
 
     def save(self, value: Any) -> None:
         """Write a value as ``torch.save`` does.
@@ -85,14 +78,32 @@ class Counted(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         """Write all of it."""
-        self._value = zlib.crc32(data, self._value)
-        length = memoryview(data).nbytes
-        self.length += length
         try:
             self._file.write(data)
         except OSError as error:
             self._error = error
             raise
+        return memoryview(data).nbytes
+
+
+class Counted(Passed):
+    """Keeps the length and the checksum of what is written too."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self._value = 0
+        self.length = 0
+
+    @property
+    def checksum(self) -> str:
+        """The checksum of everything that was written."""
+        return f"{self._value:08x}"
+
+    def write(self, data: Any) -> int:
+        """Write all of it."""
+        self._value = zlib.crc32(data, self._value)
+        length = super().write(data)
+        self.length += length
         return length
 
 

@@ -7,7 +7,8 @@ every record has a checksum, and is found by an index that is data; nothing here
 import io
 import math
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from fabric_core.errors import CheckpointError
 from fabric_plugins.checkpoints._archive import HEADER, Counted
@@ -31,6 +32,10 @@ from fabric_plugins.checkpoints._tree import KeyPath
 __all__ = ["Index", "Record", "Writer", "read_index"]
 
 _CHUNK: Final = 1 << 24
+_SHARE: Final = 1 << 24
+"""How many bytes of tensors are worth a file and a thread."""
+_MOST_FILES: Final = 4
+"""The most files that one rank writes; more don't make a disk faster."""
 _BESIDE: Final = 1 << 16
 """The most bytes of a record beside those of its tensor; it is 1.3 KB as ``torch.save`` writes it."""
 
@@ -63,23 +68,31 @@ class Writer:
         """Say what this rank could write."""
         return self._planner.create_local_plan()
 
-    def write(self, plans: list[SavePlan], rank: int, folder: Folder, name: str) -> dict[str, list[Record]]:
-        """Write what falls to this rank.
+    def write(self, plans: list[SavePlan], rank: int, folder: Folder, prefix: str) -> dict[str, list[Record]]:
+        """Write what falls to this rank; much of it by several threads, each to a file of its own.
 
         Args:
             plans: The local plans of all ranks, in their order.
             rank: This rank.
             folder: Where to.
-            name: The name of this rank's file.
+            prefix: What the names of files begin with.
 
         Returns:
             The records of each key.
         """
         global_plan, self._metadata = self._planner.create_global_plan(plans)
-        items = self._planner.finish_plan(global_plan[rank]).items
+        shares = _shares(self._planner.finish_plan(global_plan[rank]).items)
+        names = [f"{prefix}__{rank}_{number}.distcp" for number in range(len(shares))]
         records: dict[str, list[Record]] = {}
-        if not items:
-            return records
+        with ThreadPoolExecutor(_MOST_FILES) as pool:
+            each = pool.map if len(shares) > 1 else map
+            for written in each(lambda share, name: self._write_file(share, folder, name), shares, names):
+                for key, record in written:
+                    records.setdefault(key, []).append(record)
+        return records
+
+    def _write_file(self, items: list[WriteItem], folder: Folder, name: str) -> list[tuple[str, Record]]:
+        records: list[tuple[str, Record]] = []
         with folder.create(name) as file:
             for item in items:
                 tensor = self._planner.resolve_data(item)
@@ -92,9 +105,8 @@ class Writer:
                 place = file.tell()
                 counted.save(local)
                 chunk = item.tensor_data.chunk
-                records.setdefault(item.index.fqn, []).append(
-                    Record(tuple(chunk.offsets), tuple(chunk.sizes), name, place, counted.length, counted.checksum)
-                )
+                record = Record(tuple(chunk.offsets), tuple(chunk.sizes), name, place, counted.length, counted.checksum)
+                records.append((item.index.fqn, record))
         return records
 
     def index(self, parts: Iterable[Mapping[str, list[Record]]]) -> dict[str, Any]:
@@ -219,6 +231,19 @@ class Index:
         items = planner.finish_plan(planner.create_local_plan()).items
         found = [(planner, one.storage_index.fqn, places[_place_of(one.storage_index)], one) for one in items]
         return sorted(found, key=lambda one: (one[2].file, one[2].place))
+
+
+def _shares(items: Sequence[WriteItem]) -> list[list[WriteItem]]:
+    """Share what is to be written out among threads: what is large first, to the one that has least so far."""
+    sizes = {id(item): item.tensor_storage_size() or 0 for item in items}
+    count = min(torch.get_num_threads(), _MOST_FILES, sum(sizes.values()) // _SHARE)
+    shares: list[list[WriteItem]] = [[] for _ in range(max(1, count))]
+    filled = [0] * len(shares)
+    for item in sorted(items, key=lambda one: -sizes[id(one)]):
+        least = filled.index(min(filled))
+        shares[least].append(item)
+        filled[least] += sizes[id(item)]
+    return shares if items else []
 
 
 def _place_of(index: MetadataIndex) -> tuple[str, tuple[int, ...]]:

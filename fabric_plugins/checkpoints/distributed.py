@@ -63,8 +63,7 @@ class DistributedCheckpoint(Checkpoint):
                 agree.on_zero(lambda: check_readable(outline, path), where=path)
                 plans = agree.gather(writer.local_plan, where=path)
                 place = agree.on_zero(lambda: writing(path), where=path)
-                name = f"{place.prefix}__{agree.rank}_0.distcp"
-                parts = agree.gather(lambda: writer.write(plans, agree.rank, place.folder, name), where=path)
+                parts = agree.gather(lambda: writer.write(plans, agree.rank, place.folder, place.prefix), where=path)
                 agree.on_zero(lambda: _finish(place, writer.index(parts), keys, outline), where=path)
             except BaseException:
                 if place is not None and agree.rank == 0:

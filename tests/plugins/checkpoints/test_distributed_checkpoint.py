@@ -53,6 +53,31 @@ def test_any_tree_comes_back(tmp_path: Path) -> None:
     assert outline["model"]["a.b"].shape == (2, 3)
 
 
+def test_much_is_written_to_several_files(tmp_path: Path) -> None:
+    """They are of about one size, all of it comes back, and one that can't be written fails the whole."""
+    path, tree = (
+        tmp_path / "checkpoint",
+        {f"t{number}": torch.full((100 + number,), float(number)) for number in range(9)},
+    )
+    with patch("fabric_plugins.checkpoints._records._SHARE", 1000), patch("torch.get_num_threads", lambda: 3):
+        DistributedCheckpoint().write(path, tree)
+        sizes = [(path / f"__0_{number}.distcp").stat().st_size for number in range(3)]
+        assert not (path / "__0_3.distcp").exists()
+        assert max(sizes) < 1.1 * min(sizes)
+        _equal(DistributedCheckpoint().read(path, None), tree)
+        writes = torch.save
+
+        def fails(value: Any, file: Any) -> None:
+            if isinstance(value, torch.Tensor) and value.numel() == 104:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            writes(value, file)
+
+        with patch("torch.save", fails), pytest.raises(CheckpointError, match="No space left"):
+            DistributedCheckpoint().write(path, {name: one + 1 for name, one in tree.items()})
+    _equal(DistributedCheckpoint().read(path, None), tree)
+    assert [one.name for one in tmp_path.iterdir()] == ["checkpoint"]
+
+
 def test_writing_again_replaces(tmp_path: Path) -> None:
     """The second checkpoint at a path takes the first one's place, and nothing is left aside."""
     path = tmp_path / "checkpoint"

@@ -9,7 +9,14 @@ import pytest
 
 KILLS = 5
 """How many in a batch."""
-BATCHES = {("single_file", 1): 10, ("safetensors", 1): 5, ("distributed", 1): 10, ("distributed", 2): 15}
+BATCHES = {
+    ("single_file", 1): 5,
+    ("single_file", 2): 8,
+    ("safetensors", 1): 3,
+    ("safetensors", 2): 2,
+    ("distributed", 1): 7,
+    ("distributed", 2): 15,
+}
 """Formats and ranks, and how many batches of each: 200 kills."""
 
 
