@@ -111,9 +111,20 @@ class ModelParallelStrategy(ShardedStrategy):
                 for block in choose_modules(user, "auto", option="auto_wrap_policy"):
                     fully_shard(block, mesh=data)
             fully_shard(module, mesh=data)
+            if isinstance(user, FSDPModule):
+                module.register_forward_pre_hook(_gather)
         materialise(user, self.world.device, kept_on=self.world.device, group=self._group)
         self._track_units(module)
         return module
+
+
+def _gather(route: Any, args: tuple[Any, ...]) -> None:
+    """Gather what the user's function sharded as the root, which PyTorch does before ``forward`` alone.
+
+    It stays whole until the backward pass, as the parameters of any root do.
+    """
+    if args[0] != "forward":
+        original_of(route.module).unshard()
 
 
 def _check_result(result: Any, user: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """What a `parallelize_fn` may do: shard all by itself, or return another module."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from fabric_core import Fabric
 from fabric_core.conformance.pool import RankPool
-from fabric_core.errors import SetupError
+from fabric_core.errors import MisuseError, SetupError
 from fabric_plugins.strategies import ModelParallelStrategy
 
 
@@ -24,6 +25,20 @@ class Net(nn.Module):
         """Map (batch, 4) to (batch, 1)."""
         y: torch.Tensor = self.second(torch.tanh(self.first(x)))
         return y
+
+    def loss(self, x: torch.Tensor) -> torch.Tensor:
+        """Run ``forward``, from a method."""
+        return self(x).square().mean()  # type: ignore[no-any-return]
+
+    def parts(self, x: torch.Tensor) -> torch.Tensor:
+        """Run the parts, and not ``forward``."""
+        return self.second(torch.tanh(self.first(x))).square().mean()  # type: ignore[no-any-return]
+
+    def direct(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute with the parameters, and run no module."""
+        linear = nn.functional.linear
+        inner = torch.tanh(linear(x, self.first.weight, self.first.bias))
+        return linear(inner, self.second.weight, self.second.bias).square().mean()
 
 
 class Converted(Net):
@@ -39,6 +54,11 @@ def shard_all(model: nn.Module, mesh: Any) -> nn.Module:
     fully_shard(model.first, mesh=mesh["data_parallel"])  # type: ignore[arg-type]
     fully_shard(model, mesh=mesh["data_parallel"])
     return model
+
+
+def shard_root(model: nn.Module, mesh: Any) -> None:
+    """Shard the whole model as one unit."""
+    fully_shard(model, mesh=mesh["data_parallel"])
 
 
 def shard_and_compile(model: nn.Module, mesh: Any) -> Any:
@@ -114,3 +134,51 @@ def test_what_no_optimizer_would_know_is_refused(how: Callable[..., Any], said: 
     for message in two_ranks.run(refused, how):
         assert said in message
         assert "parameters of the same names" in message
+
+
+def trained_by(method: str, how: Callable[..., Any]) -> tuple[list[torch.Tensor], float, str]:
+    """Train by a marked method, then evaluate by it; give the parameters, the loss, and an unmarked method's error."""
+    torch.manual_seed(3)
+    strategy = ModelParallelStrategy(parallelize_fn=how, tensor_parallel_size=1)
+    with Fabric(accelerator="cpu", strategy=strategy, devices=2) as fabric:
+        fabric.launch()
+        bare = Net()
+        model, optimizer = fabric.setup(bare, torch.optim.SGD(bare.parameters(), lr=0.1))
+        batch = torch.arange(8.0).reshape(2, 4) / 8
+        with pytest.raises(MisuseError) as caught:
+            model.parts(batch)
+        model.mark_forward_method(method)
+        for _ in range(3):
+            for part in (0.5, 1.0):
+                with fabric.no_backward_sync(model, enabled=part < 1):
+                    fabric.backward(getattr(model, method)(batch * (part + fabric.global_rank)))
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            last = getattr(model, method)(batch).item()
+        values = [getattr(one, "full_tensor", one.detach)().detach().clone() for one in model.parameters()]
+        return values, last, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [*itertools.product(["loss", "parts"], [shard_root, shard_all, shard_and_compile]), ("direct", shard_root)],
+)
+def test_a_marked_method_of_a_model_that_the_function_shards(
+    method: str, how: Callable[..., Any], two_ranks: RankPool
+) -> None:
+    """It gathers the parameters and averages their gradients, though the shards are the function's own."""
+    torch.manual_seed(3)
+    reference = Net()
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    batch = torch.arange(8.0).reshape(2, 4) / 8
+    for _ in range(3):
+        for factor in (0.5, 1.0, 1.5, 2.0):
+            (reference.loss(batch * factor) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for values, last, error in two_ranks.run(trained_by, method, how):
+        assert "mark_forward_method('parts')" in error
+        assert last == pytest.approx(reference.loss(batch).item())
+        for value, other in zip(values, reference.parameters(), strict=True):
+            torch.testing.assert_close(value, other.detach())
