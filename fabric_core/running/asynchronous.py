@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fabric_core.contracts import Agreement, walk_tensors
+from fabric_core.contracts import Agreement, map_tensors, walk_tensors
 from fabric_core.errors import CheckpointError
 
 __all__ = ["Background", "SaveHandle"]
@@ -91,7 +91,7 @@ class Background:
                     use_non_blocking_copy=pinned,
                 )
             )
-        staged: dict[str, Any] = self._stager.stage(tree)
+        staged: dict[str, Any] = self._stager.stage(map_tensors(tree, _shown))
         return staged
 
     def submit(self, write: Callable[[], None], path: Any) -> SaveHandle:
@@ -170,3 +170,8 @@ def _at_exit() -> None:
 
 
 atexit.register(_at_exit)
+
+
+def _shown(tensor: torch.Tensor) -> torch.Tensor:
+    """Give what a conjugated or negated view shows; the stager copies the bytes that lie beneath it."""
+    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor

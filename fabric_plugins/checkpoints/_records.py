@@ -98,7 +98,8 @@ class Writer:
                 tensor = self._planner.resolve_data(item)
                 if not isinstance(tensor, torch.Tensor) or item.tensor_data is None:
                     raise AssertionError("only tensors are planned")
-                local = tensor.detach().cpu().contiguous()
+                # Bytes alone are read again, so that what a view would do to them must be done.
+                local = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
                 if local.untyped_storage().nbytes() != local.nbytes:
                     local = local.clone()  # a view would take its whole storage along
                 counted = Counted(file)

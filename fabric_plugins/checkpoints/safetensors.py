@@ -220,7 +220,7 @@ def _write_file(folder: Folder, file: str, tensors: Mapping[str, torch.Tensor], 
     from safetensors.torch import save_file
 
     # A copy for each, so that tied weights don't share memory, which the library refuses.
-    given = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    given = {name: tensor.detach().cpu().resolve_conj().resolve_neg().contiguous() for name, tensor in tensors.items()}
     seen: set[int] = set()
     for name, tensor in given.items():
         if tensor.untyped_storage().data_ptr() in seen or tensor.untyped_storage().nbytes() != tensor.nbytes:

@@ -51,6 +51,13 @@ class SingleFileCheckpoint(Checkpoint):
         about = tree.get(ABOUT, {})
         kept = {name: value for name, value in tree.items() if name != ABOUT}
         with reported("the checkpoint can't be written", path, "a path that can be written to, with room"):
+            if not torch.serialization.get_crc32_options():
+                raise CheckpointError(
+                    "a single file without checksums is not written: nothing could tell later whether it is whole",
+                    where=str(path),
+                    got="torch.serialization.set_crc32_options(False)",
+                    instead='torch.serialization.set_crc32_options(True), or format="distributed"',
+                )
             check_readable(kept, path)
             if is_url(path):
                 refuse_foreign(path)

@@ -41,6 +41,44 @@ def test_the_format_is_chosen_by_name_by_ending_or_by_the_strategy(tmp_path: Pat
     assert torch.load(tmp_path / "a", weights_only=True).keys() == {"model"}
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("form", ["single_file", "distributed", "safetensors"])
+def test_views_that_change_what_is_read_come_back(form: str, asynchronous: bool, tmp_path: Path) -> None:
+    """Conjugated and negated views, whose bytes are those of what they show, transposed and expanded ones."""
+    views = {
+        "conjugated": torch.tensor([1 + 2j, 3 - 4j]).conj(),
+        "negated": torch.tensor([1 + 2j, 3 - 4j]).conj().imag,
+        "negated whole": torch._neg_view(torch.arange(3.0)),
+        "transposed": torch.arange(6.0).reshape(2, 3).T,
+        "expanded": torch.ones(1).expand(4),
+    }
+    with Fabric(accelerator="cpu", devices=1) as fabric:
+        handle = fabric.save(tmp_path / "state", {"views": views}, format=form, asynchronous=asynchronous)
+        if handle is not None:
+            handle.result()
+        back = fabric.load(tmp_path / "state")["views"]
+    for name, view in views.items():
+        torch.testing.assert_close(back[name], view.resolve_conj().resolve_neg(), rtol=0, atol=0)
+
+
+def test_without_the_checksums_of_pytorch(tmp_path: Path) -> None:
+    """Told to leave them out, a single file is refused rather than unreadable; what others wrote so is read."""
+    with Fabric(accelerator="cpu", devices=1) as fabric:
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save({"model": _linear(5.0).state_dict()}, tmp_path / "theirs")
+            with pytest.raises(CheckpointError, match=r"without checksums[\s\S]*set_crc32_options\(True\)"):
+                fabric.save(tmp_path / "ours", {"model": _linear()})
+            fabric.save(tmp_path / "folder", {"model": _linear(6.0)}, format="distributed")
+        finally:
+            torch.serialization.set_crc32_options(True)
+        model = _linear(0.0)
+        for name, value in (("theirs", 5), ("folder", 6)):
+            fabric.load(tmp_path / name, {"model": model})
+            assert model.weight.eq(value).all()
+        assert not (tmp_path / "ours").exists()
+
+
 def test_safetensors_has_the_models_own_names(tmp_path: Path) -> None:
     """As Hugging Face reads them, tied weights too; several models go under theirs."""
     model = nn.Sequential(_linear(2.0), nn.ReLU())
