@@ -43,10 +43,9 @@ class Footprint:
         beside = held.gradients if held.gradients_stay else 0
         training = held.in_flight + max(size + max(beside, share * held.gradients) for size, share in self.moments)
         # A divided optimizer steps on parts.
-        stepping = self.kept + self.step * held.gradients / max(1, self.gradients)
-        return round(
-            held.parameters + held.optimizer + max(training, held.gradients + max(held.in_flight_last, stepping))
-        )
+        stepping = self.step * held.gradients / max(1, self.gradients)
+        after = held.gradients + self.kept + max(held.in_flight_last, stepping)
+        return round(held.parameters + held.optimizer + max(training, after))
 
 
 class _Live(DispatchMode):  # type: ignore[no-untyped-call]

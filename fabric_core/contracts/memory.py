@@ -20,7 +20,7 @@ class MemoryEstimate:
         gradients: All gradients, as they are after a backward pass.
         optimizer: The optimizer's state, as it is after a step.
         in_flight: The most that buckets, gathered units and the like take at one time, beside all of these.
-        in_flight_last: Likewise when ``backward`` ends, and nothing that ``forward`` computed is left.
+        in_flight_last: Likewise when ``backward`` ends, and of what ``forward`` computed the output alone is left.
         gradients_stay: The gradients' memory is there during ``forward`` too, however they are cleared.
     """
 

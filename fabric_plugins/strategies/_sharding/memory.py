@@ -26,7 +26,8 @@ def divided_memory(
 
     During ``backward`` that is: what is gathered and stays so, the unit that is computed and the next one, the whole
     gradients of the outermost unit, and those of one block, with the copy that is reduced. The outermost unit's are
-    reduced last, when no block is whole any more.
+    reduced last, when no block is whole any more: there are its parameters and gradients, then its gradients and the
+    copy, then the copy and what the backend makes of it, which on the CPU is one more.
 
     Args:
         module: The model after a step of one process alone.
@@ -62,8 +63,8 @@ def divided_memory(
     reduced = [_gathered(own, policy.reduce_dtype) for own in trained]
     of_blocks = sum(passing) + max(map(sum, zip(gradients[:-1], reduced[:-1], strict=True)), default=0)
     held = MemoryEstimate.of(module, optimizer, part)
-    before = stays + gradients[-1]
-    return replace(held, in_flight=before + of_blocks, in_flight_last=before + reduced[-1])
+    last = max(root + gradients[-1], gradients[-1] + reduced[-1], 2 * reduced[-1])
+    return replace(held, in_flight=stays + gradients[-1] + of_blocks, in_flight_last=last)
 
 
 def _gathered(parameters: Iterable[torch.Tensor], dtype: torch.dtype | None) -> int:
