@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -125,3 +127,30 @@ def test_it_starts_the_ranks_of_one_machine() -> None:
         report = json.loads(done.stdout)
         assert (done.returncode, report["sound"], len(report["ranks"])) == (code, code == 0, 2), report["faults"]
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.silence
+def test_a_rank_that_is_stopped_is_named() -> None:
+    """Its process is there and says nothing; rank 0 ends in time all the same, and names it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    asked = ("--accelerator", "cpu", "--strategy", "ddp", "--within", "30")
+    command = [sys.executable, "-m", "fabric_core", "doctor", *asked]
+    shared = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(command, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    try:
+        ranks[1].send_signal(signal.SIGSTOP)
+        out, _ = ranks[0].communicate(timeout=60)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+            assert rank.stdout is not None
+            rank.stdout.close()
+    assert ranks[0].returncode == 1
+    assert "rank 1: it did not come" in out
+    assert "rank 0:" not in out
