@@ -129,7 +129,8 @@ def test_it_starts_the_ranks_of_one_machine() -> None:
         assert "Traceback" not in done.stderr
 
 
-@pytest.mark.silence
+@pytest.mark.slow
+@pytest.mark.sampled(0.2)
 def test_a_rank_that_is_stopped_is_named() -> None:
     """Its process is there and says nothing; rank 0 ends in time all the same, and names it."""
     with socket.socket() as free:
