@@ -283,20 +283,6 @@ def _several_models(bench: Bench) -> None:
             raise Broken(f"rank {rank}'s parameters differ by {off:.3g}")
 
 
-@TABLE.rule(
-    "STR-327",
-    "Without the capability, a second model is refused.",
-    reason="What works must be declared; what doesn't must not half work.",
-    advice="declare multiple_models, or raise SetupError at the second setup",
-    lacks=("multiple_models",),
-    world_sizes=ALWAYS,
-)
-def _one_model(bench: Bench) -> None:
-    for rank, got in enumerate(bench.run(_two_models)):
-        if not isinstance(got, str):
-            raise Broken(f"rank {rank} trained two models")
-
-
 def _from_meta(place: Place) -> float:
     case = Training(seed=5)
     expected = cases.copied(cases.build(case))

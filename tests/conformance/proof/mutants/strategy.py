@@ -226,7 +226,7 @@ class Sulking(Averaging):
         self._skipping = before
 
 
-@mutant("refuses a parameter without a gradient", "STR-310", "STR-326")
+@mutant("refuses a parameter without a gradient", "STR-326")
 class Strict(Averaging):
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         if any(parameter.grad is None for parameter in parameters):
@@ -500,11 +500,6 @@ class Single(Averaging):
     def setup_module(self, module: nn.Module) -> nn.Module:
         self._modules = ()
         return super().setup_module(module)
-
-
-@mutant("takes several models, and declares that it doesn't", "STR-327")
-class OneModel(Averaging):
-    capabilities = Averaging.capabilities.model_copy(update={"multiple_models": False})
 
 
 @mutant("says that it carries out the policy, and doesn't", "STR-386")
