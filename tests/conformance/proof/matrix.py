@@ -102,7 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.write(f"    missing {sorted(wanted - set(got))}\n")
         sys.stdout.flush()
     if chosen.accept:
-        known = {**rows(), **{place: got for place, got in seen.items() if got}}
+        named_at = {one.subject.value: one.named for one in MUTANTS}
+        known = {**rows(), **seen}
+        known = {place: got for place, got in known.items() if set(got) - named_at.get(place, set(got))}
         ROWS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if chosen.out:
         chosen.out.write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")

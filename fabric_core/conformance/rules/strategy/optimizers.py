@@ -65,27 +65,6 @@ def _several_optimizers(bench: Bench, case: Training) -> None:
     check_training(bench, case, How(several_optimizers=True))
 
 
-def _second_optimizer(place: Place) -> bool:
-    try:
-        train(place, Training(), How(several_optimizers=True))
-    except (RuntimeError, ValueError):
-        return True
-    return False
-
-
-@TABLE.rule(
-    "STR-329",
-    "Without the capability, a second optimizer is refused.",
-    reason="What works must be declared; what doesn't must not half work.",
-    advice="declare multiple_optimizers, or raise SetupError",
-    lacks=("multiple_optimizers",),
-    world_sizes=ALWAYS,
-)
-def _one_optimizer(bench: Bench) -> None:
-    if not all(bench.run(_second_optimizer)):
-        raise Broken("two optimizers train one model")
-
-
 def _closure(place: Place) -> tuple[float, float, bool, int]:
     """Step with a closure, and run a graph backward twice."""
     case = Training(optimizer="sgd")

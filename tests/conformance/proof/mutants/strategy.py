@@ -378,7 +378,6 @@ class Marking(Averaging):
     "STR-306",
     "STR-308",
     "STR-309",
-    "STR-310",
     "STR-312",
     "STR-313",
     "STR-314",
@@ -564,11 +563,6 @@ class Favouring(Averaging):
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
         self.favourite = self.favourite or optimizer
         return super().optimizer_step(optimizer, closure) if optimizer is self.favourite else None
-
-
-@mutant("takes several optimizers, and declares that it doesn't", "STR-329")
-class OneOptimizer(Averaging):
-    capabilities = Averaging.capabilities.model_copy(update={"multiple_optimizers": False})
 
 
 @mutant("drops what a closure returned", "STR-330")
