@@ -16,7 +16,6 @@ from fabric_core.conformance.rules.strategy.measures import (
     check_training,
     loss_of,
     set_up,
-    train,
     whole,
 )
 
