@@ -78,7 +78,7 @@ generated: $(INSTALLED) ## Prove the conformance kit: a sample of changes that n
 
 .PHONY: seeds
 seeds: $(INSTALLED) ## Prove the conformance kit: pairs of mutants and correct variants, over twenty seeds
-	FABRIC_CONFORMANCE_SEEDS=20 $(BIN)/python -m pytest -q tests/conformance/test_mutants.py
+	FABRIC_CONFORMANCE_SEEDS=20 $(BIN)/python -m pytest -q --whole tests/conformance/test_mutants.py
 
 .PHONY: bench
 bench: $(BENCH_INSTALLED) ## Compare speed with plain PyTorch and with the peers
