@@ -254,8 +254,9 @@ class Setup:
         """Give what the strategy made of a model; without one, of the only one that is set up."""
         if model is not None:
             return strategy_module(check_set_up(model, "fabric.backward(model=)"))
-        models = self._models.values() if len(self._models) == 1 else ()
-        return next((strategy_module(one) for one in models), None)
+        models = self._models.valuerefs()  # going through the values takes ten times as long
+        only = models[0]() if len(models) == 1 else None
+        return None if only is None else strategy_module(only)
 
     def no_backward_sync(self, module: Any, *, enabled: bool) -> AbstractContextManager[Any]:
         """Give the context that skips gradient synchronization.
