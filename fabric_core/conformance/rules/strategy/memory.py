@@ -27,10 +27,10 @@ def _said(place: Place, case: Training) -> list[MemoryEstimate] | None:
     x, y = next(cases.batches(case))
     torch.nn.functional.mse_loss(model(x), y).backward()
     optimizer.step()
-    size = place.world_size
+    size, strategy = place.world_size, place.plugin()
     try:
         return [
-            place.plugin().estimate_memory(
+            strategy.estimate_memory(
                 ProcessInfo(global_rank=rank, local_rank=rank, world_size=size, local_world_size=size),
                 Full().policy,
                 model,
