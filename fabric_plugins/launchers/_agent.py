@@ -2,10 +2,13 @@
 
 import contextlib
 import logging
+import math
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -24,6 +27,10 @@ _TALKATIVE = (
     "torch.multiprocessing.spawn",
 )
 """What reports a failure once more, in its own words and with its own traceback."""
+_LOOK: Final = 0.02
+"""How often, in seconds, the agent looks whether something that it ends has ended."""
+_GRACE: Final = 1.0
+"""How many seconds the processes of ranks that have ended have for their own end."""
 
 
 class _Agent(LocalElasticAgent):
@@ -49,7 +56,35 @@ class _Agent(LocalElasticAgent):
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         note_end()
-        super()._shutdown(death_sig, timeout)
+        end = time.monotonic() + timeout
+        # The ranks alone at first. torchelastic also tells the workers of their loaders, whose end would be an error in
+        # a rank that is about to save a last checkpoint.
+        if sys.platform.startswith("linux"):
+            self.tell(death_sig, [worker.id for worker in self.get_worker_group().workers], timeout)
+        super()._shutdown(death_sig, max(1, math.ceil(end - time.monotonic())))
+
+    @staticmethod
+    def tell(sign: signal.Signals, ranks: Sequence[int], seconds: float) -> None:
+        """Send ranks a signal, and wait for them to end."""
+        for pid in ranks:
+            if _runs(pid):
+                os.kill(pid, sign)
+        end = time.monotonic() + seconds
+        while any(map(_runs, ranks)) and time.monotonic() < end:
+            time.sleep(_LOOK)
+
+    def end_groups(self) -> None:
+        """End what the ranks left running.
+
+        The workers of a loader that a fork server of its own started, say, for which it waits, and they for it. Each
+        rank is the leader of a group of processes, which outlives it.
+        """
+        groups = [worker.id for worker in self.get_worker_group().workers]
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            groups = [group for group in groups if _signalled(group, sign)]
+            end = time.monotonic() + _GRACE
+            while any(_signalled(group, 0) for group in groups) and time.monotonic() < end:
+                time.sleep(_LOOK)
 
 
 def run_agent(
@@ -96,9 +131,15 @@ def run_agent(
     with _silent():
         try:
             result = agent.run()
+        except BaseException:
+            agent.end_groups()
+            raise
         finally:
             handler.shutdown()
-    return (result.failures, agent.gone) if result.is_failed() else ({}, ())
+    if not result.is_failed():
+        return {}, ()
+    agent.end_groups()
+    return result.failures, agent.gone
 
 
 @contextlib.contextmanager
@@ -116,8 +157,21 @@ def _silent() -> Iterator[None]:
 
 
 def _runs(pid: int) -> bool:
+    """Whether a process runs: one that has ended may wait for this one to ask how."""
+    with contextlib.suppress(ChildProcessError):  # the fork server's, which asks
+        if sys.platform.startswith("linux"):
+            return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    return _exists(os.kill, pid, 0)
+
+
+def _signalled(group: int, sign: int) -> bool:
+    """Send a group of processes a signal; gives whether there is one left."""
+    return _exists(os.killpg, group, sign)
+
+
+def _exists(send: Callable[[int, int], None], number: int, sign: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        send(number, sign)
+    except (ProcessLookupError, PermissionError):  # macOS denies what has ended
         return False
     return True

@@ -7,7 +7,6 @@ import os
 import pickle
 import signal
 import sys
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -19,17 +18,19 @@ import torch
 
 from fabric_core.contracts import Launcher, LauncherCapabilities, LaunchOrder, PluginOptions, ProcessInfo
 from fabric_core.errors import LaunchError, RankFailedError
+from fabric_plugins.launchers._folder import launch_folder, remove_semaphores
 from fabric_plugins.launchers._reports import (
     REPORT,
-    agent_ended,
     failed,
     missing_ranks,
     read_report,
+    report_agent,
     report_folder,
     was_ended,
     write_report,
 )
 from fabric_plugins.launchers._variables import Variables
+from fabric_plugins.launchers._watching import end_with
 
 __all__ = ["ElasticLauncher", "ElasticOptions"]
 
@@ -103,7 +104,7 @@ class ElasticLauncher(Launcher):
         """In a rank that this launcher started: share the cores, and die with the agent."""
         if info.owner != "elastic":
             return
-        _die_with_parent()
+        end_with(report_agent(), report_folder())
         self._keep_temporary_files()
         threads = torch.get_num_threads()
         if "OMP_NUM_THREADS" not in os.environ:
@@ -111,11 +112,12 @@ class ElasticLauncher(Launcher):
             self._undo.append(lambda: torch.set_num_threads(threads))
 
     def _keep_temporary_files(self) -> None:
-        """Let the files of ``multiprocessing`` (of a loader's workers, say) go with the agent's."""
+        """Let the files and semaphores of ``multiprocessing`` (of a loader's workers, say) go with the agent's."""
         config = multiprocessing.current_process()._config  # type: ignore[attr-defined] # noqa: SLF001 - no public way
-        before = config.get("tempdir")
-        config["tempdir"] = str(report_folder())  # a rank that is ended removes nothing
-        self._undo.append(lambda: config.update(tempdir=before))
+        before = {name: config.get(name) for name in ("tempdir", "semprefix")}
+        folder = report_folder()  # a rank that is ended removes nothing
+        config.update(tempdir=str(folder), semprefix=f"/{folder.name}")
+        self._undo.append(lambda: config.update(before))
 
     def check_peers(self, info: ProcessInfo) -> None:
         """Notice that a rank of this node has ended before it came."""
@@ -149,8 +151,8 @@ class ElasticLauncher(Launcher):
         sys.stdout.flush()
         code = 0
         try:
-            with contextlib.chdir(_typed_in()):
-                self._run(order, sys.executable, arguments)
+            with contextlib.chdir(_typed_in()), launch_folder() as folder:
+                self._run(order, folder, sys.executable, arguments)
         except RankFailedError as error:
             print(error, file=sys.stderr)  # noqa: T201 - the agent's last word, after the ranks' tracebacks
             code = error.fields["exit_code"]
@@ -162,36 +164,38 @@ class ElasticLauncher(Launcher):
         method = order.start_method or self.options.start_method
         if method != "fork":
             _check_importable(order)
-        with tempfile.TemporaryDirectory(prefix="fabric-launch-") as folder:
-            result = Path(folder) / "result"
-            self._run(order, _run_rank, (function, result, *order.args), method)
+        with launch_folder() as folder:
+            result = folder / "result"
+            try:
+                self._run(order, folder, _run_rank, (function, result, *order.args), method)
+            finally:
+                remove_semaphores(folder, tracked=method != "fork")
             # Without a file rank 0 ended by sys.exit(0).
             return pickle.loads(result.read_bytes()) if result.exists() else None  # noqa: S301 - our own rank 0's
 
-    def _run(self, order: LaunchOrder, entry: Any, arguments: Any, start_method: str = "spawn") -> None:
+    def _run(self, order: LaunchOrder, folder: Path, entry: Any, arguments: Any, start_method: str = "spawn") -> None:
         from torch.distributed.elastic.multiprocessing.api import SignalException
 
         from fabric_plugins.launchers._agent import run_agent
 
-        with tempfile.TemporaryDirectory(prefix="fabric-logs-") as logs, _restored():
-            report = Path(logs) / "failure.json"
+        report = folder / "failure.json"
+        with _restored(), _preloaded() if start_method == "forkserver" else contextlib.nullcontext():
             os.environ[REPORT] = f"{'command' if order.function is None else 'function'}:{os.getpid()}:{report}"
             try:
-                with _preloaded() if start_method == "forkserver" else contextlib.nullcontext():
-                    failures, gone = run_agent(
-                        entry,
-                        arguments if order.function is None else (os.environ[REPORT], *arguments),
-                        processes=order.processes,
-                        run_id=f"{_OURS}{uuid.uuid4().hex}",
-                        address=_ADDRESS,
-                        start_method=start_method,
-                        shutdown_timeout=self.options.shutdown_timeout,
-                        logs=logs,
-                    )
+                failures, gone = run_agent(
+                    entry,
+                    arguments if order.function is None else (os.environ[REPORT], *arguments),
+                    processes=order.processes,
+                    run_id=f"{_OURS}{uuid.uuid4().hex}",
+                    address=_ADDRESS,
+                    start_method=start_method,
+                    shutdown_timeout=self.options.shutdown_timeout,
+                    logs=str(folder),
+                )
                 caught = 0
             except SignalException as error:
                 failures, gone, caught = {}, [], int(error.sigval)
-            told = read_report(report)
+        told = read_report(report)
         if caught == signal.SIGINT and order.function is not None:
             raise KeyboardInterrupt
         if caught:
@@ -231,6 +235,7 @@ def _typed_in() -> str:
 def _run_rank(report: str, function: Callable[..., Any], result: Path, *args: Any) -> None:
     """Run a function in a rank, and leave rank 0's result in a file: a pipe would fill up."""
     os.environ[REPORT] = report  # a rank of the fork server has the environment of the first launch
+    os.setpgid(0, 0)  # as a command's ranks are: what it starts can be ended with it
     # A forked rank has its agent's handlers, which would wait for the interpreter while a collective waits for others.
     for name in _SIGNALS:
         signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
@@ -270,18 +275,6 @@ def _preloaded() -> Iterator[None]:
         yield
     finally:
         multiprocessing.set_forkserver_preload(before)
-
-
-def _die_with_parent() -> None:
-    """End this rank when its agent ends, even where the agent was killed and could not end it."""
-    if not sys.platform.startswith("linux"):
-        return
-    import ctypes
-
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    if agent_ended():  # before the system was asked to tell
-        raise SystemExit(128 + signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """A rank fails: everything ends soon, the first cause is named, shown once, and nothing is left behind."""
 
-import contextlib
 import itertools
 import os
 import random
@@ -8,11 +7,11 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import pytest
+from _leftovers import SECONDS, processes, shared_memory, until_none
 
 _SCRIPT = """
 import multiprocessing.util, os, signal, sys, threading, time, torch
@@ -78,12 +77,9 @@ _HOW: Final = {
     "exception": "with exit code 1: ValueError: the first cause", "exit": "with exit code 7",
     "_exit": "with exit code 9", "kill": "by signal SIGKILL", "abort": "by signal SIGABRT",
 }  # fmt: skip
-_SECONDS: Final = 10.0
-"""How long after the failure everything has ended, and nothing is left."""
 _CELLS: Final = list(
     itertools.product(["script", "function", "torchrun"], _CODES, ["start", "forward", "backward"], ["ddp", "fsdp"])
 )
-_SHARED: Final = Path("/dev/shm")  # noqa: S108 - it is looked at
 
 
 @pytest.mark.faults
@@ -109,7 +105,7 @@ def _check(folder: Path, start: str, kind: str, place: str, strategy: str) -> No
     script, temporary, failed_at, mark = folder / "job.py", folder / "tmp", folder / "failed-at", uuid.uuid4().hex
     script.write_text(_SCRIPT)
     temporary.mkdir()
-    shared = _shared()
+    shared = shared_memory()
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2") if start == "torchrun" else ()
     done = subprocess.run(
         [sys.executable, *torchrun, str(script), start, kind, place, strategy],
@@ -122,14 +118,14 @@ def _check(folder: Path, start: str, kind: str, place: str, strategy: str) -> No
         check=False,
     )  # fmt: skip
     failed = float(failed_at.read_text())
-    assert time.time() - failed < _SECONDS, done.stderr
+    assert time.time() - failed < SECONDS, done.stderr
     _check_told(done, start, kind)
     # torchrun keeps its own folder; and of ours nothing outlives a rank there that could remove what it had no time to.
     kept = ("torchelastic_*", "pymp-*") if torchrun else ()
     own = {"torchinductor_root"} | {one.name for pattern in kept for one in temporary.glob(pattern)}
-    _until_none(lambda: {one.name for one in temporary.iterdir()} - own, failed)
-    _until_none(lambda: _processes(mark), failed)
-    _until_none(lambda: _shared() - shared, failed)
+    until_none(lambda: {one.name for one in temporary.iterdir()} - own, failed)
+    until_none(lambda: processes(mark), failed)
+    until_none(lambda: shared_memory() - shared, failed)
 
 
 def _check_told(done: "subprocess.CompletedProcess[str]", start: str, kind: str) -> None:
@@ -150,25 +146,3 @@ def _check_told(done: "subprocess.CompletedProcess[str]", start: str, kind: str)
         first = "ended after rank 1" if start == "torchrun" else summary
         shown = done.stderr.index("ValueError: the first cause")
         assert first not in done.stderr or shown <= done.stderr.index(first) + len(first), done.stderr
-
-
-def _until_none(left: Callable[[], set[str]], failed: float) -> None:
-    """Wait until nothing is left, as long as there is time."""
-    while (remaining := left()) and time.time() - failed < _SECONDS:
-        time.sleep(0.1)
-    assert remaining == set()
-
-
-def _shared() -> set[str]:
-    """Name the pieces of shared memory."""
-    return {one.name for one in _SHARED.iterdir()} if _SHARED.exists() else set()
-
-
-def _processes(mark: str) -> set[str]:
-    """Name the processes that were started with a mark in their environment (Linux tells)."""
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if f"CELL={mark}".encode() in (folder / "environ").read_bytes():
-                found.add(f"{folder.name} {(folder / 'cmdline').read_text()}")
-    return found
