@@ -40,6 +40,9 @@ class _Agent(LocalElasticAgent):
     """The ranks that had ended when all was well the last time."""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        for worker in worker_group.workers:
+            if _failed(worker.id):  # the forked workers of its loader hold the pipe by which torchelastic notices
+                _signalled(worker.id, signal.SIGKILL)
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state == WorkerState.HEALTHY and not any(_runs(worker.id) for worker in worker_group.workers):
             again: RunResult = super()._monitor_workers(worker_group)  # some may have ended since
@@ -162,6 +165,15 @@ def _runs(pid: int) -> bool:
         if sys.platform.startswith("linux"):
             return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     return _exists(os.kill, pid, 0)
+
+
+def _failed(pid: int) -> bool:
+    """Whether a child of this process has ended, and not with exit code 0."""
+    with contextlib.suppress(ChildProcessError):
+        if sys.platform.startswith("linux"):
+            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            return ended is not None and ended.si_status != 0
+    return False
 
 
 def _signalled(group: int, sign: int) -> bool:
