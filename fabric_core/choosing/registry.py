@@ -16,8 +16,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from email import message_from_string
+from email.message import Message
 from functools import cached_property, lru_cache
-from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, distributions
+from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distribution, distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -338,7 +340,7 @@ def _read(state: tuple[tuple[str, int], ...], kinds_and_groups: tuple[tuple[str,
             text = one.read_text("entry_points.txt")
             if text is None or "fabric." not in text:
                 continue
-            metadata = one.metadata
+            metadata = _headers(one)
             name, its_version = metadata["Name"], metadata["Version"]
             requires = tuple(metadata.get_all("Requires-Dist", []))
             points = list(one.entry_points)
@@ -363,6 +365,12 @@ def _read(state: tuple[tuple[str, int], ...], kinds_and_groups: tuple[tuple[str,
         strays += _give_priorities(points, own, kinds.values(), f"{name} {its_version}")
         offers += own.values()
     return _Scan(tuple(offers), known, tuple(strays))
+
+
+def _headers(one: Distribution) -> Message:
+    """Read a distribution's metadata without its long description, which takes ten times as long."""
+    text = one.read_text("METADATA") or one.read_text("PKG-INFO") or ""
+    return message_from_string(text.partition("\n\n")[0])
 
 
 def _give_priorities(
