@@ -1,9 +1,9 @@
 """``fabric-core estimate`` beside the peak of a training on the CPU, for three models.
 
-A training runs in fresh processes, two of them under ``ddp`` and ``fsdp``. After a step of a tiny model, which loads
-all code, the resident memory is noted; after the first step of the model Linux forgets the peak so far, and the peak of
-the next two steps, less what was noted, is what was measured: the larger of the ranks'. The batch of the digits network
-is so large because a process's own noise is larger than its parameters.
+A training runs in fresh processes, two of them under ``ddp`` and ``fsdp``. After a step of a tiny model of the same
+kind, which loads all code, the resident memory is noted; after the first step of the model Linux forgets the peak so
+far, and the peak of the next two steps, less what was noted, is what was measured: the larger of the ranks'. The batch
+of the digits network is so large because a process's own noise is larger than its parameters.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from _rounds import table
 from _transformer import Transformer
-from torch import nn
 from torch.nn import functional as F
 
 MIB = 2**20
@@ -39,29 +38,34 @@ def digits(batch: int = 4096) -> tuple[Any, ...]:
     return build_model(), torch.rand(batch, 1, 8, 8), lambda logits: _cross_entropy(logits, targets)
 
 
-def transformer(batch: int = 2) -> tuple[Any, ...]:
+def transformer(batch: int = 2, width: int = 768, depth: int = 12, vocabulary: int = 50257) -> tuple[Any, ...]:
     """Make a transformer of 124 million parameters, the embedding's and the head's the same ones."""
-    model = Transformer(768, 12, 50257)
+    model = Transformer(width, depth, vocabulary)
     model.head.weight = model.embedding.weight
-    tokens = torch.randint(0, 50257, (batch, 128))
+    tokens = torch.randint(0, vocabulary, (batch, 128))
     return model, tokens, lambda logits: _cross_entropy(logits, tokens)
 
 
-def llama(batch: int = 2) -> tuple[Any, ...]:
+def llama(batch: int = 2, width: int = 512, depth: int = 8, vocabulary: int = 32000) -> tuple[Any, ...]:
     """Make a Hugging Face Llama of 58 million parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes: dict[str, Any] = {
-        "hidden_size": 512,
-        "intermediate_size": 1376,
-        "num_hidden_layers": 8,
+        "hidden_size": width,
+        "intermediate_size": width * 43 // 16,
+        "num_hidden_layers": depth,
         "num_attention_heads": 8,
     }
-    tokens = torch.randint(0, 32000, (batch, 128))
-    return LlamaForCausalLM(LlamaConfig(vocab_size=32000, **sizes)), {"input_ids": tokens, "labels": tokens}
+    tokens = torch.randint(0, vocabulary, (batch, 128))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes)), {"input_ids": tokens, "labels": tokens}
 
 
 MODELS = {"digits": digits, "transformer": transformer, "llama": llama}
+TINY: dict[str, dict[str, int]] = {
+    "digits": {"batch": 64},
+    "transformer": {"width": 64, "depth": 1, "vocabulary": 64},
+    "llama": {"width": 64, "depth": 1, "vocabulary": 64},
+}
 
 
 def _status(name: str) -> int:
@@ -92,13 +96,9 @@ def train(name: str, strategy: str, precision: str, optimizer: str, devices: int
 
     with Fabric(accelerator="cpu", strategy=strategy, precision=precision, devices=devices) as fabric:
         fabric.launch()
-        tiny = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10))
-        steps(fabric, (tiny, torch.ones(4, 64), lambda output: output.float().mean()), 2)
-        made = MODELS[name]  # imports first: a module's code is no tensor
-        with torch.device("meta"):
-            made()
+        steps(fabric, MODELS[name](**TINY[name]), 2)
         before = _status("VmRSS")
-        step = steps(fabric, made(), 1)
+        step = steps(fabric, MODELS[name](), 1)
         Path("/proc/self/clear_refs").write_text("5")
         step()
         step()

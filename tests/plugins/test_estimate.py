@@ -25,6 +25,11 @@ def with_loss(batch=8):
 def wide():
     return nn.Linear(1, 2**20, bias=False), torch.ones(1, 1), lambda output: output[0, 0]
 
+def tied():
+    model = nn.Sequential(nn.Embedding(2**14, 64), nn.Linear(64, 2**14, bias=False))
+    model[1].weight = model[0].weight
+    return model, torch.tensor([3])
+
 def huge():
     return make(1, 2**17, 6)
 
@@ -108,6 +113,12 @@ def test_the_output_lives_while_the_optimizer_steps(estimate: Any) -> None:
     output = 4 * 2**20
     largest = 4 * 2**20  # of the parameters: two more of it while it is stepped
     assert one["peak"] >= one["parameters"] + one["gradients"] + one["optimizer"] + 2 * largest + output
+
+
+def test_the_two_gradients_of_a_shared_weight_are_added_in_place(estimate: Any) -> None:
+    """Two of its size at one time, as PyTorch's engine has it, and not three."""
+    _, out, _ = estimate("tied", "--json")
+    assert json.loads(out)["activations"] == pytest.approx(2 * 4 * 64 * 2**14, rel=0.1)
 
 
 def test_a_model_that_fits_nowhere(estimate: Any) -> None:
