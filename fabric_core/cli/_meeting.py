@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
@@ -26,10 +26,11 @@ from fabric_core.cli._asking import find_registry
 from fabric_core.cli._doctor import SOUND, examine
 from fabric_core.cli._facts import Fault, judge_facts, node_of, rank_of
 from fabric_core.cli._links import judge_links, measure_compute, measure_pairs, measure_together
-from fabric_core.cli._output import Exit, print_table, print_text
+from fabric_core.cli._output import Exit, print_table, print_text, progress
 from fabric_core.collectives import ProcessGroup, ProcessInfo
 from fabric_core.contracts import Accelerator, Launcher, Strategy
 from fabric_core.errors import FabricError
+from fabric_core.kinds import groups
 from fabric_core.running.launching import check_connected, make_world
 from fabric_core.running.meeting import meet
 
@@ -145,10 +146,14 @@ def _sizes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 def examine_node(job: Job) -> dict[str, list[dict[str, Any]]]:
     """Examine the plugins of this node, as far as there is time."""
     findings = []
-    for finding in examine(job.registry, 10.0):
-        findings.append(asdict(finding))
-        if job.left() < _LEAVE["plugins"]:
-            break
+    total = sum(len(job.registry.offers(kind)) for kind in groups())
+    shown = progress("examining", total) if job.info.global_rank == 0 else nullcontext(lambda *_: None)
+    with shown as advance:
+        for finding in examine(job.registry, 10.0):
+            findings.append(asdict(finding))
+            advance(1, finding.name)
+            if job.left() < _LEAVE["plugins"]:
+                break
     return {node_of(job.ranks[job.info.global_rank]): findings}
 
 
@@ -217,18 +222,20 @@ def _wait_for_all(job: Job, launcher: Launcher, told: Store) -> bool:
     began = looked = time.monotonic()
     patience = max(5.0, job.left() * _ARRIVE)
     job.ranks[0]["late"] = 0.0
-    while missing and time.monotonic() - began < patience:
-        for rank in [one for one in missing if told.check([f"facts/{one}"])]:
-            job.ranks[rank] = {**json.loads(told.get(f"facts/{rank}")), "late": time.monotonic() - began}
-            missing.discard(rank)
-        time.sleep(_POLL)
-        if missing and time.monotonic() - looked > _LOOK:
-            looked = time.monotonic()
-            try:
-                launcher.check_peers(job.info)
-            except FabricError as error:
-                job.faults.append(Fault("starting the ranks", error.what, error.instead or "see what it printed"))
-                break
+    with progress("waiting for ranks", len(missing)) as advance:
+        while missing and time.monotonic() - began < patience:
+            for rank in [one for one in missing if told.check([f"facts/{one}"])]:
+                job.ranks[rank] = {**json.loads(told.get(f"facts/{rank}")), "late": time.monotonic() - began}
+                missing.discard(rank)
+                advance(1, "")
+            time.sleep(_POLL)
+            if missing and time.monotonic() - looked > _LOOK:
+                looked = time.monotonic()
+                try:
+                    launcher.check_peers(job.info)
+                except FabricError as error:
+                    job.faults.append(Fault("starting the ranks", error.what, error.instead or "see what it printed"))
+                    break
     for rank in sorted(missing):
         what = f"it did not come within {time.monotonic() - began:.0f} s: it is silent, or was never started"
         job.faults.append(Fault(f"rank {rank}", what, "see whether it runs, and what it printed"))
