@@ -17,10 +17,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast
 
 from fabric_core.contracts.accelerator import MOST_DEVICES
-from fabric_core.errors import RequestError
+from fabric_core.errors import DeviceError, RequestError
 from fabric_core.kinds import AUTO
 
 __all__ = [
+    "MOST_NODES",
     "PluginRef",
     "brief",
     "listed",
@@ -45,6 +46,8 @@ class _Short(reprlib.Repr):
         return super().repr_int(x, level) if abs(x) < _HUGE else f"a whole number of {x.bit_length()} bits"
 
 
+MOST_NODES: Final = 1_000_000
+"""No cluster has more nodes; a larger number is a mistake."""
 _HUGE: Final = 10**9
 """From here on a number is no count, index or name."""
 
@@ -220,10 +223,10 @@ def parse_nodes(given: Any, where: str) -> int:
     Raises:
         RequestError: It is no positive whole number.
     """
-    if isinstance(given, int) and not isinstance(given, bool) and 1 <= given < _HUGE:
-        return given
+    if _is_whole(given) and 1 <= given <= MOST_NODES:
+        return cast("int", given)
     raise RequestError(
-        "num_nodes must be a positive whole number",
+        f"num_nodes must be a positive whole number, and at most {MOST_NODES:,}",
         where=where,
         got=brief(given),
         instead="num_nodes=1 for one machine",
@@ -278,12 +281,24 @@ def parse_devices(given: Any, where: str) -> int | str | tuple[int, ...]:
     """Read devices: a count, indices, or text, which the accelerator reads.
 
     Raises:
-        RequestError: It is something else, or there are too many for any machine.
+        RequestError: It is something else.
+        DeviceError: There are too many for any machine.
     """
-    if isinstance(given, str) or _is_number(given):
-        return cast("int | str", given)
+    if isinstance(given, str):
+        return given
+    counts = _is_whole(given)
+    listed = isinstance(given, Sequence) and not isinstance(given, bytes | bytearray)
     # The length first: a range of a million million would be looked through.
-    if isinstance(given, Sequence) and _length(given) <= MOST_DEVICES and all(_is_number(one) for one in given):
+    if (given if counts else _length(given) if listed else 0) > MOST_DEVICES:
+        raise DeviceError(
+            "those are more devices than any machine has",
+            where=where,
+            got=brief(given),
+            instead=f"at most {MOST_DEVICES:,} on each node",
+        )
+    if counts and given > -_HUGE:
+        return cast("int", given)
+    if listed and all(_is_whole(one) and abs(one) < _HUGE for one in given):
         return tuple(given)
     raise RequestError(
         "devices can't be parsed",
@@ -300,8 +315,8 @@ def _length(given: Sequence[Any]) -> int:
         return sys.maxsize
 
 
-def _is_number(given: object) -> bool:
-    return isinstance(given, int) and not isinstance(given, bool) and abs(given) < _HUGE
+def _is_whole(given: object) -> bool:
+    return isinstance(given, int) and not isinstance(given, bool)
 
 
 def parse_list(given: Any, where: str) -> list[PluginRef]:

@@ -227,19 +227,19 @@ def read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def read_outside(environment: Mapping[str, str], path: str | Path | None = None) -> dict[str, Any]:
+def read_outside(environment: Mapping[str, str], *paths: str | Path) -> dict[str, Any]:
     """Read what fills the arguments that the code leaves at their defaults ([Note: who wins]).
 
     Args:
         environment: The environment variables.
-        path: A configuration file.
+        paths: Configuration files; an earlier one wins.
 
     Raises:
         RequestError: A variable or a file can't be parsed.
         NotInstalledError: A file is YAML, and the package that reads YAML isn't installed.
     """
-    files = [one for one in (path, environment.get(_CONFIG)) if one]
-    return fill(read_environment(environment), *map(read_file, files))
+    its = environment.get(_CONFIG)
+    return fill(read_environment(environment), *map(read_file, [*paths, *([its] if its else [])]))
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
@@ -249,7 +249,12 @@ def read_file(path: str | Path) -> dict[str, Any]:
         RequestError: There is no such file, or it can't be parsed.
         NotInstalledError: It is YAML, and the package that reads YAML isn't installed.
     """
-    path = Path(path)
+    try:
+        path = Path(path)
+    except TypeError:
+        raise RequestError(
+            "the configuration file is no path", got=brief(path), instead="the path of a file, as text or a Path"
+        ) from None
     where = str(path).replace("\0", "\\0")
     if path.suffix not in {".toml", ".yaml", ".yml"}:
         raise RequestError(

@@ -7,6 +7,7 @@ made when it is its turn to be asked, so that what comes after the first that fi
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, cast
@@ -14,10 +15,10 @@ from typing import Any, cast
 import torch
 
 from fabric_core.choosing.offers import causes
+from fabric_core.choosing.parsing import brief
 from fabric_core.choosing.plan import Choice, Plan, plain_options, processes
 from fabric_core.choosing.request import Request
 from fabric_core.contracts import Accelerator, Precision, Strategy, Wrapper
-from fabric_core.contracts.accelerator import MOST_DEVICES
 from fabric_core.errors import ConflictError, DeviceError, FabricError, PlanError, QuarantinedError, UnavailableError
 from fabric_core.kinds import EXTENSION, KINDS, Count
 
@@ -124,9 +125,15 @@ def resolve(
         QuarantinedError: What was named is broken.
     """
     found = _Found()
-    accelerator = found.choose(candidates["accelerator"], "accelerator", _absence, "on this machine", UnavailableError)
+    accelerator = found.choose(
+        candidates["accelerator"],
+        "accelerator",
+        lambda plugin: _absence(plugin, request),
+        "on this machine",
+        UnavailableError,
+    )
     device: Accelerator = accelerator.plugin
-    indices = _indices(accelerator, request)
+    indices = _indices(device, request)
     world_size = len(indices) * request.num_nodes
     strategy = found.choose(
         candidates["strategy"],
@@ -257,7 +264,7 @@ def check_declared(plugin: Any) -> None:
             raise _Undeclared(f"its {name} failed: {causes(error)}") from error
         if not isinstance(value, expected):
             shown = " or ".join(one.__name__ for one in expected)
-            raise _Undeclared(f"{type(plugin).__name__}.{name} is {value!r}, and must be of the type {shown}")
+            raise _Undeclared(f"{type(plugin).__name__}.{name} is {brief(value)}, and must be of the type {shown}")
 
 
 @lru_cache(maxsize=32)
@@ -276,36 +283,28 @@ def _declared(contract: Any) -> tuple[tuple[str, tuple[type, ...]], ...]:
     return tuple(found)
 
 
-def _indices(accelerator: Candidate, request: Request) -> tuple[int, ...]:
+def _indices(accelerator: Accelerator, request: Request) -> tuple[int, ...]:
     """Ask the accelerator for its devices.
 
     Raises:
         DeviceError: They are not there.
-        QuarantinedError: What it answers are no indices.
+        _Undeclared: What it answers are no indices.
     """
     spec = list(request.devices) if isinstance(request.devices, tuple) else request.devices
-    if isinstance(spec, int) and spec > MOST_DEVICES:
-        raise DeviceError(
-            f"{spec} processes are more than any machine runs",
-            where="devices",
-            got=repr(spec),
-            instead=f"at most {MOST_DEVICES}",
-        )
-    indices = accelerator.plugin.parse_devices(spec)
+    indices = accelerator.parse_devices(spec)
     if not isinstance(indices, Sequence) or not indices or not all(type(index) is int for index in indices):
-        raise QuarantinedError(
-            f"the accelerator {accelerator.name!r} of {accelerator.distribution} can't be used: parse_devices gave no "
-            "indices",
-            got=repr(indices),
-            instead="at least one whole number",
-        )
+        raise _Undeclared(f"parse_devices gave {brief(indices)}, and must give at least one whole number")
     return tuple(indices)
 
 
-def _absence(accelerator: Accelerator) -> str | None:
+def _absence(accelerator: Accelerator, request: Request) -> str | None:
     if not isinstance(available := accelerator.is_available(), bool):
-        raise _Undeclared(f"is_available() gave {available!r}, and no bool")
-    return None if available else f"no {accelerator.device_type} device can be used here"
+        raise _Undeclared(f"is_available() gave {brief(available)}, and no bool")
+    if not available:
+        return f"no {accelerator.device_type} device can be used here"
+    with suppress(DeviceError):  # that one is the user's, once it is chosen
+        _indices(accelerator, request)
+    return None
 
 
 def _types(declared: frozenset[str]) -> str:

@@ -77,7 +77,9 @@ def arguments_of(asked: Mapping[str, Any]) -> dict[str, Any]:
 def request_of(config: Path | None = None, **asked: Any) -> tuple[Request, Mapping[str, str]]:
     """Make the request of a command's options, the variables and the configuration file; and give the variables."""
     variables = environment()
-    return Request.of(**fill(arguments_of(asked), read_outside(variables, config))), variables
+    return Request.of(
+        **fill(arguments_of(asked), read_outside(variables, *(() if config is None else (config,))))
+    ), variables
 
 
 def plan_of(**asked: Any) -> Plan:

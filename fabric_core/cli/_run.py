@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from fabric_core.assembly import make_plan
+from fabric_core.choosing.parsing import MOST_NODES, brief
 from fabric_core.choosing.request import Request, read_file, read_outside
 from fabric_core.cli._asking import Config
 from fabric_core.cli._output import AsJson, print_json
@@ -49,8 +50,12 @@ def run(
             "--nnodes and --num-nodes say different numbers", got=f"{nnodes}, {num_nodes}", instead="one of them"
         )
     most = nodes.partition(":")[2] or nodes
-    if not most.isdecimal() or int(most) < 1:
-        raise RequestError("--nnodes is no number of nodes", got=nnodes, instead="--nnodes 2, or --nnodes 1:4")
+    if not most.isdecimal() or len(most) > len(str(MOST_NODES)) or not 1 <= int(most) <= MOST_NODES:
+        raise RequestError(
+            "--nnodes is no number of nodes",
+            got=brief(nodes),
+            instead=f"--nnodes 2, or --nnodes 1:4; at most {MOST_NODES:,}",
+        )
     if int(most) > 1 and rdzv_endpoint is None:
         raise RequestError(
             "several nodes need a place where they meet",

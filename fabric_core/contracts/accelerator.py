@@ -22,6 +22,9 @@ _ALL: Final = -1
 MOST_DEVICES: Final = 65_536
 """More devices, or processes, than this are on no machine."""
 
+_SHOWN: Final = 200
+"""How many characters of what was given an error shows."""
+
 
 class Accelerator(Plugin, ABC):
     """A kind of hardware: which devices there are, and everything that depends on their type.
@@ -127,10 +130,11 @@ def parse_device_indices(spec: DeviceSpec, count: int, *, where: str, unbounded:
     """
 
     def refuse(what: str) -> DeviceError:
+        shown = repr(spec)
         return DeviceError(
             what,
             where=where,
-            got=repr(spec),
+            got=shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}...",
             instead='a count (devices=2), indices (devices=[0, 1] or "0,1"), -1 or "auto" for all'
             + ("" if unbounded else f"; there {'is' if count == 1 else 'are'} {count}"),
         )
@@ -145,7 +149,7 @@ def parse_device_indices(spec: DeviceSpec, count: int, *, where: str, unbounded:
             (len(set(parsed)) != len(parsed), "a device is named twice"),
             (min(parsed, default=0) < 0, "a device index can't be negative"),
             (max(parsed, default=0) >= count and not unbounded, f"a device isn't there: {there}"),
-            (max(parsed, default=0) >= MOST_DEVICES, f"no machine has more than {MOST_DEVICES} devices"),
+            (max(parsed, default=0) >= MOST_DEVICES, f"no machine has more than {MOST_DEVICES:,} devices"),
         )
     else:
         faults = (
@@ -153,7 +157,7 @@ def parse_device_indices(spec: DeviceSpec, count: int, *, where: str, unbounded:
             (parsed < _ALL, "the number of devices can't be negative"),
             (parsed == _ALL and count == 0, "no device is there"),
             (parsed > count and not unbounded, f"{parsed} devices were asked for, and {there}"),
-            (parsed > MOST_DEVICES, f"{parsed} processes are more than any machine runs"),
+            (parsed > MOST_DEVICES, f"no machine runs more than {MOST_DEVICES:,} processes"),
         )
     for found, what in faults:
         if found:

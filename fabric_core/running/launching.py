@@ -14,10 +14,11 @@ from typing import Any, Final
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
+from fabric_core.choosing.offers import causes
 from fabric_core.choosing.plan import Plan
 from fabric_core.collectives import Collectives
 from fabric_core.contracts import Accelerator, Launcher, ProcessInfo, Strategy, World
-from fabric_core.errors import LaunchError, LaunchTypeError
+from fabric_core.errors import FabricError, LaunchError, LaunchTypeError, QuarantinedError
 from fabric_core.running.failing import Failures
 from fabric_core.running.meeting import meet
 
@@ -49,13 +50,35 @@ def environment() -> dict[str, str]:
 
 
 def detect(launchers: Iterable[tuple[str, Launcher]]) -> tuple[str, Launcher, ProcessInfo] | None:
-    """Ask the launchers, the highest priority first, whether their system started this process."""
+    """Ask the launchers, the highest priority first, whether their system started this process.
+
+    Raises:
+        LaunchError: A launcher's system did, and what it says of this process makes no sense.
+        QuarantinedError: A launcher fails as it is asked. It isn't passed over: were its system the one that started
+            this process, each process would train alone.
+    """
     variables = environment()
     for name, launcher in launchers:
-        info = launcher.detect(variables)
+        info: Any = None
+        try:
+            info = launcher.detect(variables)
+        except (FabricError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # a stranger's code may raise anything
+            raise _broken(name, f"detect failed: {causes(error)}") from error
+        if info is not None and not isinstance(info, ProcessInfo):
+            raise _broken(name, f"detect gave an object of the type {type(info).__name__}, and no ProcessInfo")
         if info is not None:
             return name, launcher, info
     return None
+
+
+def _broken(name: str, reason: str) -> QuarantinedError:
+    return QuarantinedError(
+        f"the launcher {name!r} can't be used: {reason}",
+        where="fabric.launch()",
+        instead=f"fix it, or FABRIC_DISABLE_PLUGINS={name} where it isn't needed",
+    )
 
 
 def starter(launchers: Iterable[tuple[str, Launcher]], nodes: int) -> Launcher:

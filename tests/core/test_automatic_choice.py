@@ -10,7 +10,7 @@ import pytest
 
 from fabric_core import Fabric
 from fabric_core.choosing.registry import Registry
-from fabric_core.errors import ConflictError, FabricWarning, PlanError, QuarantinedError
+from fabric_core.errors import ConflictError, DeviceError, FabricWarning, PlanError, QuarantinedError
 
 SOUND = """
 from fabric_core import Accelerator, Strategy
@@ -112,18 +112,37 @@ def test_one_that_is_offered_and_broken_is_left_out_with_a_warning_that_has_the_
         _fabric(strategy="bad")
 
 
-def test_an_accelerator_that_raises_when_it_is_asked_is_left_out_with_a_warning(install: Install) -> None:
-    """It is never a silent turn to the processor."""
+ASKED = {
+    "is_available": ("def is_available(self): raise SystemExit(9)", r"asking whether it fits failed: SystemExit\(9\)"),
+    "perhaps": ("def is_available(self): return 1", r"is_available\(\) gave 1, and no bool"),
+    "parse_devices": ("def parse_devices(self, spec): raise KeyError('no')", "asking whether it fits failed: KeyError"),
+    "device_count": ("def device_count(self): raise OSError('driver')", "asking whether it fits failed: OSError"),
+    "no indices": ("def parse_devices(self, spec): return None", "parse_devices gave None"),
+}
+
+
+@pytest.mark.parametrize("how", ASKED)
+def test_an_accelerator_that_fails_when_it_is_asked_is_left_out_with_a_warning(install: Install, how: str) -> None:
+    """It is never a silent turn to the processor; by its name it is an error."""
+    method, message = ASKED[how]
     source = (
         "import torch\nfrom fabric_core import Accelerator\nclass Bad(Accelerator):\n"
         "    device_type = 'acme'\n    process_group_backend = 'none'\n"
-        "    def is_available(self): raise SystemExit(9)\n    def device_count(self): return 1\n"
-        "    def devices(self, indices): return []\n    def supports(self, dtype): return True\n"
+        "    def is_available(self): return True\n    def device_count(self): return 1\n"
+        f"    def devices(self, indices): return []\n    def supports(self, dtype): return True\n    {method}\n"
     )
     install("acme-bad", source, accelerators={"bad": "acme_bad:Bad"}, auto={"accelerator/90/bad": "acme_bad:Bad"})
-    with pytest.warns(FabricWarning, match=r"asking whether it fits failed: SystemExit\(9\)"):
+    with pytest.warns(FabricWarning, match=message):
         plan = Fabric(precision="plain", devices=1).plan
     assert plan.accelerator.name == "host"
+    with pytest.raises(QuarantinedError, match=message):
+        _fabric(accelerator="bad")
+
+
+def test_devices_that_an_automatic_accelerator_does_not_have_are_told(install: Install) -> None:
+    """They are the user's, and no reason to take another accelerator."""
+    with pytest.raises(DeviceError, match="there are "):
+        _fabric(accelerator="auto", devices=70)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +202,28 @@ def test_launchers_and_checkpoints_are_loaded_when_it_is_their_turn(install: Ins
         fabric.launch()
     assert "acme_start" in sys.modules
     fabric.teardown()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [("raise SystemExit(5)", r"detect failed: SystemExit\(5\)"), ("return 3", "detect gave an object of the type int")],
+)
+def test_a_launcher_that_fails_as_it_is_asked_is_an_error_that_names_it(
+    install: Install, monkeypatch: pytest.MonkeyPatch, answer: str, message: str
+) -> None:
+    """It may be the one that started this process, so it isn't passed over; without it the script runs."""
+    source = (
+        f"from fabric_core import Launcher\nclass Odd(Launcher):\n    def detect(self, environment): {answer}\n"
+        "    def start(self, order): pass\n"
+    )
+    install("acme-odd", source, launchers={"odd": "acme_odd:Odd"}, auto={"launcher/99/odd": "acme_odd:Odd"})
+    with pytest.raises(QuarantinedError, match=f"the launcher 'odd' can't be used: {message}") as caught:
+        _fabric().launch()
+    assert "FABRIC_DISABLE_PLUGINS=odd" in str(caught.value)
+    there = importlib.util.find_spec("fabric_plugins") is not None
+    monkeypatch.setenv("FABRIC_DISABLE_PLUGINS", "fabric-registry,odd" if there else "odd")
+    with _fabric() as fabric:
+        fabric.launch()
 
 
 def test_a_kind_of_which_none_is_offered_says_so(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
