@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,35 @@ def train(**chosen):
         after = fabric.all_reduce((wrapped(x) - x).square().mean()).item()
         fabric.print(f"{after:.3f}", chosen)
 
-for chosen in eval(sys.argv[1]):
-    train(**chosen)
+if __name__ == "__main__":
+    for chosen in eval(sys.argv[1]):
+        train(**chosen)
+"""
+OPENREG = """
+import torch
+from torch import nn
+from fabric_core import Fabric
+
+with Fabric(accelerator="openreg", devices=1, precision="32-true") as fabric:
+    fabric.launch()
+    model = nn.Linear(4, 4)
+    wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    fabric.backward(wrapped(torch.ones(2, 4, device=fabric.device)).square().mean())
+    optimizer.step()
+    print(wrapped.weight.device)
+"""
+FROM_RAY = """
+import torch
+from torch import nn
+from fabric_core import Fabric
+
+def train(fabric):
+    wrapped = fabric.setup(nn.Sequential(nn.Linear(64, 64)).requires_grad_(False))
+    bits = type(wrapped[0].weight).__name__
+    return fabric.world_size, bits, wrapped(torch.ones(1, 64)).isfinite().all().item()
+
+if __name__ == "__main__":
+    print(Fabric(strategy="ddp", accelerator="cpu", devices=2, %splugins=["launcher=ray"]).launch(train))
 """
 CHOSEN = [
     {"strategy": "ddp"},
@@ -58,9 +85,13 @@ CHOSEN = [
 """What the script is run with, by string; and what is installed is added."""
 
 
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
 @pytest.fixture(scope="module")
-def environment(make_environment: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Give an environment with the wheels of all of them."""
+def environment(make_environment: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Give an environment with the wheels of all of them, and the variables that DeepSpeed needs without a GPU."""
     folder = tmp_path_factory.mktemp("examples")
     shutil.copytree(PLUGINS, folder / "sources")  # a build writes beside the source
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "wheel"]
@@ -69,7 +100,13 @@ def environment(make_environment: Callable[[str], Any], tmp_path_factory: pytest
     subprocess.run([*command, *options, *sources], check=True, timeout=200)
     environment = make_environment("examples")
     environment.install(sorted(folder.glob("*.whl")))
-    return environment
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        # It compiles its communication once, here: in the user's folder, a run that was killed may have left a lock.
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(environment.folder / "extensions"))
+        # ninja, by which it does, lies beside the tests' own interpreter.
+        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        yield environment
 
 
 @pytest.mark.authors
@@ -81,7 +118,7 @@ def test_all_are_listed_and_sound_beside_each_other(environment: Any) -> None:
     done = environment.run("-m", "fabric_core", "plugins", "doctor", "--json")
     found = [{**one, "distribution": one["distribution"].split()[0]} for one in json.loads(done.stdout)]
     assert set(PROJECTS) <= {one["distribution"] for one in found}
-    absent = {name for name, module in NEEDS.items() if importlib.util.find_spec(module) is None}
+    absent = {name for name, module in NEEDS.items() if not _installed(module)}
     sound = {"ok", "unavailable", "not installed"}
     broken = [one for one in found if one["status"] not in sound and one["distribution"] not in absent]
     assert not broken, broken
@@ -91,14 +128,37 @@ def test_all_are_listed_and_sound_beside_each_other(environment: Any) -> None:
 def test_one_script_uses_each_by_name_on_two_processes(environment: Any) -> None:
     """All installed together, each chosen by a string."""
     chosen = [*CHOSEN]
-    if importlib.util.find_spec("torchao") is not None:
+    if _installed("torchao"):
         chosen.append({"strategy": "ddp", "precision": "float8"})
+    if _installed("deepspeed"):
+        chosen += [{"strategy": f"deepspeed_stage_{stage}"} for stage in (1, 2, 3)]
     (environment.folder / "each.py").write_text(SCRIPT)
     done = environment.run("each.py", repr(chosen), FABRIC_EXTENSIONS="nan_guard", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     losses = [float(line.split()[0]) for line in done.stdout.splitlines() if "strategy" in line]
     assert len(losses) == len(chosen)
     assert all(0.5 < loss < 1.2 for loss in losses), done.stdout
+
+
+@pytest.mark.authors
+def test_the_launcher_and_the_4_bits_go_by_name_too(environment: Any) -> None:
+    """Ray's actors are two ranks, whose frozen layers lie in 4 bits where bitsandbytes is there."""
+    if not _installed("ray"):
+        pytest.skip("ray is not installed")
+    bits = _installed("bitsandbytes")
+    (environment.folder / "actors.py").write_text(FROM_RAY % ('wrappers=["bnb_nf4"], ' if bits else ""))
+    done = environment.run("actors.py", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"(2, '{'Params4bit' if bits else 'Parameter'}', True)" in done.stdout
+
+
+@pytest.mark.authors
+def test_a_device_of_its_own_goes_by_name(environment: Any) -> None:
+    """The accelerator trains on one process, all that it claims."""
+    (environment.folder / "openreg.py").write_text(OPENREG)
+    done = environment.run("openreg.py", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "openreg:0" in done.stdout
 
 
 @pytest.mark.authors
@@ -109,7 +169,7 @@ def test_every_cell_of_the_matrix_is_what_fabric_does(environment: Any, devices:
     done = environment.run("-m", "fabric_core", "plugins", "matrix", *only, "--tried", "--json", OMP_NUM_THREADS="1")
     cells = json.loads(done.stdout)["cells"]
     assert {"local_sgd", "diloco", "deepspeed", "ddp", "fsdp"} <= {cell["strategy"] for cell in cells}
-    absent = [f"No module named '{one}'" for one in NEEDS.values() if importlib.util.find_spec(one) is None]
+    absent = [f"No module named '{one}'" for one in NEEDS.values() if not _installed(one)]
     failed = [cell for cell in cells if cell["tried"] and not any(one in cell["tried"] for one in absent)]
     assert not failed, failed
     assert sum(cell["tried"] == "" for cell in cells) > 40
@@ -141,7 +201,7 @@ print(json.dumps(raised))
 @pytest.mark.parametrize("project", PROJECTS)
 def test_each_passes_its_own_tests(environment: Any, project: str, tmp_path: Path) -> None:
     """Its tests run in the environment that the wheels are in, with its own settings."""
-    missing = project in NEEDS and importlib.util.find_spec(NEEDS[project]) is None
+    missing = project in NEEDS and not _installed(NEEDS[project])
     if missing:
         pytest.skip(f"{NEEDS[project]} is not installed")
     folder = tmp_path / project

@@ -1,7 +1,11 @@
 """The strategies of DeepSpeed: ZeRO, by the real engine, which owns the backward pass, clipping and the step."""
 
+import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
@@ -20,7 +24,10 @@ from fabric_core.contracts import (
     StrategyCapabilities,
     World,
 )
-from fabric_core.errors import MisuseError, RequestError, SetupError
+from fabric_core.errors import MisuseError, RequestError, SetupError, UnavailableError
+
+_LONGEST_COMPILATION: Final = 300.0
+"""Seconds after which whoever compiles DeepSpeed's communication is taken for killed: it takes less than one minute."""
 
 
 class DeepSpeedOptions(PluginOptions):
@@ -59,9 +66,15 @@ class DeepSpeedStrategy(Strategy):
         self._engines: list[_Engine] = []
 
     def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
-        """Join the other ranks, and let DeepSpeed use the same process group."""
+        """Join the other ranks, and let DeepSpeed use the same process group.
+
+        Raises:
+            UnavailableError: DeepSpeed would wait for a compilation that was killed.
+        """
         self._world, self._policy = world, policy
         deepspeed = _deepspeed(world.device.type)
+        if world.device.type == "cpu":
+            _wait_for_compilation()
         world.closing.callback(_forget_groups)  # it runs after what ProcessGroup enters there
         self._group = ProcessGroup(world)
         deepspeed.init_distributed(dist_backend=world.backend, dist_init_required=False, verbose=False)
@@ -380,6 +393,31 @@ def _deepspeed(device_type: str) -> Any:
 
         set_accelerator(CPU_Accelerator())
     return deepspeed
+
+
+def _wait_for_compilation() -> None:
+    """Wait while another process compiles DeepSpeed's communication, but not for one that was killed.
+
+    PyTorch itself waits until the lock is gone, without an end and without a word, and a killed process leaves it.
+
+    Raises:
+        UnavailableError: The lock is older than any compilation.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    version = f"py{sys.version_info.major}{sys.version_info.minor}"
+    folders = [Path(given)] if given else Path(get_default_build_root()).glob(f"{version}*")
+    for lock in [folder / "deepspeed_shm_comm" / "lock" for folder in folders]:
+        with suppress(FileNotFoundError):  # as long as it is there
+            while (age := time.time() - lock.stat().st_mtime) < _LONGEST_COMPILATION:
+                time.sleep(0.1)
+            raise UnavailableError(
+                "DeepSpeed's communication can't be compiled: an earlier compilation was killed, and left its lock",
+                where=str(lock),
+                got=f"a lock from {age:.0f} seconds ago",
+                instead=f"rm {lock}, unless something compiles it right now",
+            )
 
 
 def _forget_groups() -> None:

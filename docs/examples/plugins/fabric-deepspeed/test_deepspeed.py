@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ pytest.importorskip("deepspeed")
 
 from fabric_core import Fabric
 from fabric_core.conformance import RankPool
-from fabric_core.errors import MisuseError, RequestError, SetupError
+from fabric_core.errors import MisuseError, RequestError, SetupError, UnavailableError
 
 STAGES = ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
 
@@ -171,3 +172,20 @@ def test_what_the_engine_can_t_do_is_refused(ranks: RankPool) -> None:
         assert alone.startswith("fabric.setup(model, optimizer)")
         assert apart == "fabric.setup(model, optimizer)"
         assert norm == "norm_type=2"
+
+
+def _locked(folder: str) -> str:
+    with pytest.MonkeyPatch.context() as patch, Fabric(accelerator="cpu", devices=2, strategy="deepspeed") as fabric:
+        patch.setenv("TORCH_EXTENSIONS_DIR", folder)
+        with pytest.raises(UnavailableError) as caught:
+            fabric.launch()
+        return f"{caught.value.where}"
+
+
+def test_a_compilation_that_was_killed_is_named(ranks: RankPool, tmp_path: Path) -> None:
+    """DeepSpeed would wait for its lock without an end."""
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (time.time() - 1000, time.time() - 1000))
+    assert ranks.run(_locked, str(tmp_path)) == [str(lock), str(lock)]

@@ -8,7 +8,6 @@ from weakref import WeakKeyDictionary
 import torch
 from pydantic import Field
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from fabric_core import Fabric, unwrap
@@ -91,6 +90,8 @@ class EMAWrapper(Wrapper):
                 self._load(module, self._restored.pop(0))
 
     def _load(self, module: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+        from torch.distributed.tensor import DTensor, distribute_tensor  # slow to import
+
         average = self._averages[module]
         for name, whole in saved.items():
             own = average[name]
@@ -102,4 +103,6 @@ class EMAWrapper(Wrapper):
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """Gather what is divided over ranks."""
+    from torch.distributed.tensor import DTensor  # slow to import
+
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()

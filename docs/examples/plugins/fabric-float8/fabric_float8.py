@@ -1,5 +1,7 @@
 """The precision ``float8``: linear layers multiply in 8 bits, by torchao; the rest stays in the type that it has."""
 
+import warnings
+
 from torch import nn
 
 from fabric_core.contracts import Precision, PrecisionPolicy
@@ -15,8 +17,8 @@ class Float8Precision(Precision):
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Convert the linear layers, which keep their parameters."""
-        from torchao.float8 import convert_to_float8_training  # slow to import, and needed here only
-
+        with warnings.catch_warnings():  # what it imports adds filters
+            from torchao.float8 import convert_to_float8_training  # slow to import, and needed here only
         converted: nn.Module = convert_to_float8_training(module, module_filter_fn=_is_large)
         return converted
 
