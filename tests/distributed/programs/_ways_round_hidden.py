@@ -698,7 +698,7 @@ def averaged_for_a_log(run: Run) -> None:
         run.backward(loss_of(model(run.x)))
     for one in net.parameters():
         reduced(run, one.grad).norm()
-    torch.nn.utils.clip_grad_norm_(net.parameters(), 100.0)
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1e6)  # shortens nothing, scaled gradients neither
     optimizer.step()
 
 
