@@ -14,6 +14,8 @@ import pytest
 
 from fabric_core.kinds import EXTENSION, KINDS
 
+pytestmark = pytest.mark.timeout(600)  # two minutes each where cores are free
+
 ALL = [*KINDS, EXTENSION]
 
 
@@ -134,6 +136,6 @@ def test_each_passes_its_own_tests(environment: Any, kind: str) -> None:
 @pytest.mark.parametrize("kind", ALL)
 def test_each_passes_strict_type_checks(environment: Any, kind: str) -> None:
     """With the settings that the package came with."""
-    script = "import os, sys; os.chdir(sys.argv[1]); from mypy.__main__ import console_entry; console_entry()"
+    script = "import os, sys; os.chdir(sys.argv.pop()); from mypy.__main__ import console_entry; console_entry()"
     done = environment.run("-c", script, kind, MYPY_CACHE_DIR=str(environment.folder / "mypy"))
     assert done.returncode == 0, done.stdout + done.stderr
