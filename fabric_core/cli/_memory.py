@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fabric_core._torch import DispatchMode
 from fabric_core.contracts import MemoryEstimate, Precision, Strategy, map_tensors
@@ -56,6 +57,7 @@ class _Live(DispatchMode):  # type: ignore[no-untyped-call]
         self.live, self.gradients = begin, 0
         self.moments = [(begin, 0)]
         self._known: dict[int, Any] = {}
+        self._views = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {one.untyped_storage() for one in _tensors((args, kwargs or {}))}
@@ -64,8 +66,11 @@ class _Live(DispatchMode):  # type: ignore[no-untyped-call]
             storage = tensor.untyped_storage()
             if id(storage) not in self._known and storage not in before:
                 self._add(storage)
-        # Where a gradient has two halves, the engine adds them in place, but not while someone looks on.
-        if func is not torch.ops.aten.add.Tensor:
+            elif storage in before:
+                self._views[tensor] = None
+        # Where a gradient has two halves, the engine adds the second to the first in place, if that is no view of
+        # something; but not while someone looks on.
+        if func is not torch.ops.aten.add.Tensor or args[0] in self._views:
             self._note()
         return result
 
