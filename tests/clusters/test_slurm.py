@@ -1,5 +1,6 @@
 """Under a real SLURM, ``srun``'s tasks are one world."""
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -62,11 +63,23 @@ def test_batch_script_and_allocation_are_like_a_shell(
 
 
 @pytest.mark.slow
-def test_torchrun_in_a_step_stays_torchrun_s(slurm: Command, train: str, ranks: Command, tmp_path: Path) -> None:
-    """A step of one task that runs ``torchrun`` is ``torchrun``'s."""
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = slurm("srun", "-n1", "-c2", *torchrun, train, "2", str(tmp_path / "saved"))
-    assert [(row["size"], row["owner"]) for row in ranks(done.out)] == [(2, "torchrun")] * 2, done.err
+@pytest.mark.parametrize("how", ["srun -n1 -c2", "salloc --quiet -n2", "salloc --quiet -n2 srun -n1", "sbatch"])
+def test_torchrun_in_an_allocation_stays_torchrun_s(
+    slurm: Command, train: str, ranks: Command, tmp_path: Path, how: str
+) -> None:
+    """Whether SLURM counts one task or two, what ``torchrun`` starts is ``torchrun``'s world."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", train, "2"]
+    torchrun.append(str(tmp_path / "saved"))
+    if how == "sbatch":
+        script, output = tmp_path / "job.sh", tmp_path / "job.out"
+        script.write_text(f"#!/bin/bash\n{shlex.join(torchrun)}\n")
+        done = slurm("sbatch", "--wait", "-n2", f"--output={output}", str(script))
+        out = output.read_text()
+    else:
+        done = slurm(*how.split(), *torchrun)
+        out = done.out
+    assert done.code == 0, (out, done.err)
+    assert [(row["size"], row["owner"]) for row in ranks(out)] == [(2, "torchrun")] * 2, (out, done.err)
 
 
 @pytest.mark.slow
