@@ -209,6 +209,8 @@ class Processes:
             undo.pop_all()
         sys.excepthook = hook  # torch's process group puts one round it, each time, for good
         self._world = world
+        if self._failures is not None:
+            self._failures.watch_exit()
         for logger in self._loggers:
             logger.connect(self._collectives)
         if self._loggers and world.is_global_zero:
@@ -298,8 +300,7 @@ class Processes:
 
     def _tell(self, ranks: range, text: str | None) -> dict[int, str]:
         """Send a text from each of some ranks to all; gives what they sent, where it is one."""
-        sent = {rank: self._collectives.broadcast(text, rank) for rank in ranks}
-        return {rank: one for rank, one in sent.items() if one is not None}
+        return {rank: one for rank in ranks if (one := self._collectives.broadcast(text, rank)) is not None}
 
     @property
     def should_stop(self) -> bool:

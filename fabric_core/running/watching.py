@@ -13,6 +13,7 @@ from fabric_core.binding import around
 from fabric_core.collectives import World
 from fabric_core.markers import hookimpl
 from fabric_core.running.checking import frames_line
+from fabric_core.running.failing import tell_alone
 
 __all__ = ["WatchedWaits"]
 
@@ -33,6 +34,7 @@ class WatchedWaits:
     def __init__(self, after: float) -> None:
         self._after = after
         self.waiting: tuple[str, float] | None = None
+        self._store: Store | None = None
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._user = 0
@@ -47,12 +49,14 @@ class WatchedWaits:
         # A connection of its own: the other one is held by whoever waits in the store. And nothing of the Fabric's: one
         # that is dropped without teardown must be free to go.
         store: Any = world.open_store()
+        self._store = store
         arguments = (ref(self), self._stop, self._after, self._user, store.clone(), world.global_rank, world.world_size)
         self._thread = threading.Thread(target=_look, args=arguments, daemon=True, name="fabric-watch")
         self._thread.start()
         world.closing.callback(self._end)
 
     def _end(self) -> None:
+        self._store = None
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -63,7 +67,10 @@ class WatchedWaits:
         try:
             return (yield)
         except Exception as error:
-            error.add_note(f"in {what} at {frames_line(sys._getframe())}")  # noqa: SLF001 - documented
+            where = f"{what} at {frames_line(sys._getframe())}"  # noqa: SLF001 - documented
+            if self._store is not None:
+                tell_alone(error, self._store, where)
+            error.add_note(f"in {where}")
             raise
         finally:
             self.waiting = None

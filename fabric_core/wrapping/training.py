@@ -360,8 +360,13 @@ class Acts(FabricActs):
             fabric.world  # noqa: B018 - connects a single process, and refuses several that are not launched
         loss = fabric._precision.scale_loss(tensor)
         context = fabric._precision.backward_context()
-        with fabric._setup.backward_pass(), context or nullcontext():
-            fabric._strategy.backward(loss, fabric._setup.called(model), arguments)
+        try:
+            with fabric._setup.backward_pass(), context or nullcontext():
+                fabric._strategy.backward(loss, fabric._setup.called(model), arguments)
+        except RuntimeError as error:
+            if fabric._failures is not None:
+                fabric._failures.tell_alone(error, "fabric.backward")
+            raise
 
     def step(self, optimizer: Any, closure: Callable[[], Any] | None) -> Any:
         """Step, and tell who listens."""

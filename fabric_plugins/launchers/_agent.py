@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rendezvous
 
-from fabric_plugins.launchers._reports import note_end
+from fabric_plugins.launchers._reports import has_returned, note_end
 
 __all__ = ["run_agent"]
 
@@ -34,7 +34,10 @@ _GRACE: Final = 1.0
 
 
 class _Agent(LocalElasticAgent):
-    """Notices that all ranks of a function ended, and one of them without coming to the function's end."""
+    """Notices that all ranks of a function have ended, and which of them did not come to the function's end.
+
+    Each ends as soon as it has come there ([Note: the end of a rank]).
+    """
 
     gone: tuple[int, ...] = ()
     """The ranks that had ended when all was well the last time."""
@@ -51,8 +54,12 @@ class _Agent(LocalElasticAgent):
             failures = {
                 worker.global_rank: ProcessFailure(worker.local_rank, worker.id, 0, "")
                 for worker in worker_group.workers
+                if not has_returned(worker.global_rank)
             }
-            return RunResult(state=WorkerState.FAILED, failures=failures)
+            if failures:
+                return RunResult(state=WorkerState.FAILED, failures=failures)
+            values = dict.fromkeys((worker.global_rank for worker in worker_group.workers), None)
+            return RunResult(state=WorkerState.SUCCEEDED, return_values=values)
         if result.state == WorkerState.HEALTHY:
             self.gone = tuple(worker.global_rank for worker in worker_group.workers if not _runs(worker.id))
         return result

@@ -16,8 +16,10 @@ from fabric_core.errors import RankFailedError
 __all__ = [
     "REPORT",
     "failed",
+    "has_returned",
     "missing_ranks",
     "note_end",
+    "note_return",
     "read_report",
     "report_agent",
     "report_folder",
@@ -93,8 +95,22 @@ def was_ended() -> bool:
     return _end_note().exists()
 
 
+def note_return(rank: int) -> None:
+    """Note, in a rank, that it has come to the end of its function."""
+    _return_note(rank).touch()
+
+
+def has_returned(rank: int) -> bool:
+    """Say, in the agent, whether a rank has come to the end of its function."""
+    return _return_note(rank).exists()
+
+
 def _end_note() -> Path:
     return Path(_told()[2]).with_suffix(".end")
+
+
+def _return_note(rank: int) -> Path:
+    return Path(_told()[2]).with_suffix(f".{rank}")
 
 
 def failed(failures: Mapping[int, Any], report: Mapping[str, Any] | None, gone: Sequence[int] = ()) -> RankFailedError:

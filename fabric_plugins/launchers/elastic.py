@@ -23,6 +23,7 @@ from fabric_plugins.launchers._reports import (
     REPORT,
     failed,
     missing_ranks,
+    note_return,
     read_report,
     report_agent,
     report_folder,
@@ -233,7 +234,12 @@ def _typed_in() -> str:
 
 
 def _run_rank(report: str, function: Callable[..., Any], result: Path, *args: Any) -> None:
-    """Run a function in a rank, and leave rank 0's result in a file: a pipe would fill up."""
+    """Run a function in a rank, and leave rank 0's result in a file: a pipe would fill up.
+
+    [Note: the end of a rank] It ends by SystemExit without a code. After a return, and after the code 0, torchelastic
+    would let it wait for the other ranks; and what still refers to its process group, such as a model in a variable,
+    would keep the connections open for which they wait.
+    """
     os.environ[REPORT] = report  # a rank of the fork server has the environment of the first launch
     os.setpgid(0, 0)  # as a command's ranks are: what it starts can be ended with it
     # A forked rank has its agent's handlers, which would wait for the interpreter while a collective waits for others.
@@ -245,7 +251,6 @@ def _run_rank(report: str, function: Callable[..., Any], result: Path, *args: An
     except SystemExit as error:
         if error.code:
             raise
-        return
     except BaseException as error:  # noqa: BLE001 - whatever it is, the caller wants to know
         if sys.excepthook is hook:  # it failed before it joined
             write_report(error, int(os.environ["RANK"]))
@@ -253,13 +258,15 @@ def _run_rank(report: str, function: Callable[..., Any], result: Path, *args: An
             sys.excepthook(type(error), error, error.__traceback__)
         # Another error would be written to a file that nobody removes, and shown again.
         raise SystemExit(1) from None
-    if os.environ["RANK"] == "0":
-        result.write_bytes(pickle.dumps(value))
+    else:
+        if os.environ["RANK"] == "0":
+            result.write_bytes(pickle.dumps(value))
     if was_ended():
-        # It came here though it was told to end, with a last checkpoint, say. torchelastic would let it wait for the
-        # other ranks to return, which nobody asks any more, until it is killed.
+        # It came here though it was told to end, with a last checkpoint, say.
         raise SystemExit(128 + signal.SIGTERM)
+    note_return(int(os.environ["RANK"]))
     gc.freeze()  # as in the agent
+    raise SystemExit
 
 
 @contextlib.contextmanager

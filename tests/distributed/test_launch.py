@@ -249,7 +249,7 @@ if len(sys.argv) > 1:
 @pytest.mark.parametrize("last", [[], ["teardown"]])
 def test_script_may_end_right_after_a_collective(tmp_path: Path, last: list[str]) -> None:
     """Gloo's threads let go of the tensors before the interpreter ends, or they would abort it."""
-    done = _run(sys.executable, _script(tmp_path, _ENDING_AT_ONCE), *last)
+    done = _run(sys.executable, _script(tmp_path, _ENDING_AT_ONCE), *last, timeout=110)
     # On a busy machine PyTorch's agent warns that a look into its store found nothing in no time.
     said = [line for line in done.stderr.splitlines() if "waitForInput" not in line]
     assert (done.returncode, said) == (0, [])
