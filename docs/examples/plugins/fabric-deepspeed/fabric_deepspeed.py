@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 import torch
 import torch.distributed as dist
+from fabric_deepspeed_engine import Engine, set_whole
 from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
@@ -63,7 +64,7 @@ class DeepSpeedStrategy(Strategy):
 
     def __init__(self, options: DeepSpeedOptions | None = None, /, **given: Any) -> None:
         super().__init__(options, **given)
-        self._engines: list[_Engine] = []
+        self._engines: list[Engine] = []
 
     def connect(self, world: World, policy: PrecisionPolicy) -> Collectives:
         """Join the other ranks, and let DeepSpeed use the same process group.
@@ -75,6 +76,7 @@ class DeepSpeedStrategy(Strategy):
         deepspeed = _deepspeed(world.device.type)
         if world.device.type == "cpu":
             _wait_for_compilation()
+        world.closing.enter_context(_local_rank(world))
         world.closing.callback(_forget_groups)  # it runs after what ProcessGroup enters there
         self._group = ProcessGroup(world)
         deepspeed.init_distributed(dist_backend=world.backend, dist_init_required=False, verbose=False)
@@ -106,7 +108,7 @@ class DeepSpeedStrategy(Strategy):
         engine, *_ = _deepspeed(self._world.device.type).initialize(
             model=module, optimizer=optimizer, config=self._config(), dist_init_required=False
         )
-        self._engines.append(_Engine(engine, optimizer, trained))
+        self._engines.append(Engine(engine, optimizer, trained))
         return engine, [optimizer]
 
     def _config(self) -> dict[str, Any]:
@@ -132,7 +134,7 @@ class DeepSpeedStrategy(Strategy):
         """
         return self._of(module).engine
 
-    def _of(self, module: nn.Module) -> "_Engine":
+    def _of(self, module: nn.Module) -> Engine:
         bare = getattr(module, "module", module)
         for one in self._engines:
             if module is one.engine or bare in (one.engine, *one.engine.modules()):
@@ -174,7 +176,7 @@ class DeepSpeedStrategy(Strategy):
                 where="fabric.backward",
                 instead="with fabric.no_backward_sync(model): around every backward pass but the last before a step",
             )
-        one.averaged = not one.skipping
+        one.averaged, one.waiting = not one.skipping, one.skipping
         one.engine.set_gradient_accumulation_boundary(one.averaged)
         one.engine.backward(loss if weight is None else (loss * weight).sum(), retain_graph=retain)
 
@@ -189,16 +191,44 @@ class DeepSpeedStrategy(Strategy):
             one.skipping = before
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
-        """Let the engine clip, step, and clear the gradients."""
+        """Let the engine clip, step, and clear the gradients.
+
+        Raises:
+            MisuseError: The last backward pass was inside ``no_backward_sync``.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         one = next(one for one in self._engines if one.optimizer is optimizer)
+        if one.waiting:
+            raise MisuseError(
+                "gradients were accumulated, and not averaged, so that DeepSpeed would not step",
+                where="optimizer.step",
+                instead="the last backward pass before a step outside of fabric.no_backward_sync(model)",
+            )
         if one.averaged:
             one.engine.step()
         one.averaged, one.engine.optimizer.clip_grad = False, one.clip
         return loss
+
+    def gradients_cleared(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Let the engines of these parameters forget what they have accumulated.
+
+        Raises:
+            MisuseError: Of several models under stage 3 one has gradients, and it isn't said whose are cleared.
+        """
+        wanted = {id(one) for one in parameters}
+        # Stage 3 leaves its optimizers without parameters between steps.
+        if not wanted and len(self._engines) > 1 and any(one.averaged or one.waiting for one in self._engines):
+            raise MisuseError(
+                "several models are set up, and DeepSpeed hides which of them the optimizer trains",
+                where="optimizer.zero_grad",
+                instead="model.zero_grad()",
+            )
+        for one in self._engines:
+            if not wanted or wanted & one.held():
+                one.clear()
 
     def clip_grad_norm(
         self, parameters: Sequence[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
@@ -228,13 +258,12 @@ class DeepSpeedStrategy(Strategy):
             if gradient is not None:
                 safe_set_full_grad(parameter, gradient.clamp(-clip_value, clip_value))
 
-    def _holding(self, parameters: Sequence[torch.Tensor]) -> "_Engine":
+    def _holding(self, parameters: Sequence[torch.Tensor]) -> Engine:
         if len(self._engines) == 1:
             return self._engines[0]
         wanted = {id(one) for one in parameters}
         for one in self._engines:
-            held = {id(each) for group in one.optimizer.param_groups for each in group["params"]}
-            if wanted & (held | {id(each) for each in one.parameters()}):
+            if wanted & one.held():
                 return one
         raise MisuseError(
             "several models are set up, and DeepSpeed hides which of them the optimizer trains",
@@ -276,113 +305,6 @@ class DeepSpeedStrategy(Strategy):
         one.load_optimizer_state(state)
 
 
-class _Engine:
-    """An engine, and what was given to it.
-
-    Args:
-        engine: DeepSpeed's engine.
-        optimizer: The user's optimizer, whose parameters are DeepSpeed's flat parts by now.
-        trained: The model's own parameters in each of the optimizer's groups.
-    """
-
-    def __init__(self, engine: Any, optimizer: Optimizer, trained: Sequence[Sequence[nn.Parameter]]) -> None:
-        self.engine = engine
-        self.optimizer = optimizer
-        self.trained = trained
-        self.clip = float(engine.gradient_clipping())
-        self.skipping = False
-        self.averaged = False
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Give the model's own parameters, in the order of the optimizer's state."""
-        return (one for group in self.trained for one in group)
-
-    def gradients(self) -> Iterator[torch.Tensor]:
-        """Give whole averaged gradients."""
-        from deepspeed.utils import safe_get_full_grad
-
-        return (gradient for one in self.parameters() if (gradient := safe_get_full_grad(one)) is not None)
-
-    def _flat(self) -> Mapping[str, Any]:
-        """Give the state of one of DeepSpeed's flat parts: all have the same names in it, and count the same steps."""
-        return next(iter(self.optimizer.state.values()), {})
-
-    def optimizer_state(self) -> dict[str, Any]:
-        """Assemble whole states from the parts of all ranks."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        flat = self._flat()
-        whole = [name for name, value in flat.items() if isinstance(value, torch.Tensor) and value.dim() > 0]
-        single = {name: value for name, value in flat.items() if name not in whole}
-        state, groups, index = {}, [], 0
-        for own, parameters in zip(self.optimizer.param_groups, self.trained, strict=True):
-            rest = {name: value for name, value in own.items() if name != "params"}
-            groups.append({**rest, "params": list(range(index, index + len(parameters)))})
-            for parameter in parameters:
-                if flat:
-                    parts = {name: safe_get_full_optimizer_state(parameter, name) for name in whole}
-                    state[index] = {**_copied(single), **_copied(parts)}
-                index += 1
-        return {"state": state, "param_groups": groups}
-
-    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        """Divide whole states over the ranks."""
-        for own, saved in zip(self.optimizer.param_groups, state["param_groups"], strict=True):
-            own.update({name: value for name, value in saved.items() if name != "params"})
-        if not state["state"]:
-            return
-        self._make_room(next(iter(state["state"].values())))
-        for index, parameter in enumerate(self.parameters()):
-            for name, value in state["state"].get(index, {}).items():
-                if isinstance(value, torch.Tensor) and value.dim() > 0:
-                    set_whole(parameter, value, name)
-
-    def _make_room(self, entry: Mapping[str, Any]) -> None:
-        """Give a fresh optimizer the entries that it makes at its first step, which DeepSpeed writes into."""
-        zero = self.engine.optimizer
-        parts = zero.fp32_partitioned_groups_flat if _stage(self.engine) == 3 else zero.single_partition_of_fp32_groups  # noqa: PLR2004
-        for part in parts:
-            own = self.optimizer.state[part]
-            for name, value in entry.items():
-                if isinstance(value, torch.Tensor) and value.dim() > 0:
-                    own.setdefault(name, torch.zeros_like(part))
-                else:
-                    own[name] = value.clone() if isinstance(value, torch.Tensor) else value
-        if _stage(self.engine) != 3:  # noqa: PLR2004
-            zero._lazy_init_hp_params_optimizer_state()  # noqa: SLF001 - it does so itself, after a step
-
-
-def _stage(engine: Any) -> int:
-    return int(engine.zero_optimization_stage())
-
-
-def set_whole(parameter: nn.Parameter, value: torch.Tensor, name: str | None = None) -> None:
-    """Write a whole tensor into what the engine keeps of a parameter, of which this rank has a part.
-
-    Args:
-        parameter: The model's parameter.
-        value: The tensor, of the parameter's whole shape.
-        name: The entry of the optimizer's state; ``None`` is the parameter in 32 bits.
-    """
-    from deepspeed import utils
-
-    value = value.to(parameter.device, torch.float32).flatten()
-    if not hasattr(parameter, "ds_id"):  # stages 1 and 2, which divide without regard to parameters
-        value = value.view(parameter.shape)
-        if name is None:
-            utils.safe_set_full_fp32_param(parameter, value)
-        else:
-            utils.safe_set_full_optimizer_state(parameter, value, name)
-        return
-    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-    padded = nn.functional.pad(value, (0, size * dist.get_world_size() - value.numel()))
-    part = padded.narrow(0, size * dist.get_rank(), size)
-    if name is None:
-        utils.safe_set_local_fp32_param(parameter, part)
-    else:
-        utils.safe_set_local_optimizer_state(parameter, part, name)
-
-
 def _deepspeed(device_type: str) -> Any:
     """Import DeepSpeed, which chooses its hardware by itself, and correct its choice."""
     import deepspeed
@@ -393,6 +315,19 @@ def _deepspeed(device_type: str) -> Any:
 
         set_accelerator(CPU_Accelerator())
     return deepspeed
+
+
+@contextmanager
+def _local_rank(world: World) -> Iterator[None]:
+    """Let DeepSpeed read its local rank, in forward passes too, from the variable that not all launchers set."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(world.local_rank)
+    try:
+        yield
+    finally:
+        del os.environ["LOCAL_RANK"]
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
 
 
 def _wait_for_compilation() -> None:
@@ -438,13 +373,6 @@ def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any
         if isinstance(value, Mapping) and isinstance(ours.get(name), Mapping)
         else value
         for name, value in both.items()
-    }
-
-
-def _copied(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value.detach().clone().cpu() if isinstance(value, torch.Tensor) else value
-        for name, value in entry.items()
     }
 
 

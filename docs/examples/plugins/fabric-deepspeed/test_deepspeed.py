@@ -120,6 +120,44 @@ def test_it_trains_as_ddp(ranks: RankPool, strategy: str) -> None:
     assert norms == pytest.approx(others, rel=1e-4)
 
 
+@pytest.mark.parametrize("strategy", STAGES)
+def test_one_process_trains_alone(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing launched it, so that no variable tells DeepSpeed who it is."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    got, expected = (_alone(one) for one in (strategy, "ddp"))
+    _same(got, expected, rtol=1e-4, atol=1e-5)
+    assert "LOCAL_RANK" not in os.environ
+
+
+def _alone(strategy: str) -> dict[str, torch.Tensor]:
+    with Fabric(accelerator="cpu", devices=1, strategy=strategy) as fabric:
+        fabric.launch()
+        model = _model()
+        wrapped, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=0.05))
+        _steps(fabric, wrapped, optimizer, range(4), None, 1)
+        return _whole(fabric, model)
+
+
+def _cleared(strategy: str) -> dict[str, torch.Tensor]:
+    with Fabric(accelerator="cpu", devices=2, strategy=strategy) as fabric:
+        fabric.launch()
+        model = _model()
+        wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.05))
+        for enabled in (True, False):
+            with fabric.no_backward_sync(wrapped, enabled=enabled):
+                fabric.backward(wrapped(_batch(9, fabric.global_rank)).square().mean())
+            optimizer.zero_grad()
+        _steps(fabric, wrapped, optimizer, range(2), None, 2)
+        return _whole(fabric, model)
+
+
+@pytest.mark.parametrize("strategy", STAGES)
+def test_cleared_gradients_are_gone(ranks: RankPool, strategy: str) -> None:
+    """Those that were accumulated, and those that were averaged already."""
+    _same(ranks.run(_cleared, strategy)[0], ranks.run(_cleared, "ddp")[0], rtol=1e-4, atol=1e-5)
+
+
 def _resumed(first: str, second: str, path: str) -> dict[str, torch.Tensor]:
     for strategy, steps in ((first, range(2)), (second, range(2, 4))):
         with Fabric(accelerator="cpu", devices=2, strategy=strategy) as fabric:
@@ -161,6 +199,11 @@ def _refused() -> list[str]:
         fabric.backward(wrapped(_batch(0, 0)).sum())
         with pytest.raises(MisuseError, match="once for each step"):
             fabric.backward(wrapped(_batch(0, 0)).sum())
+        optimizer.zero_grad()
+        with fabric.no_backward_sync(wrapped):
+            fabric.backward(wrapped(_batch(0, 0)).sum())
+        with pytest.raises(MisuseError, match="not averaged"):
+            optimizer.step()
         with pytest.raises(RequestError) as refused:
             fabric.clip_gradients(wrapped, optimizer, max_norm=1.0, norm_type=1.0)
         return [*seen, refused.value.instead or ""]
