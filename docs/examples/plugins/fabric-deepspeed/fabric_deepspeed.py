@@ -121,6 +121,7 @@ class DeepSpeedStrategy(Strategy):
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
+            "gradient_clipping": 0.0,  # by itself it would clip to a norm of 1
             "bf16": {"enabled": self._policy.param_dtype == torch.bfloat16},
             "fp16": {"enabled": self._policy.param_dtype == torch.float16},
         }
