@@ -273,8 +273,11 @@ class Strategy(Plugin, ABC):
 
     @behaviour
     def clip_grad_value(self, parameters: Sequence[torch.Tensor], clip_value: float) -> None:
-        """Clip every gradient's elements into ``[-clip_value, clip_value]``."""
-        nn.utils.clip_grad_value_(parameters, clip_value)
+        """Clip every gradient's elements into ``[-clip_value, clip_value]``; a parameter's ``grad`` may be ``None``."""
+        # PyTorch's function fails where there is nothing to clip.
+        with_gradients = [parameter for parameter in parameters if parameter.grad is not None]
+        if with_gradients:
+            nn.utils.clip_grad_value_(with_gradients, clip_value)
 
     @behaviour
     def data_shard(self) -> tuple[int, int]:

@@ -275,10 +275,7 @@ class Training:
         self._precision.unscale_gradients(unwrap(optimizer))
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if clip_val is not None:
-            # PyTorch's function fails where there is nothing to clip.
-            with_gradients = [parameter for parameter in parameters if parameter.grad is not None]
-            if with_gradients:
-                self._strategy.clip_grad_value(with_gradients, clip_val)
+            self._strategy.clip_grad_value(parameters, clip_val)
             return None
         if max_norm is None:
             raise AssertionError("one of the two is given")

@@ -251,13 +251,15 @@ class DeepSpeedStrategy(Strategy):
         return norm
 
     def clip_grad_value(self, parameters: Sequence[torch.Tensor], clip_value: float) -> None:
-        """Clip every element of the gradients, which the engine holds in parts."""
-        from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
+        """Refuse: the engine steps on gradients of its own, whatever is written into the parameters'.
 
-        for parameter in self._holding(parameters).parameters():
-            gradient = safe_get_full_grad(parameter)
-            if gradient is not None:
-                safe_set_full_grad(parameter, gradient.clamp(-clip_value, clip_value))
+        Raises:
+            RequestError: Always.
+        """
+        raise RequestError(
+            "DeepSpeed clips by the Euclidean norm", where="fabric.clip_gradients(clip_val=)", got=clip_value,
+            instead="max_norm=",
+        )  # fmt: skip
 
     def _holding(self, parameters: Sequence[torch.Tensor]) -> Engine:
         if len(self._engines) == 1:

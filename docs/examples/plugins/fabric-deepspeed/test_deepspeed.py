@@ -207,6 +207,8 @@ def _refused() -> list[str]:
             fabric.backward(wrapped(_batch(0, 0)).sum())
         with pytest.raises(MisuseError, match="not averaged"):
             optimizer.step()
+        with pytest.raises(RequestError, match="Euclidean"):
+            fabric.clip_gradients(wrapped, optimizer, clip_val=0.01)
         with pytest.raises(RequestError) as refused:
             fabric.clip_gradients(wrapped, optimizer, max_norm=1.0, norm_type=1.0)
         return [*seen, refused.value.instead or ""]
