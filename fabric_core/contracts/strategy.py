@@ -207,11 +207,7 @@ class Strategy(Plugin, ABC):
         return optimizer.step() if closure is None else optimizer.step(closure)
 
     @behaviour
-    def no_backward_sync(
-        self,
-        module: nn.Module,
-        enabled: bool,
-    ) -> AbstractContextManager[Any]:
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
         """Give the context in which backward passes skip gradient synchronization.
 
         Contexts nest: inside an enabled one every inner one, enabled or not, changes nothing, and the next pass after
@@ -274,10 +270,8 @@ class Strategy(Plugin, ABC):
     @behaviour
     def clip_grad_value(self, parameters: Sequence[torch.Tensor], clip_value: float) -> None:
         """Clip every gradient's elements into ``[-clip_value, clip_value]``; a parameter's ``grad`` may be ``None``."""
-        # PyTorch's function fails where there is nothing to clip.
-        with_gradients = [parameter for parameter in parameters if parameter.grad is not None]
-        if with_gradients:
-            nn.utils.clip_grad_value_(with_gradients, clip_value)
+        for grad in (one.grad for one in parameters if one.grad is not None):
+            grad.clamp_(-clip_value, clip_value)
 
     @behaviour
     def data_shard(self) -> tuple[int, int]:
