@@ -27,6 +27,35 @@ fabric.teardown()
 """
 
 
+_RESUMED = """
+import os, sys, time, torch
+from pathlib import Path
+from torch import nn
+from fabric_core import Fabric
+
+folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+fabric = Fabric(accelerator="cpu", strategy="ddp:timeout=PT6S", devices=2, num_nodes=2)
+fabric.launch()
+fabric.seed_everything(7)
+model, optimizer = fabric.setup(net := nn.Linear(4, 1), torch.optim.Adam(net.parameters(), lr=0.1))
+state = {"model": model, "optimizer": optimizer, "step": 0}
+if (folder / "last.ckpt").exists():
+    fabric.load(folder / "last.ckpt", state)
+print(f"begins at {state['step']}\\n", end="", flush=True)
+while state["step"] < steps:
+    batch = torch.arange(8.0).view(2, 4) * (state["step"] % 5 + 1) * (fabric.global_rank + 1)
+    fabric.backward(model(batch).square().mean())
+    optimizer.step()
+    optimizer.zero_grad()
+    state["step"] += 1
+    fabric.save(folder / "last.ckpt", state)
+    time.sleep(0.02)
+weights = [round(one, 6) for one in net.weight.flatten().tolist()]
+print(f"rank {fabric.global_rank} has {weights}\\n", end="", flush=True)
+fabric.teardown()
+"""
+
+
 @pytest.mark.slow
 def test_two_hosts_are_one_world_of_four(
     hosts: tuple[str, str], agent: Command, ended: Command, tmp_path: Path
@@ -64,3 +93,50 @@ def test_a_host_that_is_lost_ends_the_others(
     assert agents[0].returncode != 0
     ended(agents[1], 60)
     assert agents[1].returncode != 0
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("fault", ["link", "kill"])
+def test_training_that_lost_a_host_goes_on_from_the_last_checkpoint(
+    hosts: tuple[str, str], agent: Command, ended: Command, tmp_path: Path, fault: str
+) -> None:
+    """Started again once the link is back, it ends with the weights of a training that nothing had happened to."""
+    script, steps = tmp_path / "job.py", "60"
+    script.write_text(_RESUMED)
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+
+    def train(name: str) -> list[Any]:
+        return [agent(host, node, str(script), str(tmp_path / name), steps) for node, host in enumerate(hosts)]
+
+    def outputs(agents: list[Any]) -> list[str]:
+        return [line for one in agents for line in ended(one, 120).splitlines()]
+
+    whole = outputs(train("whole"))
+    agents = train("cut")
+    reached = tmp_path / "cut" / "last.ckpt"
+    deadline = time.monotonic() + 90
+    while not reached.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    start = time.monotonic()
+    if fault == "link":
+        subprocess.run(["ip", "-n", hosts[1], "link", "set", "v1", "down"], check=True, timeout=20)
+    else:
+        os.killpg(agents[1].pid, signal.SIGKILL)
+    outputs(agents)
+    assert time.monotonic() - start < 60
+    assert 0 not in [one.returncode for one in agents]
+    if fault == "link":
+        subprocess.run(["ip", "-n", hosts[1], "link", "set", "v1", "up"], check=True, timeout=20)
+    agents = train("cut")
+    again = outputs(agents)
+    assert [one.returncode for one in agents] == [0, 0], again
+    begun = {int(line.split()[-1]) for line in again if line.startswith("begins at")}
+    assert len(begun) == 1, again
+    assert 0 < begun.pop() < int(steps)
+    last = sorted(line for line in whole if line.startswith("rank"))
+    assert len(last) == 4, whole
+    assert sorted(line for line in again if line.startswith("rank")) == last
