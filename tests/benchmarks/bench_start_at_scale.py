@@ -2,7 +2,7 @@
 
 The ranks are threads, each with its own connection to a real store, and run what the ranks of a job run before their
 first collective: they find each other as under a scheduler, compare the plan with rank 0's, and wait for each other.
-Ending asks nothing of the store. The process group that PyTorch makes in between is not in it.
+Ending is one operation more. The process group that PyTorch makes in between is not in it.
 """
 
 import argparse
