@@ -25,6 +25,8 @@ EXAMPLES: Final[Mapping[str, Mapping[str, str]]] = {
         "Launcher": "assert not Launcher.capabilities.multi_node",
         "Logger": (
             "class Quiet(Logger):\n"
+            '    """Drops all metrics."""\n'
+            "\n"
             "    def log_metrics(self, metrics, step):\n"
             "        pass\n"
             "\n"
@@ -35,7 +37,7 @@ EXAMPLES: Final[Mapping[str, Mapping[str, str]]] = {
         "Strategy": "assert isinstance(fabric.strategy, Strategy)",
         "Wrapper": (
             "class Nothing(Wrapper):\n"
-            "    pass\n"
+            '    """Leaves a model as it is."""\n'
             "\n"
             "\n"
             'assert list(Fabric(accelerator="cpu", devices=1, wrappers=[Nothing()]).wrappers) == ["Nothing"]'

@@ -1,8 +1,9 @@
 """Every plugin that a page defines keeps the rules of its kind."""
 
 import ast
+import symtable
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,24 +35,50 @@ def _blocks(page: Path) -> list[str]:
     ]
 
 
+def _makes(statement: ast.stmt) -> set[str]:
+    """Give the names that an import, a definition or an assignment makes."""
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return {one.asname or one.name.partition(".")[0] for one in statement.names}
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        return {statement.name}
+    if isinstance(statement, ast.Assign):
+        return {one.id for target in statement.targets for one in ast.walk(target) if isinstance(one, ast.Name)}
+    return set()
+
+
+def _uses(table: symtable.SymbolTable) -> set[str]:
+    """Give the names of the module that code asks for; arguments and the like are its own."""
+    module = table.get_type() == "module"
+    used = {one.get_name() for one in table.get_symbols() if one.is_referenced() and (module or one.is_global())}
+    return used.union(*map(_uses, table.get_children()))
+
+
+def _code(wanted: ast.stmt, before: Sequence[ast.stmt]) -> str:
+    """Give a definition with what it needs of the statements before it."""
+    code, names = [ast.unparse(wanted)], {"*"}
+    names |= _uses(symtable.symtable(code[0], "page", "exec"))
+    for statement in reversed(before):
+        if _makes(statement) & names:
+            code.append(ast.unparse(statement))
+            names |= _uses(symtable.symtable(code[-1], "page", "exec"))
+    return "\n\n".join(reversed(code))
+
+
 def defined(page: Path) -> Iterator[Defined]:
-    """Find the plugins of a page; their code is every definition and import of the page before them."""
-    kept: list[str] = []
+    """Find the plugins of a page, each with what it needs of the page before it."""
+    before: list[ast.stmt] = []
     for block in _blocks(page):
         try:
             tree = ast.parse(block)
         except SyntaxError:
             continue
         for node in tree.body:
-            if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign):
-                kept.append(ast.unparse(node))
             if isinstance(node, ast.ClassDef):
-                bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
-                for base in bases:
-                    if base in CONTRACTS:
+                for base in node.bases:
+                    if isinstance(base, ast.Name) and base.id in CONTRACTS:
                         where = str(page.relative_to(ROOT))
-                        own = [one for one in kept if not one.startswith(("FABRIC", "fabric =", "model", "counter"))]
-                        yield Defined(where, CONTRACTS[base], node.name, "\n\n".join(own))
+                        yield Defined(where, CONTRACTS[base.id], node.name, _code(node, before))
+            before.append(node)
 
 
 ALL = [one for page in PAGES for one in defined(page)]
