@@ -20,7 +20,7 @@ _GRACE: Final = 1.0
 """How many seconds what a rank started has for its own end."""
 
 
-def end_with(agent: int, folder: Path) -> None:
+def end_with(agent: int, folder: Path | None) -> None:
     """Let this process, and what it started, end with its agent; once in a process.
 
     It is a thread that looks on, and not the system that sends the rank a signal: that would end neither what a fork
@@ -28,7 +28,7 @@ def end_with(agent: int, folder: Path) -> None:
 
     Args:
         agent: The agent's process.
-        folder: The folder of the launch, which the agent would have removed.
+        folder: The folder of the launch, which the agent would have removed; ``None`` where it has none.
     """
     if not sys.platform.startswith("linux") or any(one.name == _THREAD for one in threading.enumerate()):
         return
@@ -39,14 +39,15 @@ def end_with(agent: int, folder: Path) -> None:
     threading.Thread(target=_watch, args=(descriptor, folder), daemon=True, name=_THREAD).start()
 
 
-def _watch(agent: int, folder: Path) -> None:
+def _watch(agent: int, folder: Path | None) -> None:
     ended = select.poll()
     ended.register(agent, select.POLLIN)
     ended.poll()
     if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(_LAST)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
     for sign in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):  # it leads no group: a script may change that
             os.killpg(os.getpid(), sign)

@@ -102,7 +102,10 @@ class ElasticLauncher(Launcher):
         return self._start_function(order, order.function)
 
     def setup_process(self, info: ProcessInfo) -> None:
-        """In a rank that this launcher started: share the cores, and die with the agent."""
+        """Let the rank die with its agent; in one that this launcher started, share the cores too."""
+        if info.owner == "torchrun":
+            end_with(os.getppid(), None)
+            return
         if info.owner != "elastic":
             return
         end_with(report_agent(), report_folder())
