@@ -60,9 +60,7 @@ EXAMPLES: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "fabric_core.collectives": {
         "Collectives": "assert issubclass(ProcessGroup, Collectives)",
-        "ProcessGroup": (
-            "class Averaging(Strategy):\n    def connect(self, world, policy):\n        return ProcessGroup(world)"
-        ),
+        "ProcessGroup": "def connect(self, world, policy):  # of a strategy\n    return ProcessGroup(world)",
         "ProcessInfo": "assert ProcessInfo(global_rank=1, local_rank=1, world_size=2, local_world_size=2).global_rank",
         "SingleProcess": 'assert SingleProcess().all_reduce(torch.ones(1), None, "sum").item() == 1',
         "World": ("fabric.launch()\nassert isinstance(fabric.world, World)\nassert fabric.world.is_global_zero"),
