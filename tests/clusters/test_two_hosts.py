@@ -72,6 +72,14 @@ def test_two_hosts_are_one_world_of_four(
     assert [one.returncode for one in agents] == [0, 0]
 
 
+def _lose(fault: str, hosts: tuple[str, str], agents: list[Any]) -> None:
+    """Cut the second host off, or kill its agent."""
+    if fault == "link":
+        subprocess.run(["ip", "-n", hosts[1], "link", "set", "v1", "down"], check=True, timeout=20)
+    else:
+        os.killpg(agents[1].pid, signal.SIGKILL)
+
+
 @pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["link", "kill"])
@@ -86,10 +94,7 @@ def test_a_host_that_is_lost_ends_the_others(
     while " of 4 " not in (line := agents[0].stdout.readline()):
         assert line, "the first agent ended"
     start = time.monotonic()
-    if fault == "link":
-        subprocess.run(["ip", "-n", hosts[1], "link", "set", "v1", "down"], check=True, timeout=20)
-    else:
-        os.killpg(agents[1].pid, signal.SIGKILL)
+    _lose(fault, hosts, agents)
     ended(agents[0], 60)
     assert time.monotonic() - start < 45
     assert agents[0].returncode != 0
@@ -100,10 +105,11 @@ def test_a_host_that_is_lost_ends_the_others(
 @pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("fault", ["link", "kill"])
 def test_training_that_lost_a_host_goes_on_from_the_last_checkpoint(
-    hosts: tuple[str, str], agent: Command, ended: Command, tmp_path: Path
+    hosts: tuple[str, str], agent: Command, ended: Command, tmp_path: Path, fault: str
 ) -> None:
-    """Started again once the link is back, it ends with the weights of a training that nothing had happened to."""
+    """Started again after it, it ends with the weights of a training that nothing had happened to."""
     script = tmp_path / "job.py"
     script.write_text(_RESUMED)
     for name in ("whole", "cut"):
@@ -122,7 +128,7 @@ def test_training_that_lost_a_host_goes_on_from_the_last_checkpoint(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     start = time.monotonic()
-    subprocess.run(["ip", "-n", hosts[1], "link", "set", "v1", "down"], check=True, timeout=20)
+    _lose(fault, hosts, agents)
     outputs(agents)
     assert time.monotonic() - start < 60
     assert 0 not in [one.returncode for one in agents]
