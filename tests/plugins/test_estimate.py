@@ -124,6 +124,14 @@ def test_the_two_gradients_of_a_shared_weight_are_added_as_the_engine_adds_them(
     assert json.loads(out)["activations"] == pytest.approx(2 * size, rel=0.05)
 
 
+def test_a_shared_weight_has_its_gradient_when_all_of_it_was_computed(estimate: Any) -> None:
+    """Under fsdp it is in flight at the end, and not while its halves wait for each other."""
+    _, out, _ = estimate("tied", "--strategy", "fsdp", "--devices", "2", "--json")
+    one = json.loads(out)["ranks"][0]
+    size = 4 * 64 * 2**14
+    assert (one["in_flight"], one["in_flight_last"]) == (size, 2 * size)
+
+
 def test_a_model_that_fits_nowhere(estimate: Any) -> None:
     """Hundreds of GiB are counted, and none of them made; ranks that hold the same are one row."""
     code, out, _ = estimate("huge", "--strategy", "fsdp", "--devices", "8", "--precision", "bf16-true", "--json")

@@ -1,5 +1,6 @@
 """What a rank holds where parameters are divided, before anything is set up."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import prod
@@ -25,9 +26,10 @@ def divided_memory(
     """Divide parameters, gradients and state along their first dimension, and add what FSDP2 has whole at one time.
 
     During ``backward`` that is: what is gathered and stays so, the unit that is computed and the next one, the whole
-    gradients of the outermost unit, and those of one block, with the copy that is reduced. The outermost unit's are
-    reduced last, when no block is whole any more: there are its parameters and gradients, then its gradients and the
-    copy, then the copy and what the backend makes of it, which on the CPU is one more.
+    gradients of the outermost unit, but for weights that several modules share, which have theirs only when the last of
+    these was computed, and those of one block, with the copy that is reduced. The outermost unit's are reduced last,
+    when no block is whole any more: there are its parameters and gradients, then its gradients and the copy, then the
+    copy and what the backend makes of it, which on the CPU is one more.
 
     Args:
         module: The model after a step of one process alone.
@@ -62,9 +64,11 @@ def divided_memory(
     gradients = [_gathered(own, policy.compute_dtype) for own in trained]
     reduced = [_gathered(own, policy.reduce_dtype) for own in trained]
     of_blocks = sum(passing) + max(map(sum, zip(gradients[:-1], reduced[:-1], strict=True)), default=0)
+    users = Counter(one for its in module.modules() for one in its.parameters(recurse=False))
+    early = _gathered((one for one in trained[-1] if users[one] == 1), policy.compute_dtype)
     held = MemoryEstimate.of(module, optimizer, part)
     last = max(root + gradients[-1], gradients[-1] + reduced[-1], 2 * reduced[-1])
-    return replace(held, in_flight=stays + gradients[-1] + of_blocks, in_flight_last=last)
+    return replace(held, in_flight=stays + early + of_blocks, in_flight_last=last)
 
 
 def _gathered(parameters: Iterable[torch.Tensor], dtype: torch.dtype | None) -> int:
