@@ -136,7 +136,8 @@ class TensorBoardLogger(FolderLogger):
         place = next((one.device for one in bare.parameters()), torch.device("cpu"))
         given = map_tensors(given, lambda one: one.to(place))
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch.jit.trace", category=DeprecationWarning)  # its only way
+            for category in (DeprecationWarning, FutureWarning):  # of its only way, before PyTorch 2.14 and since
+                warnings.filterwarnings("ignore", message=".*torch.jit.trace", category=category)
             self._writer().add_graph(bare, given)
         self._writer().flush()
 

@@ -181,8 +181,8 @@ def test_a_full_disk_at_the_end_of_the_process(disk: Path) -> None:
         "import sys, torch\nfrom fabric_core import Fabric\n"
         "fabric = Fabric(accelerator='cpu', devices=1)\n"
         "fabric.save(sys.argv[1] + '/state', {'a': torch.ones(1)})\n"
-        "fabric.save(sys.argv[1] + '/state', {'a': torch.ones(1000, 1000)}, asynchronous=True)\n"
-        "fabric.save(sys.argv[1] + '/small', {'a': torch.ones(9)}, asynchronous='queued')\n"
+        "fabric.save(sys.argv[1] + '/small', {'a': torch.ones(9)}, asynchronous=True)\n"
+        "fabric.save(sys.argv[1] + '/state', {'a': torch.ones(1000, 1000)}, asynchronous='queued')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(disk)], capture_output=True, text=True, timeout=60, check=False
