@@ -446,7 +446,7 @@ def _count_threads() -> int:
 def _threads(strategy: str) -> tuple[list[int], list[int]]:
     """Count threads during and after each of several trainings, each of another shape.
 
-    Not before the first one, in which PyTorch may start threads that it keeps.
+    Not before the first one: a rank keeps a thread that waits for its agent's end, and PyTorch may keep others.
     """
     during, apart = [], []
     for width in range(3, 7):
