@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Final
@@ -14,6 +15,7 @@ from fabric_core.binding import Bindings, check_extension
 from fabric_core.choosing.offers import Offer
 from fabric_core.choosing.registry import Registry
 from fabric_core.choosing.resolve import check_declared
+from fabric_core.cli._output import progress
 from fabric_core.contracts import Accelerator
 from fabric_core.errors import (
     FabricError,
@@ -64,13 +66,22 @@ class Finding:
     seconds: float = 0.0
 
 
-def examine(registry: Registry, timeout: float) -> Iterator[Finding]:
+def examine(registry: Registry, timeout: float, *, shown: bool = True) -> Iterator[Finding]:
     """Examine every offer.
 
     Args:
         registry: Where the offers are.
         timeout: How many seconds one may take.
+        shown: Whether a terminal shows how far it is.
     """
+    total = sum(len(registry.offers(kind)) for kind in groups())
+    with progress("examining", total) if shown else nullcontext(lambda *_: None) as advance:
+        for finding in _examine(registry, timeout):
+            advance(1, f"{finding.kind} {finding.name}")
+            yield finding
+
+
+def _examine(registry: Registry, timeout: float) -> Iterator[Finding]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fabric_core.cli._doctor"])
     for stray in registry.strays:

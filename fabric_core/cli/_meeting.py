@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
@@ -30,7 +30,6 @@ from fabric_core.cli._output import Exit, print_table, print_text, progress
 from fabric_core.collectives import ProcessGroup, ProcessInfo
 from fabric_core.contracts import Accelerator, Launcher, Strategy
 from fabric_core.errors import FabricError
-from fabric_core.kinds import groups
 from fabric_core.running.launching import check_connected, make_world
 from fabric_core.running.meeting import meet
 
@@ -146,14 +145,10 @@ def _sizes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 def examine_node(job: Job) -> dict[str, list[dict[str, Any]]]:
     """Examine the plugins of this node, as far as there is time."""
     findings = []
-    total = sum(len(job.registry.offers(kind)) for kind in groups())
-    shown = progress("examining", total) if job.info.global_rank == 0 else nullcontext(lambda *_: None)
-    with shown as advance:
-        for finding in examine(job.registry, 10.0):
-            findings.append(asdict(finding))
-            advance(1, finding.name)
-            if job.left() < _LEAVE["plugins"]:
-                break
+    for finding in examine(job.registry, 10.0, shown=job.info.global_rank == 0):
+        findings.append(asdict(finding))
+        if job.left() < _LEAVE["plugins"]:
+            break
     return {node_of(job.ranks[job.info.global_rank]): findings}
 
 

@@ -8,7 +8,7 @@ from fabric_core.choosing.offers import Offer
 from fabric_core.choosing.plan import Plan
 from fabric_core.cli._asking import completer, find_registry, plan_of
 from fabric_core.cli._describe import field_type, meanings
-from fabric_core.cli._output import AsJson, Exit, print_json, print_table, print_text, progress
+from fabric_core.cli._output import AsJson, Exit, print_json, print_table, print_text
 from fabric_core.errors import FabricError, UnknownPluginError
 from fabric_core.kinds import EXTENSION, groups
 
@@ -60,11 +60,7 @@ def examine_plugins(
 
     from fabric_core.cli._doctor import SOUND, examine
 
-    registry, findings = find_registry(), []
-    with progress("importing", sum(len(registry.offers(kind)) for kind in groups())) as advance:
-        for finding in examine(registry, timeout):
-            findings.append(finding)
-            advance(1, f"{finding.kind} {finding.name}")
+    findings = list(examine(find_registry(), timeout))
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:

@@ -270,8 +270,8 @@ class Strategy(Plugin, ABC):
     @behaviour
     def clip_grad_value(self, parameters: Sequence[torch.Tensor], clip_value: float) -> None:
         """Clip every gradient's elements into ``[-clip_value, clip_value]``; a parameter's ``grad`` may be ``None``."""
-        for grad in (one.grad for one in parameters if one.grad is not None):
-            grad.clamp_(-clip_value, clip_value)
+        if held := [one for one in parameters if one.grad is not None]:  # PyTorch's function fails on none
+            nn.utils.clip_grad_value_(held, clip_value)
 
     @behaviour
     def data_shard(self) -> tuple[int, int]:

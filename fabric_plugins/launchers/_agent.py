@@ -170,7 +170,7 @@ def _runs(pid: int) -> bool:
     """Whether a process runs: one that has ended may wait for this one to ask how."""
     with contextlib.suppress(ChildProcessError):  # the fork server's, which asks
         if sys.platform.startswith("linux"):
-            return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+            return _end_of(pid) is None
     return _exists(os.kill, pid, 0)
 
 
@@ -178,9 +178,13 @@ def _failed(pid: int) -> bool:
     """Whether a child of this process has ended, and not with exit code 0."""
     with contextlib.suppress(ChildProcessError):
         if sys.platform.startswith("linux"):
-            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            return ended is not None and ended.si_status != 0
+            return (ended := _end_of(pid)) is not None and ended.si_status != 0
     return False
+
+
+def _end_of(pid: int) -> "os.waitid_result | None":
+    """Give how a child of this process ended, and let it be asked again; ``None`` while it runs."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
 
 
 def _signalled(group: int, sign: int) -> bool:
