@@ -341,6 +341,8 @@ def _precision_clash(precision: Precision, accelerator: Accelerator, strategy: C
     for dtype in (policy.param_dtype, policy.compute_dtype):
         if isinstance(dtype, torch.dtype) and not accelerator.supports(dtype):
             return f"it computes in {dtype}, which {accelerator.device_type} doesn't support here"
+    if policy.param_dtype is not None and (other := carrier.refusal_of(policy.param_dtype)) is not None:
+        return f"its parameters are of the type {policy.param_dtype}, and the strategy {strategy.name} {other}"
     if policy.loss_scaling and not carrier.loss_scaling:
         return f"it scales the loss, which the strategy {strategy.name} declares not to support"
     converts = policy.compute_dtype is not None and policy.compute_dtype != policy.param_dtype

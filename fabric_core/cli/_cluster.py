@@ -13,7 +13,7 @@ from fabric_core.choosing.request import Request
 from fabric_core.cli._asking import request_of
 from fabric_core.cli._facts import find_facts
 from fabric_core.cli._meeting import Job, examine_node, meet_others
-from fabric_core.cli._output import AsJson, Exit
+from fabric_core.cli._output import AsJson, Exit, handing_on
 from fabric_core.collectives import ProcessInfo
 from fabric_core.contracts import LaunchOrder
 from fabric_core.errors import FabricError
@@ -44,7 +44,8 @@ def doctor(
         raise error
     if found is None and plan.world_size > 1:
         launcher = starter(assembly.chosen.ranked("launcher"), plan.num_nodes)
-        launcher.start(LaunchOrder(processes=len(plan.device_indices), nodes=plan.num_nodes))
+        with handing_on():
+            launcher.start(LaunchOrder(processes=len(plan.device_indices), nodes=plan.num_nodes))
         return
     info = ProcessInfo() if found is None else found[2]
     job = Job(info, began + within, as_json, (max_latency, min_bandwidth), assembly)

@@ -2,10 +2,8 @@
 
 import itertools
 import math
-import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -107,10 +105,9 @@ def matrix(
         raise RequestError("there is no folder for the picture", where="--png", got=str(png), instead="an existing one")
     base, variables = request_of(config, devices=devices, num_nodes=num_nodes)
     named = {"accelerator": accelerator, "strategy": strategy, "precision": precision, "wrapper": wrapper}
-    with _prints_to_errors():
-        cells = list(make_matrix(make_registry(variables, base.lock), base, variables, named))
-        if tried:
-            cells = list(try_cells(cells))
+    cells = list(make_matrix(make_registry(variables, base.lock), base, variables, named))
+    if tried:
+        cells = list(try_cells(cells))
     if png is not None:
         from fabric_core.cli._picture import draw
 
@@ -121,20 +118,6 @@ def matrix(
         _print(cells)
     if any(cell.tried for cell in cells):
         raise typer.Exit(Exit.NO)
-
-
-@contextmanager
-def _prints_to_errors() -> Iterator[None]:
-    """Let what plugins and their ranks print go to the error stream: what this command prints is data."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def make_matrix(

@@ -17,7 +17,6 @@ from datetime import timedelta
 from functools import cached_property
 from typing import Any, Final, NoReturn, TypeVar
 
-import typer
 from torch.distributed import PrefixStore, Store
 
 from fabric_core.assembly import Assembly
@@ -26,7 +25,7 @@ from fabric_core.cli._asking import find_registry
 from fabric_core.cli._doctor import SOUND, examine
 from fabric_core.cli._facts import Fault, judge_facts, node_of, rank_of
 from fabric_core.cli._links import judge_links, measure_compute, measure_pairs, measure_together
-from fabric_core.cli._output import Exit, print_table, print_text, progress
+from fabric_core.cli._output import Exit, print_json, print_table, print_text, progress
 from fabric_core.collectives import ProcessGroup, ProcessInfo
 from fabric_core.contracts import Accelerator, Launcher, Strategy
 from fabric_core.errors import FabricError
@@ -93,7 +92,6 @@ class Job:
         links = judge_links(self.links, self.ranks, *self.limits)
         faults = [*dict.fromkeys((*self.faults, *judge_facts(self.ranks.values()), *found, *links))]
         if self.as_json:
-            # Plain: mpirun gives rank 0 a terminal, whoever reads its own output.
             report = {
                 "sound": not faults,
                 "seen_by": self.info.global_rank,
@@ -105,7 +103,7 @@ class Job:
                 "all_reduce": self.together,
                 "links": self.links,
             }
-            typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+            print_json(report, plain=True)  # mpirun gives rank 0 a terminal, whoever reads its own output
         else:
             self._print(faults)
         sys.stdout.flush()

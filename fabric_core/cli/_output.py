@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from threading import Timer
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TextIO
 
 import typer
 from rich.console import Console
@@ -22,9 +22,17 @@ from rich.table import Table
 
 from fabric_core.errors import FabricError
 
-__all__ = ["AsJson", "Exit", "as_dict", "print_json", "print_table", "print_text", "progress", "run_to_the_end"]
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too, and nothing else on standard output.")]
+__all__ = [
+    "AsJson",
+    "Exit",
+    "as_dict",
+    "handing_on",
+    "print_json",
+    "print_table",
+    "print_text",
+    "progress",
+    "run_to_the_end",
+]
 
 _WIDEST: Final = 100_000
 _PATIENCE: Final = 2.0
@@ -46,12 +54,63 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
-def print_json(data: Any) -> None:
-    """Print data as JSON, with colours on a terminal."""
-    if Console().is_terminal:
-        Console().print_json(data=data)
+_output: TextIO | None = None
+"""What was standard output, where JSON was asked for: only what ``print_json`` prints goes there."""
+
+
+def print_json(data: Any, *, plain: bool = False) -> None:
+    """Print data as JSON, with colours on a terminal unless it is to be plain."""
+    console = Console(file=_output)
+    if console.is_terminal and not plain:
+        console.print_json(data=data)
     else:
-        typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(data, indent=2, ensure_ascii=False), file=_output)
+
+
+@contextmanager
+def _data_alone() -> Iterator[None]:
+    """Let what else is printed, by plugins, what they import and the ranks that they start, go to the error stream."""
+    global _output  # noqa: PLW0603 - the process has one
+    before, encoding = sys.stdout, sys.stdout.encoding
+    before.flush()
+    kept = os.dup(1)
+    _output = os.fdopen(os.dup(1), "w", encoding=encoding) if before is sys.__stdout__ else before
+    sys.stdout = sys.stderr
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout, _output = before, None
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextmanager
+def handing_on() -> Iterator[None]:
+    """Let processes that run this command too have the standard output: one of them prints the data."""
+    if _output is None:
+        yield
+        return
+    os.dup2(_output.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(2, 1)
+
+
+def _keep_data_alone(context: typer.Context, value: bool) -> bool:
+    if value and not context.resilient_parsing:
+        context.with_resource(_data_alone())
+    return value
+
+
+_JSON: Final[Any] = typer.Option(
+    "--json",
+    help="Print JSON, errors too, and nothing else on standard output.",
+    callback=_keep_data_alone,
+    is_eager=True,  # before other options, whose values may load plugins
+)
+AsJson = Annotated[bool, _JSON]
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 
+from fabric_core.conformance.cases import computing_in, widest_of
 from fabric_core.conformance.pool import RankHang, RankPool, RankRaised
 from fabric_core.conformance.rule import Broken, without_kit
 from fabric_core.conformance.snapshot import restored
@@ -54,7 +55,7 @@ class Bench:
         self._timeout = timeout
         self._pools: dict[int, RankPool] = {} if pools is None else pools
         self._shared = pools is not None
-        self._looked: tuple[dict[str, Any], str | None] | Exception | None = None
+        self._looked: tuple[dict[str, Any], str | None, torch.dtype] | Exception | None = None
 
     @property
     def declared(self) -> dict[str, Any]:
@@ -71,10 +72,18 @@ class Bench:
         """The type of the devices that it runs on; ``None`` where there is none."""
         return self._look()[1]
 
-    def _look(self) -> tuple[dict[str, Any], str | None]:
+    @property
+    def widest(self) -> torch.dtype:
+        """The widest floating-point type that the plugin trains and the device has."""
+        return torch.float64 if self._looked is None or isinstance(self._looked, Exception) else self._looked[2]
+
+    def _new_place(self) -> "Place":
+        return Place(self.subject, self.device, self.widest)
+
+    def _look(self) -> tuple[dict[str, Any], str | None, torch.dtype]:
         if self._looked is None:
             try:
-                self._looked = _run(self._pool(1), Place(self.subject, self.device), _look, ())[0]
+                self._looked = _run(self._pool(1), self._new_place(), _look, ())[0]
             except (Broken, RankHang) as error:
                 self._looked = error
         if isinstance(self._looked, Exception):
@@ -99,7 +108,7 @@ class Bench:
             Broken: A rank raised.
             RankHang: A rank did not come back.
         """
-        return _run(self._pool(self.world_size), Place(self.subject, self.device), function, args)
+        return _run(self._pool(self.world_size), self._new_place(), function, args)
 
     def run_apart(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Run as ``run`` does, in ranks that nothing was run in before, and that nothing is run in after.
@@ -123,7 +132,7 @@ class Bench:
         It may start processes of its own, which takes longer.
         """
         with RankPool(1, timeout=3 * self._timeout, parents=True) as pool:
-            return _run(pool, Place(self.subject, self.device), function, args)[0]
+            return _run(pool, self._new_place(), function, args)[0]
 
     def check(self, check: Callable[..., None], *example: Any) -> None:
         """Run a check at a bench inside a rank.
@@ -132,7 +141,7 @@ class Bench:
             Broken: The rule isn't kept.
             RankHang: The rank did not come back.
         """
-        message = _run(self._pool(1), Place(self.subject, self.device), _check, (check, *example))[0]
+        message = _run(self._pool(1), self._new_place(), _check, (check, *example))[0]
         if message is not None:
             raise Broken(message)
 
@@ -182,12 +191,17 @@ def _check(place: "Place", check: Callable[..., None], *example: Any) -> str | N
     return None
 
 
-def _look(place: "Place") -> tuple[dict[str, Any], str | None]:
-    """Look at what the plugin declares, and at the type of the device that it is to run on."""
-    if place.device is None:
-        return place.subject.declared(), "cpu"
-    host: Any = Subject.of("accelerator", place.device).make()
-    return place.subject.declared(), host.device_type if host.is_available() else None
+def _look(place: "Place") -> tuple[dict[str, Any], str | None, torch.dtype]:
+    """Look at what the plugin declares, at the type of the device that it is to run on, and at the numbers of both."""
+    from fabric_core.conformance.references import Host
+
+    declared = place.subject.declared()
+    host: Any = Host() if place.device is None else Subject.of("accelerator", place.device).make()
+    there = host.is_available()
+    types = declared.get("param_dtypes")
+    named = {getattr(torch, one, None) for one in types or ()}
+    widest = widest_of(lambda dtype: (types is None or dtype in named) and (not there or host.supports(dtype)))
+    return declared, host.device_type if there else None, widest
 
 
 def _run(pool: RankPool, place: "Place", function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
@@ -217,7 +231,8 @@ def _measure(function: Callable[..., Any], place: "Place", args: tuple[Any, ...]
             del os.environ[name]
         os.environ["FABRIC_EXTENSIONS"] = ""
         try:
-            return function(place, *args)
+            with computing_in(place.widest):
+                return function(place, *args)
         finally:
             # Otherwise the measurements of one plugin use up how often a function may be compiled again.
             torch.compiler.reset()
@@ -237,11 +252,13 @@ class Place:
     Args:
         subject: The plugin under test.
         device: The name of the accelerator to run on; ``None`` is the kit's own, the CPU.
+        widest: The floating-point type of models and batches.
     """
 
-    def __init__(self, subject: Subject, device: str | None) -> None:
+    def __init__(self, subject: Subject, device: str | None, widest: torch.dtype = torch.float64) -> None:
         self.subject = subject
         self.device = device
+        self.widest = widest
 
     @property
     def rank(self) -> int:

@@ -7,6 +7,7 @@ import tempfile
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,8 +35,38 @@ __all__ = [
     "trainings",
 ]
 
+_EXACT: Final = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}
+"""How far numbers may be off that were summed in another order, by their type; the widest first."""
+
+_widest: ContextVar[torch.dtype] = ContextVar("widest", default=torch.float64)
+
 PARTS: Final = 4
 """A batch divides into this many equal parts, so that any of 1, 2 and 4 ranks reads the same number of rows."""
+
+
+@contextmanager
+def computing_in(dtype: torch.dtype) -> Iterator[None]:
+    """Let models and batches be of a type inside the block."""
+    token = _widest.set(dtype)
+    try:
+        yield
+    finally:
+        _widest.reset(token)
+
+
+def widest() -> torch.dtype:
+    """Give the type of models and batches: the widest that the plugin takes, and the device."""
+    return _widest.get()
+
+
+def widest_of(takes: "Callable[[torch.dtype], bool]") -> torch.dtype:
+    """Give the widest type that is taken; 64 bits where none is."""
+    return next((dtype for dtype in _EXACT if takes(dtype)), torch.float64)
+
+
+def exact() -> float:
+    """Say how far numbers of that type may be off that were summed in another order."""
+    return _EXACT[widest()]
 
 
 @dataclass(frozen=True)
@@ -112,8 +143,8 @@ class Branching(nn.Module):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.left = nn.Linear(3, 2, dtype=torch.float64)
-        self.right = nn.Linear(3, 2, dtype=torch.float64)
+        self.left = nn.Linear(3, 2, dtype=widest())
+        self.right = nn.Linear(3, 2, dtype=widest())
 
     def forward(self, x: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """``(rows, 3)``, and which rows go right, ``(rows,)`` -> ``(rows, 2)``."""
@@ -125,11 +156,11 @@ class Branching(nn.Module):
         return y
 
 
-def build(case: Training, dtype: torch.dtype = torch.float64) -> Net:
-    """Make the model; the same one on every rank."""
+def build(case: Training, dtype: torch.dtype | None = None) -> Net:
+    """Make the model, of the widest type or another; the same one on every rank."""
     state = torch.get_rng_state()
     torch.manual_seed(case.seed)
-    model = Net(case).to(dtype)
+    model = Net(case).to(dtype or widest())
     torch.set_rng_state(state)
     if case.frozen:
         model.inner.requires_grad_(False)
@@ -162,15 +193,15 @@ def _optimizer(case: Training, groups: list[dict[str, Any]]) -> torch.optim.Opti
 
 
 def batches(
-    case: Training, dtype: torch.dtype = torch.float64, steps: int | None = None
+    case: Training, dtype: torch.dtype | None = None, steps: int | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Give whole batches, one for each backward pass: ``(rows, 3)`` and ``(rows, 2)``."""
     generator = torch.Generator().manual_seed(case.seed + 1)
     rows = PARTS * case.rows
     for _ in range((case.steps if steps is None else steps) * case.accumulate):
         yield (
-            torch.randn(rows, 3, generator=generator, dtype=torch.float64).to(dtype),
-            torch.randn(rows, 2, generator=generator, dtype=torch.float64).to(dtype),
+            torch.randn(rows, 3, generator=generator, dtype=torch.float64).to(dtype or widest()),
+            torch.randn(rows, 2, generator=generator, dtype=torch.float64).to(dtype or widest()),
         )
 
 
@@ -183,9 +214,13 @@ def part(tensor: torch.Tensor, shard: tuple[int, int]) -> torch.Tensor:
 Weights = dict[str, torch.Tensor]
 
 
-@lru_cache(maxsize=256)
 def trained_alone(case: Training, skipped: tuple[int, ...] = ()) -> Weights:
     """Train in one process on whole batches, in plain PyTorch: the oracle; some steps may be left out."""
+    return _trained_alone(case, skipped, widest())
+
+
+@lru_cache(maxsize=256)
+def _trained_alone(case: Training, skipped: tuple[int, ...], _dtype: torch.dtype) -> Weights:
     model = build(case)
     optimizer = optimizer_for(case, model.parameters())
     for index, (x, y) in enumerate(batches(case)):

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from fabric_core.conformance.bench import Bench
+from fabric_core.conformance.cases import computing_in
 from fabric_core.conformance.pool import RankHang
 from fabric_core.conformance.rule import Broken, Rule
 from fabric_core.errors import NotInstalledError
@@ -216,7 +217,8 @@ def attempt(rule: Rule, bench: Bench, *example: Any) -> _Failed | None:
         if rule.inside and bench.world_size == 1:
             bench.check(rule.check, *example)
         else:
-            rule.check(bench, *example)
+            with computing_in(bench.widest):
+                rule.check(bench, *example)
     except Broken as broken:
         return _Failed(Outcome.BROKEN, str(broken), *example)
     except RankHang as error:

@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from fabric_core.conformance.cases import PARTS
+from fabric_core.conformance.cases import PARTS, widest
 
 __all__ = ["COARSE", "ZOO", "Running", "batches", "make"]
 
@@ -74,7 +74,7 @@ class _Complex(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(3, 2, dtype=torch.complex128))
+        self.weight = nn.Parameter(torch.randn(3, 2, dtype=widest().to_complex()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = (x.to(self.weight.dtype) @ self.weight).abs()
@@ -86,8 +86,8 @@ class _Transposed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(2, 3, dtype=torch.float64).t())
-        self.scalar = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+        self.weight = nn.Parameter(torch.randn(2, 3, dtype=widest()).t())
+        self.scalar = nn.Parameter(torch.tensor(0.5, dtype=widest()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self.weight * self.scalar
@@ -101,7 +101,7 @@ class _Half(nn.Module):
         self.layer = nn.Linear(3, 2, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.layer(x.to(self.layer.weight.dtype)).double()
+        y: torch.Tensor = self.layer(x.to(self.layer.weight.dtype)).to(widest())
         return y
 
 
@@ -142,16 +142,16 @@ class _Dropping(nn.Module):
 
 
 ZOO: Final[dict[str, Callable[[], nn.Module]]] = {
-    "tied word vectors and a norm": lambda: _Embedding().double(),
-    "convolutions, one frozen": lambda: _Convolution().double(),
-    "a recurrent cell": lambda: _Recurrent().double(),
+    "tied word vectors and a norm": lambda: _Embedding().to(widest()),
+    "convolutions, one frozen": lambda: _Convolution().to(widest()),
+    "a recurrent cell": lambda: _Recurrent().to(widest()),
     "parameters of two types": _TwoTypes,
     "a complex parameter": _Complex,
     "a parameter that is not contiguous": _Transposed,
     "parameters in float16": lambda: _Half(torch.float16),
     "parameters in bfloat16": lambda: _Half(torch.bfloat16),
-    "dropout": lambda: _Dropping().double(),
-    "a running mean": lambda: Running().double(),
+    "dropout": lambda: _Dropping().to(widest()),
+    "a running mean": lambda: Running().to(widest()),
 }
 """The models, under the words that a message calls them by."""
 
@@ -172,7 +172,7 @@ def batches(seed: int = 1, count: int = 2) -> Iterator[torch.Tensor]:
     """Give whole batches of inputs, ``(rows, 3)``, which divide into equal parts."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
-        yield torch.randn(_ROWS, 3, generator=generator, dtype=torch.float64)
+        yield torch.randn(_ROWS, 3, generator=generator, dtype=torch.float64).to(widest())
 
 
 def loss(output: torch.Tensor) -> Any:

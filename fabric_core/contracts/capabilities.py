@@ -1,5 +1,7 @@
 """What a plugin declares of itself: data for the plan, checked by the conformance kit in both directions."""
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
@@ -28,6 +30,8 @@ class StrategyCapabilities(_Capabilities):
 
     device_types: frozenset[str] | None = None
     """The device types that it runs on; ``None`` is every type."""
+    param_dtypes: frozenset[str] | None = None
+    """The types of the parameters that it trains, such as ``"float32"``; ``None`` is every type."""
     min_world_size: int = 1
     """The smallest number of processes."""
     max_world_size: int | None = None
@@ -58,6 +62,12 @@ class StrategyCapabilities(_Capabilities):
     """One model can have several optimizers."""
     joint_setup: bool = False
     """A model and its optimizers must be set up in one call."""
+
+    def refusal_of(self, dtype: Any) -> str | None:
+        """Say which types it declares to train, where this is none of them; else ``None``."""
+        if self.param_dtypes is None or str(dtype).removeprefix("torch.") in self.param_dtypes:
+            return None
+        return f"declares to train {', '.join(sorted(self.param_dtypes))} alone"
 
 
 class PrecisionCapabilities(_Capabilities):

@@ -6,7 +6,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -14,6 +14,9 @@ from fabric_core.contracts import Agreement, map_tensors, walk_tensors
 from fabric_core.errors import CheckpointError
 
 __all__ = ["Background", "SaveHandle"]
+
+_STAGES_AGAIN: Final = torch.__version__ >= "2.13"
+"""Whether PyTorch's stager can be used more than once: that of 2.12 closes itself, and then raises a ``KeyError``."""
 
 
 class SaveHandle:
@@ -82,7 +85,7 @@ class Background:
 
         devices = {tensor.device.type for _, tensor in walk_tensors(tree)}
         pinned = bool(devices - {"cpu"}) and torch.accelerator.is_available()
-        if self._stager is None or not reuse:
+        if self._stager is None or not reuse or not _STAGES_AGAIN:
             self._stager = DefaultStager(
                 StagingOptions(
                     use_pinned_memory=pinned,

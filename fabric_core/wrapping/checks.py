@@ -23,6 +23,7 @@ __all__ = [
     "check_same",
     "check_shared",
     "check_trains",
+    "check_types",
 ]
 
 _WHERE = "fabric.setup"
@@ -145,6 +146,26 @@ def check_counts(strategy: Strategy, models: int, optimizers: int) -> None:
             got=f"{optimizers} optimizers",
             instead="one optimizer with several parameter groups; or another strategy",
         )
+
+
+def check_types(strategy: Strategy, module: nn.Module) -> None:
+    """Refuse a model with parameters to train of types that the strategy declares not to train.
+
+    Args:
+        strategy: The strategy.
+        module: The model, as the precision made it.
+
+    Raises:
+        SetupError: It has such.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and (refusal := strategy.capabilities.refusal_of(parameter.dtype)) is not None:
+            raise SetupError(
+                f"{type(strategy).__name__} {refusal}",
+                where=_WHERE,
+                got=f"{name} of the type {parameter.dtype}",
+                instead="a precision that keeps parameters in one of them, model.float(), or another strategy",
+            )
 
 
 def check_optimizer(optimizer: Any, set_up: Container[Any]) -> None:

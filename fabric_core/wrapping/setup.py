@@ -27,6 +27,7 @@ from fabric_core.wrapping.checks import (
     check_same,
     check_shared,
     check_trains,
+    check_types,
 )
 from fabric_core.wrapping.compiled import compile_again, uncompiled
 from fabric_core.wrapping.dataloader import FabricDataLoader
@@ -108,6 +109,7 @@ class Setup:
         before = dict(module.named_parameters(remove_duplicate=False))
         original = module
         module = self._prepared(module, world.device if move and not declared.handles_device_placement else None)
+        check_types(self._strategy, module)
         outer = Route(module) if declared.intercepts_forward else module
         ready: list[Optimizer] = []
         if declared.joint_setup:

@@ -53,7 +53,7 @@ class Profiler:
         from torch.profiler import profile
 
         self._rank, self._left = world.global_rank, self._steps
-        started = profile()
+        started = profile(acc_events=True)  # there is one cycle; PyTorch 2.12 warns without it
         started.start()
         self._profile = started
 

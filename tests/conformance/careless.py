@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,3 +80,16 @@ class Pairwise(Averaging):
     """Needs two processes."""
 
     capabilities = StrategyCapabilities(distributed=True, no_backward_sync=True, min_world_size=2)
+
+
+class SummingSingles(Averaging):
+    """Sums gradients, and trains parameters of 32 bits alone."""
+
+    capabilities = Averaging.capabilities.model_copy(update={"param_dtypes": frozenset({"float32"})})
+
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum."""
+        super().average(parameters)
+        for one in parameters:
+            if one.grad is not None:
+                one.grad *= self.world.world_size

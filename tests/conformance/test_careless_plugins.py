@@ -150,3 +150,10 @@ def test_pool_closes_what_it_opened() -> None:
         with RankPool(1) as pool:
             pool.run(os.getpid)
     assert count() <= before
+
+
+def test_what_trains_fewer_bits_is_judged_in_them() -> None:
+    """A mistake in its gradients is seen as in 64 bits."""
+    broken = _judged("strategy", "SummingSingles", "STR-301", "STR-308").verdicts
+    assert [(one.outcome, one.world_size) for one in broken] == [(Outcome.BROKEN, 2)] * 2
+    assert all("Error" not in one.message for one in broken)

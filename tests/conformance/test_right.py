@@ -31,6 +31,7 @@ RIGHT: list[tuple[str, str, dict[str, object]]] = [
             "Announcing",
             "Precise",
             "Refusing",
+            "OfSingles",
         )
     ),
     *(("precision", f"{HOME}:{name}", {}) for name in ("StaticScale", "ByPolicyAlone", "Halved", "Tripling", "Plain")),

@@ -330,6 +330,13 @@ ACTS: Final[dict[tuple[str, str], Act]] = {
     ("Strategy", "device_types"): Act(
         _made("device_types"), {None: "made", frozenset({"moon"}): "declares the device types moon"}
     ),
+    ("Strategy", "param_dtypes"): Act(
+        _after_setup("param_dtypes", _how_set_up),
+        {
+            frozenset({"float32"}): "setup_module Linear torch.float32",
+            frozenset({"bfloat16"}): "declares to train bfloat16 alone",
+        },
+    ),
     ("Strategy", "min_world_size"): Act(_made("min_world_size"), {1: "made", 2: "at least 2 processes"}),
     ("Strategy", "max_world_size"): Act(
         lambda given, value: _made("max_world_size")({**given, "devices": 2}, value),

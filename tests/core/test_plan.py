@@ -127,6 +127,12 @@ class Shards(_Strategy):
     )
 
 
+class Singles(_Strategy):
+    """Trains parameters of 32 bits alone."""
+
+    capabilities = StrategyCapabilities(param_dtypes=frozenset({"float32"}))
+
+
 class Full(Precision):
     """Nothing changes."""
 
@@ -488,3 +494,24 @@ def test_an_instance_that_declares_what_is_of_the_wrong_type_fails_by_name(given
     with pytest.raises(QuarantinedError) as caught:
         Fabric(**{"accelerator": "host", "devices": 1, **given})
     assert message in str(caught.value)
+
+
+class Wide(Precision):
+    """Parameters of 64 bits."""
+
+    @property
+    def policy(self) -> PrecisionPolicy:
+        return PrecisionPolicy(param_dtype=torch.float64)
+
+
+def test_a_strategy_that_does_not_train_the_types_of_a_precision() -> None:
+    """It is refused when it is made; the message names both and what goes instead."""
+    with registered("strategy", "singles", Singles), registered("precision", "wide", Wide):
+        with pytest.raises(PlanError) as caught:
+            Fabric(accelerator="host", strategy="singles", devices=1, precision="wide")
+        assert (
+            "its parameters are of the type torch.float64, and the strategy singles declares to train float32 alone"
+            in str(caught.value)
+        )
+        assert 'precision="full"' in str(caught.value.instead)
+        Fabric(accelerator="host", strategy="singles", devices=1, precision="full").teardown()

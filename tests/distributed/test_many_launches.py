@@ -73,10 +73,11 @@ def _check(before: tuple[int, int, int, int, bool], after: tuple[int, int, int, 
     ("first", "then"),
     [(5, 25), pytest.param(50, 450, marks=[pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(600)])],
 )
-def test_launches_and_teardowns_hold_nothing(two_ranks: RankPool, first: int, then: int) -> None:
+def test_launches_and_teardowns_hold_nothing(first: int, then: int) -> None:
     """After as many rounds: the same file descriptors, threads and processes, and no more memory than noise."""
-    for before, after in two_ranks.run(_rounds, _round, first, then):
-        _check(before, after)
+    with RankPool(2, timeout=500) as ranks:
+        for before, after in ranks.run(_rounds, _round, first, then):
+            _check(before, after)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process holds in this way")

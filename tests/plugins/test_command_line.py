@@ -1,11 +1,13 @@
 """Every command of the command line keeps the same promises: JSON, an example, exit codes, completion, no traceback."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,3 +193,40 @@ def test_a_bar_comes_late_and_on_a_terminal_alone(
         time.sleep(seconds)
         advance(1, "the second")
     assert ("reading" in written.getvalue()) == shown
+
+
+_LOUD = """
+import os
+from fabric_plugins.precisions.full import FullPrecision
+class Loud(FullPrecision):
+    def __init__(self, options):
+        super().__init__(options)
+        print('made')
+        os.write(1, b'written\\n')
+"""
+_MAIN = "import fabric_core.cli, loud; fabric_core.register('precision', 'loud', loud.Loud); fabric_core.cli.main()"
+_WITH_PLUGINS = {
+    "explain": ["--precision", "loud"],
+    "plugins why": ["single_device", "--precision", "loud"],
+    "plugins matrix": ["--accelerator", "cpu", "--strategy", "single_device", "--devices", "1", "--precision", "loud"],
+    "config make": ["made.toml", "--precision", "loud", "--accelerator", "cpu"],
+    "conformance": ["precision:loud:Loud", "--rule", "PRE-201"],
+    "doctor": ["--accelerator", "cpu", "--strategy", "single_device", "--devices", "1", "--precision", "loud"],
+}
+
+
+@pytest.mark.parametrize("name", _WITH_PLUGINS)
+def test_what_a_plugin_prints_is_not_among_the_data(name: str, tmp_path: Path) -> None:
+    """Whoever prints, Python or a library below it, in this process or a rank."""
+    (tmp_path / "loud.py").write_text(_LOUD, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", _MAIN, *name.split(), *_WITH_PLUGINS[name], "--json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    json.loads(done.stdout)
+    assert {"made", "written"} <= set(done.stderr.split()), done.stderr

@@ -81,7 +81,7 @@ def _transparent(bench: Bench, case: Training) -> None:
     if any(other is None for _, other in gradients):
         raise Broken("a parameter has no gradient")
     off = max((one - other).abs().max().item() for one, other in [(expected, got), *gradients])
-    if not off <= _CLOSE:
+    if not off <= max(_CLOSE, cases.exact()):
         raise Broken(f"outputs or gradients differ by {off:.3g}")
 
 
@@ -106,7 +106,7 @@ def _train(place: Place, case: Training, **parts: Any) -> tuple[cases.Weights, b
 )
 def _trains(bench: Bench, case: Training) -> None:
     got, _ = bench.run(_train, case)[0]
-    if not distance(got, cases.trained_alone(case)) <= _CLOSE:
+    if not distance(got, cases.trained_alone(case)) <= max(_CLOSE, cases.exact()):
         raise Broken(f"the parameters differ by {distance(got, cases.trained_alone(case)):.3g}")
 
 
@@ -166,7 +166,7 @@ def _pickles(bench: Bench) -> None:
     except Exception as error:
         raise Broken(f"it doesn't pickle: {error!r}") from error
     x, _ = next(cases.batches(Training()))
-    if not torch.allclose(again(x), wrapped(x), rtol=0, atol=_CLOSE):
+    if not torch.allclose(again(x), wrapped(x), rtol=0, atol=max(_CLOSE, cases.exact())):
         raise Broken("it computes something else")
 
 
@@ -190,7 +190,7 @@ def _optimizers(bench: Bench) -> None:
     for module, optimizer in ((plain, expected), (model, wrapped)):
         nn.functional.mse_loss(module(x), y).backward()
         optimizer.step()
-    if not distance(cases.copied(plain), cases.copied(model)) <= _CLOSE:
+    if not distance(cases.copied(plain), cases.copied(model)) <= max(_CLOSE, cases.exact()):
         raise Broken("a step goes elsewhere")
 
 
@@ -248,5 +248,5 @@ def _train_sharded(place: Place, case: Training) -> cases.Weights:
 )
 def _trains_sharded(bench: Bench) -> None:
     got = bench.run(_train_sharded, Training())[0]
-    if not distance(got, cases.trained_alone(Training())) <= _CLOSE:
+    if not distance(got, cases.trained_alone(Training())) <= max(_CLOSE, cases.exact()):
         raise Broken(f"the parameters differ by {distance(got, cases.trained_alone(Training())):.3g}")

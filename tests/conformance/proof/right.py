@@ -304,6 +304,18 @@ class Refusing(Averaging):
         return super().setup_module(module)
 
 
+class OfSingles(Averaging):
+    """Trains parameters of 32 bits alone, as an engine that keeps its own copies of them does."""
+
+    capabilities = Averaging.capabilities.model_copy(update={"param_dtypes": frozenset({"float32"})})
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Look at the types."""
+        if any(one.dtype != torch.float32 for one in module.parameters() if one.requires_grad):
+            raise AssertionError("it was declared")
+        return super().setup_module(module)
+
+
 # Precisions
 
 

@@ -60,6 +60,7 @@ class DeepSpeedStrategy(Strategy):
         multiple_optimizers=False,
         loss_scaling=False,
         no_backward_sync=True,
+        param_dtypes=frozenset({"float32", "bfloat16", "float16"}),  # its own copies of them are in 32 bits
     )
 
     def __init__(self, options: DeepSpeedOptions | None = None, /, **given: Any) -> None:

@@ -11,7 +11,6 @@ from fabric_core.conformance.cases import Training, Weights, distance, part
 from fabric_core.conformance.rule import Broken, Table
 from fabric_core.conformance.rules.strategy.measures import (
     ALWAYS,
-    EXACT,
     SEVERAL,
     How,
     check_mean,
@@ -119,7 +118,7 @@ def _stays_apart(bench: Bench) -> None:
     for rank, (got, own, mean) in enumerate(bench.run(one_pass, "apart")):
         if all(value is None for value in got.values()):
             continue
-        if gap(got, mean) <= EXACT or (not bench.declared["sharded"] and not gap(got, own) <= EXACT):
+        if gap(got, mean) <= cases.exact() or (not bench.declared["sharded"] and not gap(got, own) <= cases.exact()):
             raise Broken(f"rank {rank}'s gradients are off its own by {gap(got, own):.3g}, off the mean by "
                          f"{gap(got, mean):.3g}")  # fmt: skip
 
@@ -135,7 +134,7 @@ def _stays_apart(bench: Bench) -> None:
 )
 def _synchronises_always(bench: Bench) -> None:
     for rank, (got, own, mean) in enumerate(bench.run(one_pass, "undeclared")):
-        if not gap(got, mean) <= EXACT:
+        if not gap(got, mean) <= cases.exact():
             raise Broken(f"rank {rank}'s gradients are off the mean by {gap(got, mean):.3g}, "
                          f"off its own by {gap(got, own):.3g}")  # fmt: skip
 
@@ -217,7 +216,7 @@ def _unused(bench: Bench) -> None:
     for rank, got in enumerate(results):
         if isinstance(got, str):
             raise Broken(f"rank {rank} raised, and others did not: {got}")
-        if not distance(got, expected) <= EXACT:
+        if not distance(got, expected) <= cases.exact():
             raise Broken(f"rank {rank}'s parameters differ by {distance(got, expected):.3g}")
 
 
@@ -231,7 +230,7 @@ def _twice(place: Place) -> float:
             fabric.backward(loss, retain_graph=True)
             retained = loss.grad_fn is not None
             first = local(model)
-            fabric.backward(loss, gradient=torch.tensor(2.0, dtype=torch.float64, device=fabric.device))
+            fabric.backward(loss, gradient=torch.full_like(loss, 2.0))
             second = local(model)
     if not retained or any(value is None for value in (*first.values(), *second.values())):
         return 0.0
@@ -248,7 +247,7 @@ def _twice(place: Place) -> float:
 )
 def _backward_arguments(bench: Bench) -> None:
     off = bench.run(_twice)[0]
-    if not off <= EXACT:
+    if not off <= cases.exact():
         raise Broken(f"after a second pass with gradient=2 the gradients are off by {off:.3g}")
 
 
@@ -275,5 +274,5 @@ def _needs_no_backward(bench: Bench) -> None:
 def _requires_strategy_backward(bench: Bench) -> None:
     if bench.world_size < (bench.declared["max_world_size"] or SEVERAL[0]):
         return
-    if all(gap(got, mean) <= EXACT for got, _, mean in bench.run(one_pass, "inner")):
+    if all(gap(got, mean) <= cases.exact() for got, _, mean in bench.run(one_pass, "inner")):
         raise Broken("they are")

@@ -21,10 +21,6 @@ ALWAYS: Final = (1, 2)
 SEVERAL: Final = (2,)
 
 
-EXACT: Final = 1e-10
-"""How far 64-bit numbers may be off that were summed in another order."""
-
-
 SCALE: Final = 1024.0
 
 
@@ -130,7 +126,7 @@ def check_training(bench: Bench, case: Training, how: How, measure: Callable[...
     arguments = (case, how) if measure is train else (case,)
     for rank, got in enumerate(bench.run(measure, *arguments)):
         off = distance(got, expected)
-        if not off <= EXACT:
+        if not off <= cases.exact():
             raise Broken(f"rank {rank}'s parameters differ by {off:.3g} after {case.steps} steps")
 
 
@@ -211,7 +207,7 @@ def gap(one: dict[str, Any], other: dict[str, Any]) -> float:
 def check_mean(bench: Bench, mode: str) -> None:
     """Compare the gradients that every rank steps with to the mean."""
     for rank, (got, _, mean) in enumerate(bench.run(one_pass, mode)):
-        if not gap(got, mean) <= EXACT:
+        if not gap(got, mean) <= cases.exact():
             raise Broken(f"rank {rank}'s gradients are off the mean by {gap(got, mean):.3g}")
 
 

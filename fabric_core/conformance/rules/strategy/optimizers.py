@@ -11,7 +11,6 @@ from fabric_core.conformance.cases import Training, distance
 from fabric_core.conformance.rule import Broken, Table
 from fabric_core.conformance.rules.strategy.measures import (
     ALWAYS,
-    EXACT,
     How,
     check_training,
     loss_of,
@@ -103,5 +102,5 @@ def _closures(bench: Bench) -> None:
             raise Broken(f"rank {rank}: SGD asks once, and the closure ran {calls} times")
         if not is_tensor or not value >= 0:
             raise Broken(f"rank {rank}: step(closure) returns {value}")
-        if not off <= EXACT:
+        if not off <= cases.exact():
             raise Broken(f"rank {rank}'s parameters differ by {off:.3g}")

@@ -15,7 +15,6 @@ from fabric_core.conformance.cases import Training, Weights, distance
 from fabric_core.conformance.rule import Broken, Table
 from fabric_core.conformance.rules.strategy.measures import (
     ALWAYS,
-    EXACT,
     SEVERAL,
     How,
     full,
@@ -98,7 +97,7 @@ def _goes_on_in_plain_pytorch(bench: Bench, case: Training) -> None:
     nn.functional.mse_loss(model(x), y).backward()
     optimizer.step()
     off = distance(cases.copied(model), cases.trained_alone(longer))
-    if not off <= EXACT:
+    if not off <= cases.exact():
         raise Broken(f"after one more step the parameters differ by {off:.3g}")
 
 
@@ -141,7 +140,7 @@ def _continues(bench: Bench, case: Training) -> None:
     with tempfile.TemporaryDirectory(prefix="fabric-kit-") as folder:
         for rank, got in enumerate(bench.run(_resume, case, folder)):
             off = distance(got, expected)
-            if not off <= EXACT:
+            if not off <= cases.exact():
                 raise Broken(f"rank {rank}'s parameters differ by {off:.3g}")
 
 

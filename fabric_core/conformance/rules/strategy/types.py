@@ -12,7 +12,6 @@ from fabric_core.conformance.cases import Training, Weights
 from fabric_core.conformance.rule import Broken, Table
 from fabric_core.conformance.rules.strategy.measures import (
     ALWAYS,
-    EXACT,
     How,
     check_training,
     gap,
@@ -53,7 +52,7 @@ def _with_scaling(bench: Bench, case: Training) -> None:
     world_sizes=ALWAYS,
 )
 def _without_scaling(bench: Bench) -> None:
-    if all(gap(got, mean) <= EXACT for got, _, mean in bench.run(one_pass, "scaled")):
+    if all(gap(got, mean) <= cases.exact() for got, _, mean in bench.run(one_pass, "scaled")):
         raise Broken("they are")
 
 
