@@ -1,16 +1,18 @@
 """Where rules are checked: the driver's bench, and each rank's place at it."""
 
 import os
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from fabric_core.conformance.cases import computing_in, widest_of
+from fabric_core.conformance.numbers import computing_in, widest_of
 from fabric_core.conformance.pool import RankHang, RankPool, RankRaised
 from fabric_core.conformance.rule import Broken, without_kit
 from fabric_core.conformance.snapshot import restored
@@ -18,7 +20,7 @@ from fabric_core.conformance.subject import Subject
 from fabric_core.contracts import Plugin
 from fabric_core.fabric import Fabric
 
-__all__ = ["Bench", "Place"]
+__all__ = ["Bench", "Place", "folder_of_its_own"]
 
 _TIMEOUT: Final = 20.0
 """How many seconds one measurement may take; ``FABRIC_TIMEOUT_SCALE`` multiplies it."""
@@ -332,3 +334,10 @@ class Place:
             loggers=None if logger is None else [logger],
             plugins=[parts.pop("launcher", None) or kit.Surroundings(), parts.pop("checkpoint", None) or kit.OneFile()],
         )
+
+
+@contextmanager
+def folder_of_its_own() -> Iterator[Path]:
+    """Give a folder that is gone after the block."""
+    with tempfile.TemporaryDirectory(prefix="fabric-kit-") as folder:
+        yield Path(folder)

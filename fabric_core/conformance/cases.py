@@ -3,18 +3,16 @@
 Only the driver draws. A rank gets the value and builds from it, with the same seed on every rank.
 """
 
-import tempfile
 from collections import namedtuple
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
+
+from fabric_core.conformance.numbers import widest
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -29,44 +27,13 @@ __all__ = [
     "Training",
     "build",
     "devices",
-    "folder_of_its_own",
     "payloads",
     "tensors",
     "trainings",
 ]
 
-_EXACT: Final = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}
-"""How far numbers may be off that were summed in another order, by their type; the widest first."""
-
-_widest: ContextVar[torch.dtype] = ContextVar("widest", default=torch.float64)
-
 PARTS: Final = 4
 """A batch divides into this many equal parts, so that any of 1, 2 and 4 ranks reads the same number of rows."""
-
-
-@contextmanager
-def computing_in(dtype: torch.dtype) -> Iterator[None]:
-    """Let models and batches be of a type inside the block."""
-    token = _widest.set(dtype)
-    try:
-        yield
-    finally:
-        _widest.reset(token)
-
-
-def widest() -> torch.dtype:
-    """Give the type of models and batches: the widest that the plugin takes, and the device."""
-    return _widest.get()
-
-
-def widest_of(takes: "Callable[[torch.dtype], bool]") -> torch.dtype:
-    """Give the widest type that is taken; 64 bits where none is."""
-    return next((dtype for dtype in _EXACT if takes(dtype)), torch.float64)
-
-
-def exact() -> float:
-    """Say how far numbers of that type may be off that were summed in another order."""
-    return _EXACT[widest()]
 
 
 @dataclass(frozen=True)
@@ -426,10 +393,3 @@ def devices() -> "SearchStrategy[Any]":
         st.sampled_from(["auto", "AUTO", "", " ", "x", "1.5", ",", "0,", "a,b", True, False, None, 1.5, b"1", "-1"]),
         st.lists(st.sampled_from([0, True, "0", None, 1.0]), min_size=1, max_size=2),
     )
-
-
-@contextmanager
-def folder_of_its_own() -> Iterator[Path]:
-    """Give a folder that is gone after the block."""
-    with tempfile.TemporaryDirectory(prefix="fabric-kit-") as folder:
-        yield Path(folder)

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from fabric_core.conformance.bench import Bench
-from fabric_core.conformance.cases import computing_in
+from fabric_core.conformance.numbers import computing_in
 from fabric_core.conformance.pool import RankHang
 from fabric_core.conformance.rule import Broken, Rule
 from fabric_core.errors import NotInstalledError

@@ -6,7 +6,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from fabric_core.conformance.cases import PARTS, widest
+from fabric_core.conformance.cases import PARTS
+from fabric_core.conformance.numbers import widest
 
 __all__ = ["COARSE", "ZOO", "Running", "batches", "make"]
 

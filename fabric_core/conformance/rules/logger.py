@@ -8,8 +8,7 @@ from typing import Final
 import torch
 
 from fabric_core.conformance import snapshot
-from fabric_core.conformance.bench import Bench, Place
-from fabric_core.conformance.cases import folder_of_its_own
+from fabric_core.conformance.bench import Bench, Place, folder_of_its_own
 from fabric_core.conformance.rule import Broken, Table
 from fabric_core.errors import FabricError
 

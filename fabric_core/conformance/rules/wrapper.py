@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fabric_core.conformance import cases, snapshot
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Training, distance
+from fabric_core.conformance.numbers import exact
 from fabric_core.conformance.rule import Broken, Level, Table
 from fabric_core.conformance.rules.strategy.measures import whole
 from fabric_core.wrapping import unwrap
@@ -81,7 +82,7 @@ def _transparent(bench: Bench, case: Training) -> None:
     if any(other is None for _, other in gradients):
         raise Broken("a parameter has no gradient")
     off = max((one - other).abs().max().item() for one, other in [(expected, got), *gradients])
-    if not off <= max(_CLOSE, cases.exact()):
+    if not off <= max(_CLOSE, exact()):
         raise Broken(f"outputs or gradients differ by {off:.3g}")
 
 
@@ -106,7 +107,7 @@ def _train(place: Place, case: Training, **parts: Any) -> tuple[cases.Weights, b
 )
 def _trains(bench: Bench, case: Training) -> None:
     got, _ = bench.run(_train, case)[0]
-    if not distance(got, cases.trained_alone(case)) <= max(_CLOSE, cases.exact()):
+    if not distance(got, cases.trained_alone(case)) <= max(_CLOSE, exact()):
         raise Broken(f"the parameters differ by {distance(got, cases.trained_alone(case)):.3g}")
 
 
@@ -166,7 +167,7 @@ def _pickles(bench: Bench) -> None:
     except Exception as error:
         raise Broken(f"it doesn't pickle: {error!r}") from error
     x, _ = next(cases.batches(Training()))
-    if not torch.allclose(again(x), wrapped(x), rtol=0, atol=max(_CLOSE, cases.exact())):
+    if not torch.allclose(again(x), wrapped(x), rtol=0, atol=max(_CLOSE, exact())):
         raise Broken("it computes something else")
 
 
@@ -190,7 +191,7 @@ def _optimizers(bench: Bench) -> None:
     for module, optimizer in ((plain, expected), (model, wrapped)):
         nn.functional.mse_loss(module(x), y).backward()
         optimizer.step()
-    if not distance(cases.copied(plain), cases.copied(model)) <= max(_CLOSE, cases.exact()):
+    if not distance(cases.copied(plain), cases.copied(model)) <= max(_CLOSE, exact()):
         raise Broken("a step goes elsewhere")
 
 
@@ -248,5 +249,5 @@ def _train_sharded(place: Place, case: Training) -> cases.Weights:
 )
 def _trains_sharded(bench: Bench) -> None:
     got = bench.run(_train_sharded, Training())[0]
-    if not distance(got, cases.trained_alone(Training())) <= max(_CLOSE, cases.exact()):
+    if not distance(got, cases.trained_alone(Training())) <= max(_CLOSE, exact()):
         raise Broken(f"the parameters differ by {distance(got, cases.trained_alone(Training())):.3g}")

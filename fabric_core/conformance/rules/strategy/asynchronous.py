@@ -7,6 +7,7 @@ from typing import Any, Final
 from fabric_core.conformance import cases
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Training, Weights, distance, part
+from fabric_core.conformance.numbers import exact
 from fabric_core.conformance.rule import Broken, Table
 from fabric_core.conformance.rules.strategy.measures import SEVERAL, How, loss_of, set_up, whole
 
@@ -40,9 +41,7 @@ def _train(place: Place, first: int, last: int, folder: str) -> list[Weights]:
 def _meetings(bench: Bench, first: int, last: int, folder: str = "") -> tuple[list[bool], list[Weights]]:
     """Say after which steps all ranks have the same parameters, and give rank 0's after each."""
     mine, *others = bench.run(_train, first, last, folder)
-    return [
-        all(distance(one, other[index]) <= cases.exact() for other in others) for index, one in enumerate(mine)
-    ], mine
+    return [all(distance(one, other[index]) <= exact() for other in others) for index, one in enumerate(mine)], mine
 
 
 @TABLE.rule(
@@ -56,7 +55,7 @@ def _meetings(bench: Bench, first: int, last: int, folder: str = "") -> tuple[li
 )
 def _parts(bench: Bench) -> None:
     _, mine = _meetings(bench, 0, _CASE.steps)
-    if distance(mine[-1], cases.trained_alone(_CASE)) <= cases.exact():
+    if distance(mine[-1], cases.trained_alone(_CASE)) <= exact():
         raise Broken(f"after {_CASE.steps} steps of Adam every rank is where one process is")
 
 

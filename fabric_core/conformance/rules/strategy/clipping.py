@@ -8,6 +8,7 @@ from torch import nn
 from fabric_core.conformance import cases
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Clipping, Training
+from fabric_core.conformance.numbers import exact
 from fabric_core.conformance.rule import Broken, Table
 from fabric_core.conformance.rules.strategy.measures import (
     ALWAYS,
@@ -82,7 +83,7 @@ def _clipped_alone(clipping: Clipping, by: str) -> tuple[float, dict[str, Any]]:
 def _norm(bench: Bench, clipping: Clipping) -> None:
     expected, _ = _clipped_alone(clipping, "norm")
     for rank, seen in enumerate(bench.run(_clip, clipping, "norm")):
-        if seen["raised"] is not None or not abs(seen["norm"] - expected) <= cases.exact() * max(1.0, expected):
+        if seen["raised"] is not None or not abs(seen["norm"] - expected) <= exact() * max(1.0, expected):
             raise Broken(f"rank {rank}: {seen['raised'] or seen['norm']}, and the whole norm is {expected:.9g}")
 
 
@@ -98,7 +99,7 @@ def _norm(bench: Bench, clipping: Clipping) -> None:
 def _clips(bench: Bench, clipping: Clipping) -> None:
     _, expected = _clipped_alone(clipping, "norm")
     for rank, seen in enumerate(bench.run(_clip, clipping, "norm")):
-        if seen["raised"] is not None or not gap(seen["gradients"], expected) <= cases.exact():
+        if seen["raised"] is not None or not gap(seen["gradients"], expected) <= exact():
             raise Broken(f"rank {rank}: {seen['raised'] or 'the gradients are off'}")
 
 
@@ -142,5 +143,5 @@ def _nonfinite(bench: Bench) -> None:
 def _value(bench: Bench, clipping: Clipping) -> None:
     _, expected = _clipped_alone(clipping, "value")
     for rank, seen in enumerate(bench.run(_clip, clipping, "value")):
-        if seen["raised"] is not None or not gap(seen["gradients"], expected) <= cases.exact():
+        if seen["raised"] is not None or not gap(seen["gradients"], expected) <= exact():
             raise Broken(f"rank {rank}: {seen['raised'] or 'the gradients are off'}")

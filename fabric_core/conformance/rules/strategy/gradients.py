@@ -8,6 +8,7 @@ from torch import nn
 from fabric_core.conformance import cases
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Training, Weights, distance, part
+from fabric_core.conformance.numbers import exact
 from fabric_core.conformance.rule import Broken, Table
 from fabric_core.conformance.rules.strategy.measures import (
     ALWAYS,
@@ -118,7 +119,7 @@ def _stays_apart(bench: Bench) -> None:
     for rank, (got, own, mean) in enumerate(bench.run(one_pass, "apart")):
         if all(value is None for value in got.values()):
             continue
-        if gap(got, mean) <= cases.exact() or (not bench.declared["sharded"] and not gap(got, own) <= cases.exact()):
+        if gap(got, mean) <= exact() or (not bench.declared["sharded"] and not gap(got, own) <= exact()):
             raise Broken(f"rank {rank}'s gradients are off its own by {gap(got, own):.3g}, off the mean by "
                          f"{gap(got, mean):.3g}")  # fmt: skip
 
@@ -134,7 +135,7 @@ def _stays_apart(bench: Bench) -> None:
 )
 def _synchronises_always(bench: Bench) -> None:
     for rank, (got, own, mean) in enumerate(bench.run(one_pass, "undeclared")):
-        if not gap(got, mean) <= cases.exact():
+        if not gap(got, mean) <= exact():
             raise Broken(f"rank {rank}'s gradients are off the mean by {gap(got, mean):.3g}, "
                          f"off its own by {gap(got, own):.3g}")  # fmt: skip
 
@@ -216,7 +217,7 @@ def _unused(bench: Bench) -> None:
     for rank, got in enumerate(results):
         if isinstance(got, str):
             raise Broken(f"rank {rank} raised, and others did not: {got}")
-        if not distance(got, expected) <= cases.exact():
+        if not distance(got, expected) <= exact():
             raise Broken(f"rank {rank}'s parameters differ by {distance(got, expected):.3g}")
 
 
@@ -247,7 +248,7 @@ def _twice(place: Place) -> float:
 )
 def _backward_arguments(bench: Bench) -> None:
     off = bench.run(_twice)[0]
-    if not off <= cases.exact():
+    if not off <= exact():
         raise Broken(f"after a second pass with gradient=2 the gradients are off by {off:.3g}")
 
 
@@ -274,5 +275,5 @@ def _needs_no_backward(bench: Bench) -> None:
 def _requires_strategy_backward(bench: Bench) -> None:
     if bench.world_size < (bench.declared["max_world_size"] or SEVERAL[0]):
         return
-    if all(gap(got, mean) <= cases.exact() for got, _, mean in bench.run(one_pass, "inner")):
+    if all(gap(got, mean) <= exact() for got, _, mean in bench.run(one_pass, "inner")):
         raise Broken("they are")

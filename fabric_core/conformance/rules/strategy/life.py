@@ -11,6 +11,7 @@ from torch import nn
 from fabric_core.conformance import cases, snapshot
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Training, distance
+from fabric_core.conformance.numbers import exact
 from fabric_core.conformance.rule import Broken, Table
 from fabric_core.conformance.rules.strategy.measures import (
     ALWAYS,
@@ -71,7 +72,7 @@ def _leak(place: Place) -> list[str]:
         own = plain_gradients(case, x, y, cases.copied(model))
         model.zero_grad()
         nn.functional.mse_loss(model(x.to(device)), y.to(device)).backward()
-        if not gap(gradients(model), own) <= cases.exact():
+        if not gap(gradients(model), own) <= exact():
             left.append("what the model's own backward pass gives")
     kept = weakref.ref(model)
     del fabric, model, wrapped, stepper

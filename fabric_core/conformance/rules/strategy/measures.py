@@ -11,6 +11,7 @@ from torch import nn
 from fabric_core.conformance import cases
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Training, Weights, distance, part
+from fabric_core.conformance.numbers import exact
 from fabric_core.conformance.rule import Broken
 from fabric_core.errors import MisuseError
 from fabric_core.wrapping.module import strategy_module
@@ -126,7 +127,7 @@ def check_training(bench: Bench, case: Training, how: How, measure: Callable[...
     arguments = (case, how) if measure is train else (case,)
     for rank, got in enumerate(bench.run(measure, *arguments)):
         off = distance(got, expected)
-        if not off <= cases.exact():
+        if not off <= exact():
             raise Broken(f"rank {rank}'s parameters differ by {off:.3g} after {case.steps} steps")
 
 
@@ -207,7 +208,7 @@ def gap(one: dict[str, Any], other: dict[str, Any]) -> float:
 def check_mean(bench: Bench, mode: str) -> None:
     """Compare the gradients that every rank steps with to the mean."""
     for rank, (got, _, mean) in enumerate(bench.run(one_pass, mode)):
-        if not gap(got, mean) <= cases.exact():
+        if not gap(got, mean) <= exact():
             raise Broken(f"rank {rank}'s gradients are off the mean by {gap(got, mean):.3g}")
 
 

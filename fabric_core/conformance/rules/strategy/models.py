@@ -8,6 +8,7 @@ from torch import nn
 from fabric_core.conformance import cases, zoo
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Weights, distance, part
+from fabric_core.conformance.numbers import exact
 from fabric_core.conformance.rule import Broken, Table
 from fabric_core.conformance.rules.strategy.measures import ALWAYS, SEVERAL, full, refused, shard_of, whole
 
@@ -72,7 +73,7 @@ def _models(bench: Bench) -> None:
             raise Broken(f"with {name} some ranks raise, and not all: {refusals[0]}")
         start, expected = cases.copied(zoo.make(name)), _trained_alone(name)
         for rank, got in enumerate(results):
-            allowed = zoo.COARSE.get(name, 0) * distance(start, expected) + cases.exact()
+            allowed = zoo.COARSE.get(name, 0) * distance(start, expected) + exact()
             if isinstance(got, dict) and not distance(got, expected) <= allowed:
                 raise Broken(f"with {name} rank {rank}'s parameters differ by {distance(got, expected):.3g}")
 
@@ -105,7 +106,7 @@ def _buffers(bench: Bench) -> None:
         plain(part(x, (0, bench.world_size if bench.declared["synchronous"] else 1)))
     state, training = seen[0]
     off = distance({"mean": state["mean"]}, {"mean": cases.copied(plain)["mean"]}) if "mean" in state else float("inf")
-    if not off <= cases.exact() or state["seen"] != plain.get_buffer("seen"):
+    if not off <= exact() or state["seen"] != plain.get_buffer("seen"):
         raise Broken(f"rank 0's running mean is off by {off:.3g}, and it has seen {state['seen']} rows")
     if not training:
         raise Broken("the model no longer trains")
@@ -151,7 +152,7 @@ def _unused(bench: Bench) -> None:
         return
     for rank, got in enumerate(seen):
         off = distance(got[0], cases.copied(model)) if got else float("inf")
-        if not off <= cases.exact():
+        if not off <= exact():
             raise Broken(f"rank {rank}'s parameters differ by {off:.3g}" if got else f"rank {rank} alone raised")
 
 

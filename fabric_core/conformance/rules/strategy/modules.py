@@ -7,6 +7,7 @@ import torch
 from fabric_core.conformance import cases
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Training, Weights, distance
+from fabric_core.conformance.numbers import exact
 from fabric_core.conformance.rule import Broken, Level, Table
 from fabric_core.conformance.rules.strategy.measures import (
     ALWAYS,
@@ -46,7 +47,7 @@ def _nothing_to_train(bench: Bench) -> None:
     x, _ = next(cases.batches(Training()))
     expected = cases.build(Training())(x).detach()
     for rank, (_, moved, y) in enumerate(bench.run(_frozen)):
-        if moved != 0 or not torch.allclose(y, expected, rtol=0, atol=cases.exact()):
+        if moved != 0 or not torch.allclose(y, expected, rtol=0, atol=exact()):
             raise Broken(f"rank {rank} changed it by {moved}, or computes something else")
 
 
@@ -151,7 +152,7 @@ def _places(bench: Bench) -> None:
 )
 def _same_values(bench: Bench) -> None:
     for rank, seen in enumerate(bench.run(_shape)):
-        if not seen["output"] <= cases.exact():
+        if not seen["output"] <= exact():
             raise Broken(f"rank {rank}: the output differs by {seen['output']:.3g}")
     _check_shape(bench, "modes", "module.training is changed")
 
@@ -278,7 +279,7 @@ def _several_models(bench: Bench) -> None:
         if isinstance(got, str):
             raise Broken(f"rank {rank} raised: {got}")
         off = max(distance(one, other) for one, other in zip(got, expected, strict=True))
-        if not off <= cases.exact():
+        if not off <= exact():
             raise Broken(f"rank {rank}'s parameters differ by {off:.3g}")
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from fabric_core.conformance import cases
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Training, distance
+from fabric_core.conformance.numbers import exact
 from fabric_core.conformance.rule import Broken, Table
 from fabric_core.conformance.rules.strategy.measures import (
     ALWAYS,
@@ -102,5 +103,5 @@ def _closures(bench: Bench) -> None:
             raise Broken(f"rank {rank}: SGD asks once, and the closure ran {calls} times")
         if not is_tensor or not value >= 0:
             raise Broken(f"rank {rank}: step(closure) returns {value}")
-        if not off <= cases.exact():
+        if not off <= exact():
             raise Broken(f"rank {rank}'s parameters differ by {off:.3g}")

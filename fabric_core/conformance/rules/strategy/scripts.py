@@ -10,6 +10,7 @@ from torch import nn
 from fabric_core.conformance import cases
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Script, Training, Weights, distance
+from fabric_core.conformance.numbers import exact
 from fabric_core.conformance.rule import Broken, Level, Table
 from fabric_core.conformance.rules.strategy.measures import ALWAYS, How, loss_of, set_up, whole
 
@@ -122,7 +123,7 @@ def _any_order(bench: Bench, script: Script) -> None:
     with tempfile.TemporaryDirectory(prefix="fabric-kit-") as folder:
         for rank, got in enumerate(bench.run(_perform, script, folder)):
             off = distance(got, expected)
-            if not off <= cases.exact():
+            if not off <= exact():
                 raise Broken(f"rank {rank}'s parameters differ by {off:.3g}")
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from fabric_core.conformance import cases
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Training, Weights, distance
+from fabric_core.conformance.numbers import exact
 from fabric_core.conformance.rule import Broken, Table
 from fabric_core.conformance.rules.strategy.measures import (
     ALWAYS,
@@ -86,11 +87,11 @@ def _nests(bench: Bench) -> None:
         (nn.functional.mse_loss(model(x), y) / 4).backward()
     optimizer.step()
     for rank, (got, off) in enumerate(bench.run(_nest)):
-        if bench.declared["no_backward_sync"] and not off <= cases.exact():
+        if bench.declared["no_backward_sync"] and not off <= exact():
             raise Broken(
                 f"after inner contexts ended, rank {rank}'s gradients in the outer are off its own by {off:.3g}"
             )
-        if not distance(got, cases.copied(model)) <= cases.exact():
+        if not distance(got, cases.copied(model)) <= exact():
             raise Broken(f"rank {rank}'s parameters differ by {distance(got, cases.copied(model)):.3g}")
 
 
@@ -157,7 +158,7 @@ def _replaces(bench: Bench) -> None:
     for rank, (got, seen, _) in enumerate(bench.run(_load_over)):
         if seen != settings:
             raise Broken(f"rank {rank}'s groups have {seen}, and {settings} was saved")
-        if not distance(got, expected) <= cases.exact():
+        if not distance(got, expected) <= exact():
             raise Broken(f"rank {rank}'s parameters differ by {distance(got, expected):.3g} after the next step")
 
 
@@ -204,9 +205,9 @@ def _clips_some(bench: Bench) -> None:
     expected = nn.utils.clip_grad_norm_(mine, 0.01).item()
     unclipped = {name: one.grad for name, one in plain.named_parameters() if one.grad is not None}
     for rank, (norm, got) in enumerate(bench.run(_clip_one)):
-        if not abs(norm - expected) <= cases.exact():
+        if not abs(norm - expected) <= exact():
             raise Broken(f"rank {rank}: the norm is {norm:.6g}, and that of what was given {expected:.6g}")
-        if not distance(got, unclipped) <= cases.exact():
+        if not distance(got, unclipped) <= exact():
             raise Broken(f"rank {rank}: gradients are off by {distance(got, unclipped):.3g}")
 
 
@@ -242,7 +243,7 @@ def _on_own_nodes(place: Place) -> tuple[Weights, str, list[float]]:
 def _nodes(bench: Bench) -> None:
     expected = cases.trained_alone(Training())
     for rank, (trained, said, seen) in enumerate(bench.run_apart(_on_own_nodes)):
-        if not distance(trained, expected) <= cases.exact():
+        if not distance(trained, expected) <= exact():
             raise Broken(f"rank {rank}'s parameters differ by {distance(trained, expected):.3g}")
         if said != "rank 1" or seen != [float(one) for one in range(bench.world_size)]:
             raise Broken(f"rank {rank} hears {said!r} from rank 1, and gathers {seen}")
@@ -319,5 +320,5 @@ def _outlive(place: Place) -> Weights:
 def _outlives(bench: Bench) -> None:
     expected = cases.trained_alone(Training(steps=3))
     for rank, got in enumerate(bench.run(_outlive)):
-        if not distance(got, expected) <= cases.exact():
+        if not distance(got, expected) <= exact():
             raise Broken(f"rank {rank}'s parameters differ by {distance(got, expected):.3g}")

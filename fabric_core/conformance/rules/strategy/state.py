@@ -12,6 +12,7 @@ from torch import nn
 from fabric_core.conformance import cases
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Training, Weights, distance
+from fabric_core.conformance.numbers import exact
 from fabric_core.conformance.rule import Broken, Table
 from fabric_core.conformance.rules.strategy.measures import (
     ALWAYS,
@@ -97,7 +98,7 @@ def _goes_on_in_plain_pytorch(bench: Bench, case: Training) -> None:
     nn.functional.mse_loss(model(x), y).backward()
     optimizer.step()
     off = distance(cases.copied(model), cases.trained_alone(longer))
-    if not off <= cases.exact():
+    if not off <= exact():
         raise Broken(f"after one more step the parameters differ by {off:.3g}")
 
 
@@ -140,7 +141,7 @@ def _continues(bench: Bench, case: Training) -> None:
     with tempfile.TemporaryDirectory(prefix="fabric-kit-") as folder:
         for rank, got in enumerate(bench.run(_resume, case, folder)):
             off = distance(got, expected)
-            if not off <= cases.exact():
+            if not off <= exact():
                 raise Broken(f"rank {rank}'s parameters differ by {off:.3g}")
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from fabric_core.conformance import cases
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Training, Weights
+from fabric_core.conformance.numbers import exact
 from fabric_core.conformance.rule import Broken, Table
 from fabric_core.conformance.rules.strategy.measures import (
     ALWAYS,
@@ -52,7 +53,7 @@ def _with_scaling(bench: Bench, case: Training) -> None:
     world_sizes=ALWAYS,
 )
 def _without_scaling(bench: Bench) -> None:
-    if all(gap(got, mean) <= cases.exact() for got, _, mean in bench.run(one_pass, "scaled")):
+    if all(gap(got, mean) <= exact() for got, _, mean in bench.run(one_pass, "scaled")):
         raise Broken("they are")
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from fabric_core.conformance import cases
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Training, Weights, distance, part
+from fabric_core.conformance.numbers import exact
 from fabric_core.conformance.rule import Broken, Table
 from fabric_core.conformance.rules.strategy.measures import SEVERAL, How, set_up, whole
 
@@ -197,7 +198,7 @@ def _check(bench: Bench, scripts: Sequence[Callable[[_Run], None]], *, may_raise
             if isinstance(got, str):
                 raise Broken(f"{name}: rank {rank} raised{', and others did not' if may_raise else ''}: {got}")
             off = max(distance(one, other) for one, other in zip(got, expected, strict=True))
-            if not off <= cases.exact():
+            if not off <= exact():
                 raise Broken(f"{name}: rank {rank}'s parameters differ by {off:.3g}, and nothing was said")
 
 
