@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,7 @@ from fabric_core.assembly import make_plan
 from fabric_core.choosing.parsing import MOST_NODES, brief
 from fabric_core.choosing.request import Request, read_file, read_outside
 from fabric_core.cli._asking import Config
-from fabric_core.cli._output import AsJson, print_json
+from fabric_core.cli._output import AsJson, Exit, handing_on, print_json, print_text
 from fabric_core.errors import RequestError
 
 __all__ = ["run"]
@@ -89,9 +88,28 @@ def run(
             typer.echo(f"node {node}: {said + ' ' if said else ''}{shlex.join(['torchrun', *words])}")
         return
     os.environ.update(variables)
-    command = [sys.executable, "-m", "torch.distributed.run"]
-    sys.stdout.flush()
-    os.execv(sys.executable, command + _words(nodes, node_rank, count, rdzv_endpoint, max_restarts, target))  # noqa: S606
+    words = _words(nodes, node_rank, count, rdzv_endpoint, max_restarts, target)
+    with handing_on():
+        _run_agent(words)
+
+
+def _run_agent(words: list[str]) -> None:
+    """Be torchrun, in this process: another one would import PyTorch a second time.
+
+    Raises:
+        typer.Exit: A rank failed, with 1; or a signal came, with 128 and its number.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    try:
+        main(words)
+    except ChildFailedError as failed:
+        print_text(str(failed), error=True)
+        raise typer.Exit(Exit.NO) from None
+    except SignalException as signalled:
+        raise typer.Exit(128 + signalled.sigval) from None
 
 
 def _words(nodes: str, node: int, count: str, endpoint: str | None, restarts: int, target: Sequence[str]) -> list[str]:
