@@ -123,10 +123,7 @@ def test_training_that_lost_a_host_goes_on_from_the_last_checkpoint(
 
     agents = train("cut", 1_000_000)
     reached = tmp_path / "cut" / "step"
-    deadline = time.monotonic() + 90
-    while not reached.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    _wait_for(reached.exists)
     start = time.monotonic()
     _lose(fault, hosts, agents)
     outputs(agents)
@@ -144,3 +141,44 @@ def test_training_that_lost_a_host_goes_on_from_the_last_checkpoint(
     last = sorted(line for line in whole if line.startswith("rank"))
     assert len(last) == 4, whole
     assert sorted(line for line in again if line.startswith("rank")) == last
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_is_killed_is_restarted_on_both_hosts(
+    hosts: tuple[str, str], agent: Command, ended: Command, tmp_path: Path, lost: int
+) -> None:
+    """All four start again, load the last checkpoint, and end with the weights of a training that was left alone."""
+    script = tmp_path / "job.py"
+    script.write_text(_RESUMED)
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    steps = 100
+
+    def train(name: str, *options: str) -> list[Any]:
+        words = (*options, str(script), str(tmp_path / name), str(steps))
+        return [agent(host, node, *words) for node, host in enumerate(hosts)]
+
+    agents = train("cut", "--max-restarts", "2")
+    reached = tmp_path / "cut" / "step"
+    _wait_for(reached.exists)
+    ranks = Path(f"/proc/{agents[lost].pid}/task/{agents[lost].pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    lines = [line for one in agents for line in ended(one, 200).splitlines()]
+    assert [one.returncode for one in agents] == [0, 0], lines
+    begun = [int(line.split()[-1]) for line in lines if line.startswith("begins at")]
+    assert len(begun) == 8, lines
+    assert begun.count(0) == 4, lines
+    whole = [line for one in train("whole") for line in ended(one, 120).splitlines()]
+    last = sorted(line for line in whole if line.startswith("rank"))
+    assert len(last) == 4, whole
+    assert sorted(line for line in lines if line.startswith("rank")) == last
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
