@@ -85,6 +85,8 @@ class Failures:
     def _ask(self, store: Store, error: BaseException) -> None:
         if _is_broken_connection(error):
             self._wait(store)
+            if not isinstance(error, LaunchError) and (left := _left(store)):  # in a call that is not Fabric's
+                error.add_note(_ended(left))
         self._first = int(store.compare_set("first", "", str(self._rank)))
 
     def watch_exit(self) -> None:
@@ -153,15 +155,22 @@ def tell_alone(error: BaseException, store: Store, where: str) -> None:
     _bounded(lambda: left.extend(_left(PrefixStore(_PREFIX, store))), _ANSWER)
     if not left:
         return
-    several = len(left) > 1
     raise LaunchError(
-        f"rank {', '.join(map(str, left))} {'have' if several else 'has'} ended, and this rank still waits for "
-        f"{'them' if several else 'it'}: {'their functions' if several else 'its function'} returned, or "
-        f"{'their scripts' if several else 'its script'} came to the end",
+        _ended(left),
         where=where,
         instead="the same calls of Fabric on every rank; Fabric(check=True) names the first that differs",
         ranks=left,
     ) from error
+
+
+def _ended(left: list[int]) -> str:
+    """Say it of the ranks that ended."""
+    several = len(left) > 1
+    return (
+        f"rank {', '.join(map(str, left))} {'have' if several else 'has'} ended, and this rank still waits for "
+        f"{'them' if several else 'it'}: {'their functions' if several else 'its function'} returned, or "
+        f"{'their scripts' if several else 'its script'} came to the end"
+    )
 
 
 def _left(store: Store) -> list[int]:

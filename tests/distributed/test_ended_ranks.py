@@ -23,12 +23,12 @@ start, act, strategy, folder = sys.argv[1:]
 def work(fabric):
     model = fabric.setup(nn.Linear(4, 4))
     for step in range(4):
-        loss = model(torch.ones(2, 4)).sum()
+        loss = None if (step, act, fabric.global_rank) == (1, "forward", 1) else model(torch.ones(2, 4)).sum()
         if step == 1 and fabric.global_rank == 1:
             Path(folder, "ended-at").write_text(str(time.time()))
             return model
         try:
-            if step == 1 and act != "backward":
+            if step == 1 and act not in ("backward", "forward"):
                 getattr(fabric, act)(*[torch.ones(1)] * (act != "barrier"))
             fabric.backward(loss)
         except LaunchError as error:
@@ -71,3 +71,21 @@ def test_the_error_begins_with_the_rank_that_ended(tmp_path: Path, start: str, a
     call = {"backward": "fabric.backward", "barrier": "barrier()"}.get(act, act)
     assert f"where:   {call} at {script}:{line}" in done.stderr
     assert "gloo" in (tmp_path / "cause").read_text()
+
+
+@pytest.mark.parametrize("start", ["function", "script"])
+def test_a_forward_pass_that_waits_for_it_says_so(tmp_path: Path, start: str) -> None:
+    """The error is the backend's, and has a note."""
+    script = tmp_path / "job.py"
+    script.write_text(_SCRIPT)
+    done = subprocess.run(
+        [sys.executable, str(script), start, "forward", "fsdp", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert time.time() - float((tmp_path / "ended-at").read_text()) < 30, done.stderr
+    assert done.returncode == 1, done.stderr
+    assert "rank 0 failed first, with exit code 1" in done.stderr
+    assert done.stderr.count("\nrank 1 has ended, and this rank still waits for it: its ") == 1, done.stderr
