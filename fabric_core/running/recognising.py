@@ -4,11 +4,12 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from fabric_core.choosing.offers import causes
 from fabric_core.contracts import Checkpoint
-from fabric_core.errors import CheckpointError, NoCheckpointError
+from fabric_core.errors import CheckpointError, FabricError, NoCheckpointError
 from fabric_core.running.paths import is_url, name_of
 
-__all__ = ["reaches", "recognise"]
+__all__ = ["is_of", "reaches", "recognise"]
 
 
 def reaches(one: Checkpoint, path: Any) -> bool:
@@ -16,16 +17,36 @@ def reaches(one: Checkpoint, path: Any) -> bool:
     return one.capabilities.remote or not is_url(path)
 
 
+def is_of(one: Checkpoint, path: Any) -> bool:
+    """Say whether a checkpoint is of a format.
+
+    Raises:
+        CheckpointError: The format can't tell.
+    """
+    try:
+        return bool(one.recognises(path))
+    except (FabricError, OSError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a stranger's code may raise anything
+        kind = type(one)
+        raise CheckpointError(
+            f"the checkpoint format {kind.__name__} can't be used: recognises failed: {causes(error)}",
+            where=str(path),
+            instead=f"fix it ({kind.__module__}), or FABRIC_DISABLE_PLUGINS with its name where it isn't needed",
+        ) from error
+
+
 def recognise(path: Any, formats: Iterable[tuple[str, Checkpoint]]) -> tuple[str, Checkpoint]:
     """Give the first format that recognises a checkpoint, with its name.
 
     Raises:
         NoCheckpointError: Nothing lies there.
-        CheckpointError: Something does that no format recognises, or it can't be seen whether something does.
+        CheckpointError: Something does that no format recognises, or it can't be seen whether something does,
+            or a format can't tell.
     """
     usable = [(name, one) for name, one in formats if reaches(one, path)]
     for name, one in usable:
-        if one.recognises(path):
+        if is_of(one, path):
             return name, one
     if not _lies_there(path, usable):
         raise NoCheckpointError("there is no checkpoint", where=str(path))

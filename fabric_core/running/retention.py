@@ -10,7 +10,7 @@ from typing import Any, Final
 from fabric_core.contracts import ABOUT, Checkpoint
 from fabric_core.errors import CheckpointError, NoCheckpointError
 from fabric_core.running.paths import is_url, name_of, named_beside
-from fabric_core.running.recognising import reaches
+from fabric_core.running.recognising import is_of, reaches
 
 __all__ = ["LATEST", "check_keep", "latest", "prune"]
 
@@ -107,7 +107,7 @@ def _checkpoints_beside(
 
 
 def _format_of(path: Any, formats: Iterable[Checkpoint]) -> Checkpoint | None:
-    return next((one for one in formats if reaches(one, path) and one.recognises(path)), None)
+    return next((one for one in formats if reaches(one, path) and is_of(one, path)), None)
 
 
 def _about(path: Any, found: Checkpoint) -> Mapping[str, Any]:

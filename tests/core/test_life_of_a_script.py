@@ -1,5 +1,6 @@
 """The façade from construction to teardown, with in-memory plugins alone."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from fabric_core.errors import (
     SetupError,
     UnknownPluginError,
 )
+
+from .conftest import Shelf
 
 
 def _model() -> nn.Module:
@@ -265,3 +268,25 @@ def test_run_must_be_overridden(in_memory: dict[str, Any]) -> None:
     with pytest.raises(MisuseError, match="def run"):
         Fabric(**in_memory).run()
     assert Trainer(**in_memory).run(1) == (1,)
+
+
+class Confused(Shelf):
+    """Can't tell what it reads."""
+
+    def recognises(self, path: Any) -> bool:
+        raise KeyError("header")
+
+
+@pytest.mark.parametrize("act", ["load", "load_raw", "latest"])
+def test_a_format_that_can_t_tell_is_named(in_memory: dict[str, Any], tmp_path: Path, act: str) -> None:
+    """With the checkpoint, and what was raised; not as an error of the user's call."""
+    path = tmp_path / "state.pt"
+    path.touch()
+    with Fabric(**{**in_memory, "plugins": [Confused()]}) as fabric:
+        fabric.launch()
+        call = fabric.load if act != "load_raw" else partial(fabric.load_raw, obj=nn.Linear(2, 2))
+        given = tmp_path / "latest" if act == "latest" else path
+        with pytest.raises(CheckpointError) as seen:
+            call(given)
+        assert seen.value.what.startswith("the checkpoint format Confused can't be used: recognises failed: KeyError")
+        assert seen.value.where == str(given)
