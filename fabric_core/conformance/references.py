@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -155,7 +156,7 @@ class Scaled(Precision):
     def __init__(self, options: PluginOptions | None = None, /, **given: Any) -> None:
         super().__init__(options, **given)
         self.scale = self.options.scale
-        self.unscaled: set[int] = set()
+        self.at: WeakKeyDictionary[Optimizer, float] = WeakKeyDictionary()
         self.overflown = False
         self.ranks: Collectives | None = None
 
@@ -168,10 +169,23 @@ class Scaled(Precision):
         """The loss is scaled."""
         return PrecisionPolicy(loss_scaling=True)
 
+    def setup_optimizer(self, optimizer: Optimizer) -> None:
+        """Know at which scale its gradients are."""
+        self.at[optimizer] = self.scale
+
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """Scale it."""
+        """Scale it, and rescale the gradients that wait to it."""
         self.update()
+        for optimizer in self.at:
+            self.rescale(optimizer, self.scale)
         return loss * self.scale
+
+    def rescale(self, optimizer: Optimizer, scale: float) -> None:
+        """Rescale the gradients of an optimizer."""
+        before, self.at[optimizer] = self.at.get(optimizer, self.scale), scale
+        if before != scale:
+            for gradient in _gradients(optimizer):
+                gradient.mul_(scale / before)
 
     def update(self) -> None:
         """Halve the scale, once after any number of optimizers that found an infinity."""
@@ -180,12 +194,8 @@ class Scaled(Precision):
         self.overflown = False
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
-        """Divide, once a step."""
-        if id(optimizer) in self.unscaled:
-            return
-        self.unscaled.add(id(optimizer))
-        for gradient in _gradients(optimizer):
-            gradient.div_(self.scale)
+        """Rescale them to their true size."""
+        self.rescale(optimizer, 1.0)
 
     def optimizer_step(
         self,
@@ -199,7 +209,6 @@ class Scaled(Precision):
             with torch.enable_grad():
                 result = closure()
         self.unscale_gradients(optimizer)
-        self.unscaled.discard(id(optimizer))
         if not self.agreed(self.finite(optimizer)):
             self.overflown = True
             return None

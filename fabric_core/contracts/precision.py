@@ -131,7 +131,11 @@ class Precision(Plugin, ABC):
 
     @behaviour
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """Scale a loss before ``backward``."""
+        """Scale a loss before ``backward``.
+
+        Its gradients are added to those that wait for a step, of any optimizer that was set up: where the scale is
+        another one by now, or they were unscaled, they are rescaled to this loss's scale first.
+        """
         return loss
 
     @behaviour

@@ -138,15 +138,19 @@ def _parsing_gives_indices(bench: Bench, spec: Any) -> None:
 
 @TABLE.rule(
     "ACC-107",
-    "`parse_devices` is idempotent: what it gives parses to itself.",
-    reason="The plan's indices are parsed again on every rank.",
-    advice="take a list of indices as it is, in its order",
+    "`parse_devices` is idempotent: what it gives parses to itself, whatever was parsed before.",
+    reason="The plan's indices are parsed again on every rank, and the automatic choice asks for others before.",
+    advice="take a list of indices as it is, in its order, and keep nothing",
     examples=cases.devices,
     count=40,
 )
 def _parsing_is_idempotent(bench: Bench, spec: Any) -> None:
     plugin = bench.plugin()
+    for other in ("auto", 1, [1, 0], "no device"):
+        _parsed(plugin, other)
     found = _parsed(plugin, spec)
+    if found != _parsed(bench.plugin(), spec):
+        raise Broken(f"parse_devices({spec!r}) gives {found!r} after others, and another answer alone")
     if found is not None and _parsed(plugin, found) != found:
         raise Broken(f"parse_devices({spec!r}) gives {found!r}, which parses to {_parsed(plugin, found)!r}")
 
@@ -214,7 +218,9 @@ def _order(bench: Bench) -> None:
 def _devices(bench: Bench) -> None:
     plugin = bench.plugin()
     indices = _parsed(plugin, "auto") or []
-    found = plugin.devices(indices)
+    none, found = plugin.devices([]), plugin.devices(indices)
+    if none:
+        raise Broken(f"no index gives {none!r}")
     if len(found) != len(indices) or any(type(one) is not torch.device for one in found):
         raise Broken(f"{indices} gives {found!r}")
     if any(one.type != plugin.device_type for one in found) or found != plugin.devices(indices):

@@ -3,7 +3,7 @@
 import contextlib
 import io
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.rule import Broken, Table
 from fabric_core.contracts import PrecisionPolicy
 from fabric_core.wrapping import unwrap
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
 
 TABLE: Final = Table("precision")
 
@@ -965,3 +968,103 @@ TABLE.untested(
     reason="Speed depends on the machine; the kit measures what is computed, not how fast.",
     advice="profile one step on that hardware",
 )
+
+
+_ORDERED: Final = ("pass", "pass", "clip", "spoil", "step", "step")
+
+
+def _orders() -> "SearchStrategy[cases.Script]":
+    from hypothesis import strategies as st
+
+    own = st.tuples(st.sampled_from(_ORDERED), st.sampled_from("01")).map(" ".join)
+    acts = st.lists(st.one_of(own, own, own, st.sampled_from(["look", "load"])), min_size=4, max_size=12)
+    return st.builds(cases.Script, st.integers(0, 99), acts.map(tuple))
+
+
+def _model_and_inputs(seed: int, which: int, count: int) -> tuple[nn.Module, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2 * seed + which)
+    model = nn.Linear(3, 2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model, torch.randn(count, 4, 3, generator=generator)
+
+
+def _small(output: torch.Tensor) -> torch.Tensor:
+    """Give a loss whose gradients a large scale leaves finite in 16 bits."""
+    return output.float().square().mean() / 64
+
+
+def _perform(place: Place, script: cases.Script) -> list[cases.Weights]:
+    """Train two models, each with its optimizer."""
+    with place.fabric() as fabric:
+        made = [_model_and_inputs(script.seed, which, len(script.acts)) for which in range(_TWO)]
+        pairs = [fabric.setup(model, torch.optim.SGD(model.parameters(), lr=_LARGE / 2)) for model, _ in made]
+        first = fabric.precision.state_dict()
+        for index, act in enumerate(script.acts):
+            what, _, which = act.partition(" ")
+            if what == "look":
+                fabric.precision.state_dict()
+            elif what == "load":
+                fabric.precision.load_state_dict(first)
+            if not which:
+                continue
+            (model, inputs), (wrapped, stepper) = made[int(which)], pairs[int(which)]
+            if what == "pass":
+                fabric.backward(_small(wrapped(inputs[index].to(fabric.device))), model=wrapped)
+            elif all(one.grad is None for one in model.parameters()):
+                continue
+            elif what == "clip":
+                fabric.clip_gradients(wrapped, stepper, max_norm=1e6)
+            elif what == "spoil":
+                _spoil(model, 0, float("inf"))
+            else:
+                stepper.step()
+                stepper.zero_grad()
+        return [{name: one.float().cpu() for name, one in cases.copied(model).items()} for model, _ in made]
+
+
+def _performed_alone(script: cases.Script) -> tuple[list[cases.Weights], float]:
+    """Do the same in plain PyTorch; give the parameters, and how far they went."""
+    made = [_model_and_inputs(script.seed, which, len(script.acts)) for which in range(_TWO)]
+    before = [cases.copied(model) for model, _ in made]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=_LARGE / 2) for model, _ in made]
+    went = 0.0
+    for index, act in enumerate(script.acts):
+        what, _, which = act.partition(" ")
+        if not which:
+            continue
+        model, inputs = made[int(which)]
+        if what == "pass":
+            _small(model(inputs[index])).backward()
+        elif what == "spoil" and model.weight.grad is not None:
+            _spoil(model, 0, float("inf"))
+        elif what == "step" and model.weight.grad is not None:
+            if all(bool(one.grad.isfinite().all()) for one in model.parameters() if one.grad is not None):
+                optimizers[int(which)].step()
+            optimizers[int(which)].zero_grad()
+            went = max(went, cases.distance(before[int(which)], cases.copied(model)))
+    return [cases.copied(model) for model, _ in made], went
+
+
+@TABLE.rule(
+    "PRE-242",
+    "Any order of two models' passes, clippings, infinities and steps, and of looks at the state, ends where plain "
+    "PyTorch does.",
+    reason="Gradients that wait were scaled by what the scale was, or are unscaled; those that come, by what it is.",
+    advice="rescale gradients that wait to the loss's scale in scale_loss",
+    needs=("loss_scaling",),
+    examples=_orders,
+    count=12,
+    first=(
+        cases.Script(0, ("pass 0", "pass 1", "spoil 0", "step 0", "pass 1", "step 1")),
+        cases.Script(1, ("pass 0", "clip 0", "pass 0", "step 0")),
+        cases.Script(2, ("pass 0", "spoil 0", "step 0", "pass 0", "pass 1", "load", "pass 0", "step 0", "step 1")),
+    ),
+)
+def _in_any_order(bench: Bench, script: cases.Script) -> None:
+    expected, went = _performed_alone(script)
+    for which, got in enumerate(bench.run(_perform, script)[0]):
+        off = cases.distance(got, expected[which])
+        if not off <= 4 * _tolerance(bench.plugin().policy) * max(went, 1e-3):
+            raise Broken(f"the parameters of model {which} differ by {off:.2g}, after going as far as {went:.2g}")

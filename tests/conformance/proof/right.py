@@ -29,7 +29,9 @@ from fabric_core.conformance.references import (
 from fabric_core.contracts import (
     Checkpoint,
     Collectives,
+    DeviceSpec,
     LaunchOrder,
+    PluginOptions,
     Precision,
     PrecisionPolicy,
     ProcessGroup,
@@ -37,6 +39,7 @@ from fabric_core.contracts import (
     StrategyCapabilities,
     World,
     Wrapper,
+    parse_device_indices,
 )
 from fabric_core.errors import CheckpointError, RankFailedError
 
@@ -322,7 +325,10 @@ class OfSingles(Averaging):
 class StaticScale(Precision):
     """Scales the loss by one number for ever, and skips steps that are not finite on some rank."""
 
-    collectives: Collectives | None = None
+    def __init__(self, options: PluginOptions | None = None, /, **given: Any) -> None:
+        super().__init__(options, **given)
+        self.collectives: Collectives | None = None
+        self.done: list[Optimizer] = []
 
     @property
     def policy(self) -> PrecisionPolicy:
@@ -332,16 +338,18 @@ class StaticScale(Precision):
     def connect(self, collectives: Collectives) -> None:
         """Keep them, to agree on a step."""
         self.collectives = collectives
-        self.done: set[int] = set()
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """Scale."""
+        """Scale, and what was unscaled and waits too."""
+        while self.done:
+            for gradient in _gradients(self.done.pop()):
+                gradient.mul_(512.0)
         return loss * 512.0
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         """Divide, once a step."""
-        if id(optimizer) not in self.done:
-            self.done.add(id(optimizer))
+        if not any(one is optimizer for one in self.done):
+            self.done.append(optimizer)
             for gradient in _gradients(optimizer):
                 gradient.div_(512.0)
 
@@ -357,7 +365,6 @@ class StaticScale(Precision):
             with torch.enable_grad():
                 result = closure()
         self.unscale_gradients(optimizer)
-        self.done.discard(id(optimizer))
         bad = torch.tensor(float(any(not bool(one.isfinite().all()) for one in _gradients(optimizer))))
         if self.collectives is not None:
             bad = self.collectives.all_reduce(bad, None, "max")
@@ -627,6 +634,10 @@ class ManyHosts(Host):
     def device_count(self) -> int:
         """Eight."""
         return 8
+
+    def parse_devices(self, spec: DeviceSpec) -> list[int]:
+        """Of eight."""
+        return parse_device_indices(spec, 8, where="devices")
 
 
 class Compressed(OneFile):

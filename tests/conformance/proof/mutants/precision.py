@@ -205,15 +205,14 @@ class Sticky(Doubled):
 )
 class Unequal(Scaled):
     def unscale_gradients(self, optimizer: Optimizer) -> None:
-        before, self.scale = self.scale, self.scale * 2
+        self.at[optimizer] *= 2
         super().unscale_gradients(optimizer)
-        self.scale = before
 
 
 @mutant("unscales again each time it is asked", "PRE-223")
 class Repeating(Scaled):
     def unscale_gradients(self, optimizer: Optimizer) -> None:
-        self.unscaled.discard(id(optimizer))
+        self.at[optimizer] = self.scale
         super().unscale_gradients(optimizer)
 
 
@@ -284,10 +283,9 @@ def _held(optimizer: Optimizer) -> list[Any]:
 @mutant("unscales the first group of parameters only", "PRE-222", "PRE-223", "PRE-224", "PRE-233")
 class Narrow(Scaled):
     def unscale_gradients(self, optimizer: Optimizer) -> None:
-        if id(optimizer) not in self.unscaled:
-            self.unscaled.add(id(optimizer))
-            for one in optimizer.param_groups[0]["params"]:
-                one.grad = None if one.grad is None else one.grad / self.scale
+        scale, self.at[optimizer] = self.at[optimizer], 1.0
+        for one in optimizer.param_groups[0]["params"]:
+            one.grad = None if one.grad is None else one.grad / scale
 
 
 @mutant("unscales in the step what was unscaled for clipping", "PRE-223")
@@ -298,12 +296,18 @@ class Redoing(Scaled):
         step: Callable[[Callable[[], Any] | None], Any],
         closure: Callable[[], Any] | None,
     ) -> Any:
-        self.unscaled.discard(id(optimizer))
+        self.at[optimizer] = self.scale
         return super().optimizer_step(optimizer, step, closure)
 
 
 @mutant("doesn't unscale after a step that was skipped", "PRE-230")
 class Bruised(Scaled):
+    skipped = False
+
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        if not self.skipped:
+            super().unscale_gradients(optimizer)
+
     def optimizer_step(
         self,
         optimizer: Optimizer,
@@ -311,9 +315,17 @@ class Bruised(Scaled):
         closure: Callable[[], Any] | None,
     ) -> Any:
         result = super().optimizer_step(optimizer, step, closure)
-        if self.overflown:
-            self.unscaled.add(id(optimizer))
+        self.skipped = self.overflown
         return result
+
+
+@mutant("scales anew, and leaves the gradients that wait as they are", "PRE-242")
+class Mixing(Scaled):
+    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        self.update()
+        for optimizer in self.at:
+            self.at[optimizer] = self.scale
+        return loss * self.scale
 
 
 @mutant("loses the closure", "PRE-228")
