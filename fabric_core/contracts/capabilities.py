@@ -61,7 +61,7 @@ class StrategyCapabilities(_Capabilities):
     multiple_optimizers: bool = True
     """One model can have several optimizers."""
     joint_setup: bool = False
-    """A model and its optimizers must be set up in one call."""
+    """A model and its optimizers must be set up in one call, so that a model to train has one from the start."""
 
     def refusal_of(self, dtype: Any) -> str | None:
         """Say which types it declares to train, where this is none of them; else ``None``."""

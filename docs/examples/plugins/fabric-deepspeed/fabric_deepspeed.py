@@ -38,6 +38,9 @@ class DeepSpeedOptions(PluginOptions):
     """What ZeRO divides over the ranks: optimizer states; gradients too; parameters too."""
     offload_optimizer: bool = False
     """Keep optimizer states in the memory of the host."""
+    zero_unused: bool = False
+    """Let a parameter that no rank used since the last step have a gradient of zero, by which decay and momentum move
+    it, as plain DeepSpeed does; otherwise it is an error."""
     config: dict[str, Any] = Field(default_factory=dict)
     """More of DeepSpeed's configuration; what is said here wins."""
 
@@ -74,19 +77,21 @@ class DeepSpeedStrategy(Strategy):
             UnavailableError: DeepSpeed would wait for a compilation that was killed.
         """
         self._world, self._policy = world, policy
-        deepspeed = _deepspeed(world.device.type)
-        if world.device.type == "cpu":
-            _wait_for_compilation()
         world.closing.enter_context(_local_rank(world))
         world.closing.callback(_forget_groups)  # it runs after what ProcessGroup enters there
-        self._group = ProcessGroup(world)
-        deepspeed.init_distributed(dist_backend=world.backend, dist_init_required=False, verbose=False)
+        with _process_unchanged():
+            deepspeed = _deepspeed(world.device.type)
+            if world.device.type == "cpu":
+                _wait_for_compilation()
+            self._group = ProcessGroup(world)
+            _forget_groups()
+            deepspeed.init_distributed(dist_backend=world.backend, dist_init_required=False, verbose=False)
         return self._group
 
     def teardown(self) -> None:
         """End the engines."""
         while self._engines:
-            self._engines.pop().engine.destroy()
+            self._engines.pop().close()
 
     def setup_jointly(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[nn.Module, list[Optimizer]]:
         """Make an engine of a model and its optimizer; a model without one is only run.
@@ -106,10 +111,11 @@ class DeepSpeedStrategy(Strategy):
             return module, []
         (optimizer,) = optimizers
         trained = [list(group["params"]) for group in optimizer.param_groups]
-        engine, *_ = _deepspeed(self._world.device.type).initialize(
-            model=module, optimizer=optimizer, config=self._config(), dist_init_required=False
-        )
-        self._engines.append(Engine(engine, optimizer, trained))
+        with _process_unchanged():
+            engine, *_ = _deepspeed(self._world.device.type).initialize(
+                model=module, optimizer=optimizer, config=self._config(), dist_init_required=False
+            )
+        self._engines.append(Engine(engine, optimizer, trained, zero_unused=self.options.zero_unused))
         return engine, [optimizer]
 
     def _config(self) -> dict[str, Any]:
@@ -118,7 +124,7 @@ class DeepSpeedStrategy(Strategy):
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self._world.device.type != "cpu"}
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # it only counts samples with it
-            "gradient_accumulation_steps": 1,  # a pass outside of no_backward_sync ends an accumulation
+            "gradient_accumulation_steps": 1,  # a clipping or a step ends an accumulation
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -126,7 +132,15 @@ class DeepSpeedStrategy(Strategy):
             "bf16": {"enabled": self._policy.param_dtype == torch.bfloat16},
             "fp16": {"enabled": self._policy.param_dtype == torch.float16},
         }
-        return _merged(config, self.options.config)
+        config = _merged(config, self.options.config)
+        if self.options.stage == 1 and config["zero_optimization"].get("overlap_comm"):
+            raise RequestError(
+                "under stage 1 gradients travel as the step begins, when no backward pass is left to overlap with",
+                where='DeepSpeedStrategy(config={"zero_optimization": {"overlap_comm": ...}})',
+                got=True,
+                instead="stage=2, or without overlap_comm",
+            )
+        return config
 
     def engine(self, module: nn.Module) -> Any:
         """Give DeepSpeed's engine of a model that was set up, for what only it can do.
@@ -149,18 +163,12 @@ class DeepSpeedStrategy(Strategy):
         )
 
     def backward(self, loss: torch.Tensor, module: nn.Module | None, arguments: Mapping[str, Any]) -> None:
-        """Let the engine run it, and average what was accumulated, unless inside ``no_backward_sync``.
+        """Let the engine of the model run it; gradients are averaged by a clipping or by the step.
 
         Raises:
-            MisuseError: Several models are set up, and it isn't said which of them the loss came from; or gradients
-                were averaged already, and wait for a step.
+            MisuseError: The loss came from several models that are trained, or from none.
+            RequestError: DeepSpeed can't carry out an argument.
         """
-        if module is None:
-            raise MisuseError(
-                "several models are set up, and each has an engine of its own",
-                where="fabric.backward",
-                instead="fabric.backward(loss, model=model)",
-            )
         given = dict(arguments)
         retain = bool(given.pop("retain_graph", False))
         weight = given.pop("gradient", None)
@@ -171,47 +179,31 @@ class DeepSpeedStrategy(Strategy):
                 got=", ".join(sorted(given)),
                 instead="retain_graph=, gradient=",
             )
-        one = self._of(module)
-        if one.averaged:
-            raise MisuseError(
-                "DeepSpeed averages gradients once for each step, and did so for this step",
-                where="fabric.backward",
-                instead="with fabric.no_backward_sync(model): around every backward pass but the last before a step",
-            )
-        one.averaged, one.waiting = not one.skipping, one.skipping
-        one.engine.set_gradient_accumulation_boundary(one.averaged)
-        one.engine.backward(loss if weight is None else (loss * weight).sum(), retain_graph=retain)
+        one = self._behind(loss, module)
+        one.backward(loss if weight is None else (loss * weight).sum(), retain_graph=retain)
 
-    @contextmanager
-    def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
-        """Let the engine accumulate inside the context."""
-        one = self._of(module)
-        before, one.skipping = one.skipping, one.skipping or enabled
-        try:
-            yield
-        finally:
-            one.skipping = before
+    def _behind(self, loss: torch.Tensor, module: nn.Module | None) -> Engine:
+        """Give the engine of the model that a loss came from: each runs backward passes of its own model alone."""
+        if module is not None and len(self._engines) == 1:
+            return self._of(module)
+        leaves = _leaves(loss)
+        reached = [one for one in self._engines if any(id(each) in leaves for each in one.parameters())]
+        if len(reached) == 1:
+            return reached[0]
+        raise MisuseError(
+            "each model has an engine of DeepSpeed, and a backward pass is one engine's",
+            where="fabric.backward",
+            got=f"a loss that depends on the parameters of {len(reached)} of {len(self._engines)} models",
+            instead="a loss for each model, with other.requires_grad_(False) for one that it passes through",
+        )
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
-        """Let the engine clip, step, and clear the gradients.
-
-        Raises:
-            MisuseError: The last backward pass was inside ``no_backward_sync``.
-        """
+        """Let the engine average, step, and clear the gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        one = next(one for one in self._engines if one.optimizer is optimizer)
-        if one.waiting:
-            raise MisuseError(
-                "gradients were accumulated, and not averaged, so that DeepSpeed would not step",
-                where="optimizer.step",
-                instead="the last backward pass before a step outside of fabric.no_backward_sync(model)",
-            )
-        if one.averaged:
-            one.engine.step()
-        one.averaged, one.engine.optimizer.clip_grad = False, one.clip
+        next(one for one in self._engines if one.optimizer is optimizer).step()
         return loss
 
     def gradients_cleared(self, parameters: Sequence[torch.Tensor]) -> None:
@@ -235,32 +227,13 @@ class DeepSpeedStrategy(Strategy):
     def clip_grad_norm(
         self, parameters: Sequence[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
     ) -> torch.Tensor:
-        """Let the engine clip in its next step; give the norm.
-
-        Raises:
-            RequestError: It is another norm than the one that DeepSpeed has.
-        """
-        if norm_type != 2:  # noqa: PLR2004 - the Euclidean norm
-            raise RequestError(
-                "DeepSpeed clips by the Euclidean norm", where="fabric.clip_gradients(norm_type=)", got=norm_type,
-                instead="norm_type=2",
-            )  # fmt: skip
+        """Average, and clip what the engine steps on."""
         one = self._holding(parameters)
-        gradients = [gradient.float() for gradient in one.gradients()]
-        norm = nn.utils.get_total_norm(gradients, 2.0, error_if_nonfinite) if gradients else torch.zeros(())
-        one.engine.optimizer.clip_grad = max_norm
-        return norm
+        return one.clip_norm(max_norm, norm_type, error_if_nonfinite=error_if_nonfinite)
 
     def clip_grad_value(self, parameters: Sequence[torch.Tensor], clip_value: float) -> None:
-        """Refuse: the engine steps on gradients of its own, whatever is written into the parameters'.
-
-        Raises:
-            RequestError: Always.
-        """
-        raise RequestError(
-            "DeepSpeed clips by the Euclidean norm", where="fabric.clip_gradients(clip_val=)", got=clip_value,
-            instead="max_norm=",
-        )  # fmt: skip
+        """Average, and clip what the engine steps on."""
+        self._holding(parameters).clip_value(clip_value)
 
     def _holding(self, parameters: Sequence[torch.Tensor]) -> Engine:
         if len(self._engines) == 1:
@@ -366,8 +339,38 @@ def _forget_groups() -> None:
     """
     from deepspeed.utils import groups
 
-    if not dist.is_initialized():
+    if groups._WORLD_GROUP is None:  # noqa: SLF001
+        return
+    try:
+        dist.get_global_rank(groups._WORLD_GROUP, 0)  # noqa: SLF001
+    except ValueError:  # PyTorch doesn't know it any more
         groups._release_process_group_references(group=None)  # noqa: SLF001
+
+
+@contextmanager
+def _process_unchanged() -> Iterator[None]:
+    """Undo what importing and compiling DeepSpeed sets for the whole process."""
+    variables, path = dict(os.environ), sys.path[:]
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(variables):
+            del os.environ[name]
+        os.environ.update(variables)
+        sys.path[:] = path
+
+
+def _leaves(loss: torch.Tensor) -> set[int]:
+    """Give the identities of the tensors that a backward pass would give gradients to."""
+    found, seen, ahead = set(), set(), [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found.add(id(getattr(node, "variable", None)))
+        ahead += [one for one, _ in node.next_functions]
+    return found
 
 
 def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,16 @@
 """An engine of DeepSpeed: its gradients, and its states whole, as PyTorch has them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
+
+from fabric_core.errors import MisuseError
 
 
 class Engine:
@@ -16,16 +20,34 @@ class Engine:
         engine: DeepSpeed's engine.
         optimizer: The user's optimizer, whose parameters are DeepSpeed's flat parts by now.
         trained: The model's own parameters in each of the optimizer's groups.
+        zero_unused: Let a parameter that no rank used step with a gradient of zero.
     """
 
-    def __init__(self, engine: Any, optimizer: Optimizer, trained: Sequence[Sequence[nn.Parameter]]) -> None:
+    def __init__(
+        self, engine: Any, optimizer: Optimizer, trained: Sequence[Sequence[nn.Parameter]], *, zero_unused: bool
+    ) -> None:
         self.engine = engine
         self.optimizer = optimizer
         self.trained = trained
-        self.clip = float(engine.gradient_clipping())
-        self.skipping = False
-        self.averaged = False
+        self.zero_unused = zero_unused
         self.waiting = False
+        self.averaged = False
+        self._before: list[torch.Tensor] = []  # averaged, and perhaps clipped, before further backward passes
+        self._used: set[int] = set()
+        self._hooks = [
+            one.register_hook(partial(self._use, index))  # type: ignore[no-untyped-call]
+            for index, one in enumerate(self.parameters())
+            if one.requires_grad
+        ]
+
+    def _use(self, index: int, _gradient: torch.Tensor) -> None:
+        self._used.add(index)
+
+    def close(self) -> None:
+        """End the engine."""
+        for hook in self._hooks:
+            hook.remove()
+        self.engine.destroy()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Give the model's own parameters, in the order of the optimizer's state."""
@@ -36,8 +58,69 @@ class Engine:
         parts = (each for group in self.optimizer.param_groups for each in group["params"])
         return {id(one) for one in (*parts, *self.parameters())}
 
+    def backward(self, loss: torch.Tensor, *, retain_graph: bool) -> None:
+        """Accumulate: DeepSpeed averages what is gathered when it is told that a step comes."""
+        if self.averaged:
+            self._before = [part.clone() for part in self._parts()]
+            self._forget()
+        self.engine.optimizer.clear_backward_seen_flag()  # else of two passes after one forward pass, one counts
+        self.averaged, self.waiting = False, True
+        self.engine.set_gradient_accumulation_boundary(False)
+        self.engine.backward(loss, retain_graph=retain_graph)
+
+    def average(self) -> None:
+        """Average what was accumulated, if anything.
+
+        Raises:
+            MisuseError: There is a parameter that no rank used, which DeepSpeed steps with a gradient of zero.
+        """
+        if not self.waiting:
+            return
+        self._check_used()
+        self.engine.set_gradient_accumulation_boundary(True)
+        if _stage(self.engine) == 1:
+            self.engine.allreduce_gradients()
+        else:
+            self.engine.optimizer.finalize_gradient_accumulation_boundary()
+        self.averaged, self.waiting = True, False
+        for part, before in zip(self._parts(), self._before, strict=bool(self._before)):
+            part.add_(before)
+        self._before = []
+
+    def _check_used(self) -> None:
+        used = [not one.requires_grad or index in self._used for index, one in enumerate(self.parameters())]
+        everywhere = torch.tensor(used, dtype=torch.uint8, device=self.engine.device)
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MAX)
+        if self.zero_unused or everywhere.all():
+            return
+        own = dict(zip(map(id, self.parameters()), everywhere.tolist(), strict=True))
+        unused = [
+            name.removeprefix("module.") for name, one in self.engine.module.named_parameters() if own.get(id(one)) == 0
+        ]
+        raise MisuseError(
+            "no rank used a parameter since the last step, and DeepSpeed steps it with a gradient of zero, by which "
+            "decay and momentum move it",
+            where="optimizer.step",
+            got=", ".join(unused),
+            instead="unused.requires_grad_(False) before fabric.setup, or DeepSpeedStrategy(zero_unused=True)",
+        )
+
+    def step(self) -> None:
+        """Average, and step, where there are gradients."""
+        self.average()
+        if self.averaged:
+            self.engine.step()
+        self._used.clear()
+        self.averaged = False
+
     def clear(self) -> None:
         """Forget gradients, and those of passes that were accumulated, which DeepSpeed's own ``zero_grad`` keeps."""
+        self._forget()
+        self._used.clear()
+        self._before = []
+        self.averaged = self.waiting = False
+
+    def _forget(self) -> None:
         zero = self.engine.optimizer
         zero.zero_grad()
         if _stage(self.engine) != 3:  # noqa: PLR2004
@@ -46,13 +129,51 @@ class Engine:
             zero.micro_step_id = INITIAL_MICRO_STEP_ID
             zero.all_grad_tensors.clear()
             zero.averaged_gradients.clear()
-        self.averaged, self.waiting, zero.clip_grad = False, False, self.clip
 
-    def gradients(self) -> Iterator[torch.Tensor]:
-        """Give whole averaged gradients."""
-        from deepspeed.utils import safe_get_full_grad
+    def _parts(self) -> list[torch.Tensor]:
+        """Give this rank's parts of the averaged gradients, which the engine steps on; what pads them is zero."""
+        if not self.averaged:
+            return []
+        zero = self.engine.optimizer
+        if self.engine.zero_cpu_offload():
+            return [one.grad for one in self._masters() if one.grad is not None]
+        return [part for parts in zero.averaged_gradients.values() for part in parts or ()]
 
-        return (gradient for one in self.parameters() if (gradient := safe_get_full_grad(one)) is not None)
+    def _masters(self) -> Sequence[torch.Tensor]:
+        """Give this rank's parts of the parameters in 32 bits, which the optimizer steps."""
+        zero = self.engine.optimizer
+        masters: Sequence[torch.Tensor] = (
+            zero.fp32_partitioned_groups_flat if _stage(self.engine) == 3 else zero.single_partition_of_fp32_groups  # noqa: PLR2004
+        )
+        return masters
+
+    def _scale(self) -> float:
+        """Give the factor by which DeepSpeed scales a loss of 16 bits, and unscales gradients as it steps."""
+        return float(self.engine.optimizer.loss_scale)
+
+    def clip_norm(self, max_norm: float, norm_type: float, *, error_if_nonfinite: bool) -> torch.Tensor:
+        """Average, and scale the gradients that the engine steps on; give the norm before."""
+        self.average()
+        parts, largest = self._parts(), norm_type == float("inf")
+        norms = torch.stack(
+            [torch.zeros((), device=self.engine.device)]
+            + [torch.linalg.vector_norm(part.float(), norm_type).to(self.engine.device) for part in parts]
+        )
+        total = norms.max() if largest else norms.pow(norm_type).sum()
+        dist.all_reduce(total, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        norm = (total if largest else total.pow(1 / norm_type)) / self._scale()
+        if error_if_nonfinite and not norm.isfinite():
+            raise RuntimeError(f"The total norm of order {norm_type} of the gradients is {norm.item()}, not finite")
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1)
+        for part in parts:
+            part.mul_(factor.to(part.device))
+        return norm
+
+    def clip_value(self, value: float) -> None:
+        """Average, and clip each element of the gradients that the engine steps on."""
+        self.average()
+        for part in self._parts():
+            part.clamp_(-value * self._scale(), value * self._scale())
 
     def _flat(self) -> Mapping[str, Any]:
         """Give the state of one of DeepSpeed's flat parts: all have the same names in it, and count the same steps."""
@@ -63,6 +184,7 @@ class Engine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         flat = self._flat()
+        self._link()
         whole = [name for name, value in flat.items() if isinstance(value, torch.Tensor) and value.dim() > 0]
         single = {name: value for name, value in flat.items() if name not in whole}
         state, groups, index = {}, [], 0
@@ -70,7 +192,7 @@ class Engine:
             rest = {name: value for name, value in own.items() if name != "params"}
             groups.append({**rest, "params": list(range(index, index + len(parameters)))})
             for parameter in parameters:
-                if flat:
+                if flat and parameter.requires_grad:
                     parts = {name: safe_get_full_optimizer_state(parameter, name) for name in whole}
                     state[index] = {**_copied(single), **_copied(parts)}
                 index += 1
@@ -80,27 +202,31 @@ class Engine:
         """Divide whole states over the ranks."""
         for own, saved in zip(self.optimizer.param_groups, state["param_groups"], strict=True):
             own.update({name: value for name, value in saved.items() if name != "params"})
-        if not state["state"]:
-            return
-        self._make_room(next(iter(state["state"].values())))
+        self._make_room(next(iter(state["state"].values()), {}))
         for index, parameter in enumerate(self.parameters()):
             for name, value in state["state"].get(index, {}).items():
                 if isinstance(value, torch.Tensor) and value.dim() > 0:
                     set_whole(parameter, value, name)
 
     def _make_room(self, entry: Mapping[str, Any]) -> None:
-        """Give a fresh optimizer the entries that it makes at its first step, which DeepSpeed writes into."""
+        """Replace the optimizer's state by entries as it makes them at its first step, which DeepSpeed writes into."""
+        self.optimizer.state.clear()
+        for part in self._masters() if entry else ():
+            self.optimizer.state[part] = {
+                name: torch.zeros_like(part) if isinstance(value, torch.Tensor) and value.dim() > 0 else deepcopy(value)
+                for name, value in entry.items()
+            }
+        self._link()
+
+    def _link(self) -> None:
+        """Let DeepSpeed find each parameter's part of the optimizer's state.
+
+        It does so itself after the first group of parameters has stepped, and so finds that of no other group.
+        """
         zero = self.engine.optimizer
-        parts = zero.fp32_partitioned_groups_flat if _stage(self.engine) == 3 else zero.single_partition_of_fp32_groups  # noqa: PLR2004
-        for part in parts:
-            own = self.optimizer.state[part]
-            for name, value in entry.items():
-                if isinstance(value, torch.Tensor) and value.dim() > 0:
-                    own.setdefault(name, torch.zeros_like(part))
-                else:
-                    own[name] = value.clone() if isinstance(value, torch.Tensor) else value
         if _stage(self.engine) != 3:  # noqa: PLR2004
-            zero._lazy_init_hp_params_optimizer_state()  # noqa: SLF001 - it does so itself, after a step
+            zero._hp_optimizer_states_linked = False  # noqa: SLF001
+            zero._lazy_init_hp_params_optimizer_state()  # noqa: SLF001
 
 
 def _stage(engine: Any) -> int:

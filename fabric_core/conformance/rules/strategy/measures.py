@@ -65,6 +65,14 @@ class How:
     several_optimizers: bool = False
 
 
+def set_up_module(fabric: Any, model: nn.Module) -> Any:
+    """Set a model up alone; under ``joint_setup`` with an optimizer, where there is something to train."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if fabric.strategy.capabilities.joint_setup and trained:
+        return fabric.setup(model, torch.optim.SGD(trained, lr=0.1))[0]
+    return fabric.setup_module(model)
+
+
 def set_up(fabric: Any, case: Training, how: How) -> tuple[cases.Net, Any, list[Any]]:
     """Make a model and its optimizers and set them up; give the model, what came of it, and the optimizers."""
     model = cases.build(case)

@@ -10,7 +10,15 @@ from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Weights, distance, part
 from fabric_core.conformance.numbers import exact
 from fabric_core.conformance.rule import Broken, Table
-from fabric_core.conformance.rules.strategy.measures import ALWAYS, SEVERAL, full, refused, shard_of, whole
+from fabric_core.conformance.rules.strategy.measures import (
+    ALWAYS,
+    SEVERAL,
+    full,
+    refused,
+    set_up_module,
+    shard_of,
+    whole,
+)
 
 TABLE: Final = Table("strategy", inside=False)
 
@@ -82,7 +90,7 @@ def _follow(place: Place) -> tuple[dict[str, torch.Tensor], bool]:
     """Run a model whose buffers follow the data; give its whole state, and whether it still trains."""
     with place.fabric() as fabric:
         model = zoo.make("a running mean")
-        wrapped = fabric.setup_module(model)
+        wrapped = set_up_module(fabric, model)
         shard = shard_of(fabric)
         for x in zoo.batches():
             wrapped(part(x, shard).to(fabric.device))
@@ -160,7 +168,7 @@ def _inputs(place: Place) -> dict[str, Any]:
     """Run a pass that differentiates one parameter alone; give which have gradients after it."""
     with place.fabric() as fabric:
         model = cases.build(cases.Training())
-        wrapped = fabric.setup_module(model)
+        wrapped = set_up_module(fabric, model)
         x, _ = next(cases.batches(cases.Training()))
         chosen = [model.outer.weight]
         try:
@@ -200,7 +208,7 @@ def _half_reduced(place: Place) -> bool:
 
     with place.fabric(precision=Reducing()) as fabric:
         model = cases.build(cases.Training(width=5), torch.float32)
-        wrapped = fabric.setup_module(model)
+        wrapped = set_up_module(fabric, model)
         x, y = (one.to(fabric.device) for one in next(cases.batches(cases.Training(), torch.float32)))
         shard = shard_of(fabric)
         fabric.backward(nn.functional.mse_loss(wrapped(part(x, shard)), part(y, shard)))

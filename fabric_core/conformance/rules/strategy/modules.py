@@ -17,6 +17,7 @@ from fabric_core.conformance.rules.strategy.measures import (
     local_part,
     loss_of,
     set_up,
+    set_up_module,
     train,
     whole,
 )
@@ -30,7 +31,7 @@ def _frozen(place: Place) -> tuple[bool, float, torch.Tensor]:
         model = cases.build(Training())
         model.requires_grad_(False)
         before = cases.copied(model)
-        wrapped = fabric.setup_module(model)
+        wrapped = set_up_module(fabric, model)
         x, _ = next(cases.batches(Training()))
         y = wrapped(x.to(fabric.device)).detach().cpu()
         return not y.requires_grad, distance(before, whole(fabric, model)), y
@@ -59,7 +60,7 @@ def _shape(place: Place) -> dict[str, Any]:
         plain, model = cases.build(case), cases.build(case)
         for one in (plain, model):
             one.inner.eval()
-        wrapped = fabric.setup_module(model)
+        wrapped = set_up_module(fabric, model)
         x, _ = next(cases.batches(case))
         x = x.to(fabric.device)
         with torch.no_grad():
@@ -289,7 +290,7 @@ def _from_meta(place: Place) -> float:
     with place.fabric() as fabric:
         with torch.device("meta"):
             model = cases.build(case)
-        fabric.setup_module(model)
+        set_up_module(fabric, model)
         fabric.strategy.load_module_state(model, expected, True, True)
         return distance(whole(fabric, model), expected)
 

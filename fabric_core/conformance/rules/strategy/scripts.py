@@ -46,7 +46,7 @@ def _perform(place: Place, script: Script, folder: str) -> Weights:  # noqa: C90
             state = {"model": wrapped, "optimizer": stepper}
             if not fresh and saved:
                 fabric.load(path, dict(state))
-            apart = False
+            apart = gathered = False
             while acts:
                 act = acts.pop(0)
                 if act == "restart":
@@ -54,13 +54,14 @@ def _perform(place: Place, script: Script, folder: str) -> Weights:  # noqa: C90
                 if act in {"pass", "apart"}:
                     with fabric.no_backward_sync(wrapped, enabled=act == "apart"):
                         fabric.backward(loss_of(fabric, wrapped, How(), case, *next(data)))
-                    apart = act == "apart"
+                    apart, gathered = act == "apart", True
                 elif apart:
                     continue
                 elif act == "step":
                     stepper.step()
                     stepper.zero_grad()
-                elif act == "clip" and any(one.grad is not None for one in model.parameters()):
+                    gathered = False
+                elif act == "clip" and gathered:
                     fabric.clip_gradients(wrapped, stepper, max_norm=0.05)
                 elif act == "save":
                     fabric.save(path, state)

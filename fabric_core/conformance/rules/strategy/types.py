@@ -17,6 +17,7 @@ from fabric_core.conformance.rules.strategy.measures import (
     check_training,
     gap,
     one_pass,
+    set_up_module,
     train,
 )
 
@@ -62,7 +63,7 @@ def _types(place: Place, which: str) -> tuple[Any, Any]:
 
     with place.fabric(precision=references.Mixed() if which == "mixed" else references.Full()) as fabric:
         model = cases.build(Training(), torch.float32)
-        wrapped = fabric.setup_module(model)
+        wrapped = set_up_module(fabric, model)
         x, _ = next(cases.batches(Training(), torch.float32))
         y = wrapped(x.to(fabric.device))
         return model.seen[0], y.dtype
