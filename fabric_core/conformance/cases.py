@@ -244,7 +244,7 @@ def trainings(**fixed: Any) -> "Callable[[], SearchStrategy[Training]]":
 
 @dataclass(frozen=True)
 class Tensors:
-    """One tensor for each rank, of small whole numbers, so that sums are exact.
+    """One tensor for each rank, of small numbers, whole or quarters, so that sums are exact.
 
     Args:
         seed: Of the numbers.
@@ -264,7 +264,9 @@ class Tensors:
         """Make a rank's tensor."""
         generator = torch.Generator().manual_seed(1000 * self.seed + rank)
         shape = [size + rank * self.uneven for size in self.shape]
-        made = torch.randint(1, 5, shape, generator=generator).to(getattr(torch, self.dtype))
+        dtype = getattr(torch, self.dtype)
+        made = torch.randint(-9, 10, shape, generator=generator).to(dtype)
+        made = made / 4 if dtype.is_floating_point else made
         return made.movedim(0, -1).contiguous().movedim(-1, 0) if self.transposed and made.ndim > 1 else made
 
 

@@ -95,7 +95,7 @@ def _reduces_a_copy(bench: Bench, example: cases.Tensors) -> None:
 def _counts() -> "SearchStrategy[cases.Tensors]":
     from hypothesis import strategies as st
 
-    return cases.tensors(dtype=st.sampled_from(["int64", "int32", "float32"]), shape=st.just((2, 3)))()
+    return cases.tensors(dtype=st.sampled_from(["int64", "int32", "float64", "bfloat16"]), shape=st.just((2, 3)))()
 
 
 @TABLE.rule(
@@ -105,7 +105,8 @@ def _counts() -> "SearchStrategy[cases.Tensors]":
     advice="divide integers with torch.true_divide",
     world_sizes=ALWAYS,
     examples=_counts,
-    count=4,
+    count=6,
+    first=(cases.Tensors(dtype="float64"), cases.Tensors(dtype="int64")),
 )
 def _keeps_types(bench: Bench, example: cases.Tensors) -> None:
     for rank, seen in enumerate(bench.run(_reduce, example)):
