@@ -44,6 +44,7 @@ test_activation_checkpointing = suite(
 test_channels_last = suite("wrapper", "channels_last")
 test_elastic = suite("launcher", "elastic")
 test_single_file = suite("checkpoint", "single_file")
+test_safetensors = suite("checkpoint", "safetensors")
 test_distributed = suite("checkpoint", "distributed")
 test_csv = suite("logger", "csv")
 test_jsonl = suite("logger", "jsonl")

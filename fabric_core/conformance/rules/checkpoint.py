@@ -15,24 +15,33 @@ from fabric_core.errors import CheckpointError
 TABLE: Final = Table("checkpoint")
 
 
-def _tree(factor: float = 1.0) -> dict[str, Any]:
+def _tree(bench: Bench, factor: float = 1.0) -> dict[str, Any]:
+    """Give a state tree: of a model alone for a format that holds nothing else."""
+    model = _model(factor)
+    return {"model": model, **_plain(factor)} if bench.declared["plain_values"] else {"model": model}
+
+
+def _model(factor: float) -> dict[str, torch.Tensor]:
     return {
-        "model": {
-            "weight": factor * torch.arange(6, dtype=torch.float32).reshape(2, 3),
-            "half": torch.full((2,), factor, dtype=torch.bfloat16),
-            "count": torch.tensor([3, 5]),
-            "empty": torch.zeros(0, 2),
-            "scalar": torch.tensor(factor),
-            "transposed": (factor * torch.arange(6.0)).reshape(2, 3).t(),
-            "view": (factor * torch.arange(10.0))[2:8:3],
-            "expanded": torch.full((1, 3), factor).expand(2, 3),
-            "wild": torch.tensor([float("inf"), -float("inf"), -0.0, 3.4e38, 1e-45, 0.1, 16777217.0]),
-            "wide": torch.tensor([0.1, 1e308, 9007199254740993.0], dtype=torch.float64),
-            "large": torch.tensor([2**53 + 1, -(2**63)]),
-            "complex": torch.tensor([1 + 2j, factor]),
-            "flags": torch.tensor([True, False]),
-            "bytes": torch.tensor([0, 255], dtype=torch.uint8),
-        },
+        "weight": factor * torch.arange(6, dtype=torch.float32).reshape(2, 3),
+        "half": torch.full((2,), factor, dtype=torch.bfloat16),
+        "count": torch.tensor([3, 5]),
+        "empty": torch.zeros(0, 2),
+        "scalar": torch.tensor(factor),
+        "transposed": (factor * torch.arange(6.0)).reshape(2, 3).t(),
+        "view": (factor * torch.arange(10.0))[2:8:3],
+        "expanded": torch.full((1, 3), factor).expand(2, 3),
+        "wild": torch.tensor([float("inf"), -float("inf"), -0.0, 3.4e38, 1e-45, 0.1, 16777217.0]),
+        "wide": torch.tensor([0.1, 1e308, 9007199254740993.0], dtype=torch.float64),
+        "large": torch.tensor([2**53 + 1, -(2**63)]),
+        "complex": torch.tensor([1 + 2j, factor]),
+        "flags": torch.tensor([True, False]),
+        "bytes": torch.tensor([0, 255], dtype=torch.uint8),
+    }
+
+
+def _plain(factor: float) -> dict[str, Any]:
+    return {
         "epoch": 7,
         "rate": 0.1,
         "huge": 2**70,
@@ -73,10 +82,10 @@ def _same(one: Any, other: Any) -> bool:
 )
 def _round_trip(bench: Bench) -> None:
     with folder_of_its_own() as folder:
-        bench.plugin().write(folder / "state", _tree())
+        bench.plugin().write(folder / "state", _tree(bench))
         got = bench.plugin().read(folder / "state", None)
-    if not _same(_tree(), got):
-        raise Broken(f"{_tree()!r} comes back as {got!r}")
+    if not _same(_tree(bench), got):
+        raise Broken(f"{_tree(bench)!r} comes back as {got!r}")
 
 
 def _refused(plugin: Any, path: Path, what: str) -> None:
@@ -109,7 +118,7 @@ def _absent(bench: Bench) -> None:
 def _damaged(bench: Bench) -> None:
     with folder_of_its_own() as folder:
         path = folder / "state"
-        bench.plugin().write(path, _tree())
+        bench.plugin().write(path, _tree(bench))
         files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
         whole = {file: file.read_bytes() for file in files}
         for eighth in range(8):
@@ -133,7 +142,7 @@ def _recognises(bench: Bench) -> None:
         (folder / "empty").touch()
         (folder / "folder").mkdir()
         (folder / "text").write_text("text\n", encoding="utf-8")
-        plugin.write(folder / "state", _tree())
+        plugin.write(folder / "state", _tree(bench))
         if plugin.recognises(folder / "state") is not True:
             raise Broken("it doesn't know its own")
         taken = [name for name in ("absent", "empty", "folder", "text") if plugin.recognises(folder / name)]
@@ -156,9 +165,9 @@ def _fails_whole(bench: Bench) -> None:
     plugin = bench.plugin()
     with folder_of_its_own() as folder:
         path = folder / "state"
-        plugin.write(path, _tree())
+        plugin.write(path, _tree(bench))
         try:
-            plugin.write(path, {**_tree(2.0), "bad": _Unwritable()})
+            plugin.write(path, {**_tree(bench, 2.0), "bad": _Unwritable()})
         except CheckpointError:
             pass
         except Exception as error:
@@ -169,7 +178,7 @@ def _fails_whole(bench: Bench) -> None:
             got = plugin.read(path, None)
         except CheckpointError as error:
             raise Broken(f"after a failed write the old checkpoint can't be read: {error}") from error
-        if not _same(_tree(), got):
+        if not _same(_tree(bench), got):
             raise Broken("after a failed write something else is there")
 
 
@@ -210,9 +219,9 @@ def _runs_nothing(bench: Bench) -> None:
 def _replaces(bench: Bench) -> None:
     with folder_of_its_own() as folder:
         for factor in (1.0, 2.0):
-            bench.plugin().write(folder / "state", _tree(factor))
+            bench.plugin().write(folder / "state", _tree(bench, factor))
         got = bench.plugin().read(folder / "state", None)
-    if not _same(_tree(2.0), got):
+    if not _same(_tree(bench, 2.0), got):
         raise Broken("the old values are still there, or a mixture")
 
 
@@ -224,7 +233,7 @@ def _replaces(bench: Bench) -> None:
 )
 def _leaves_nothing(bench: Bench) -> None:
     with folder_of_its_own() as folder:
-        bench.plugin().write(folder / "state", _tree())
+        bench.plugin().write(folder / "state", _tree(bench))
         with suppress(Exception):  # which one is another rule
             bench.plugin().write(folder / "state", {"bad": _Unwritable()})
         beside = sorted(one.name for one in folder.iterdir() if one.name != "state")
@@ -241,17 +250,17 @@ def _leaves_nothing(bench: Bench) -> None:
 def _keeps_tree(bench: Bench) -> None:
     plugin = bench.plugin()
     with folder_of_its_own() as folder:
-        given = _tree()
+        given = _tree(bench)
         held = list(given["model"].values())
         plugin.write(folder / "state", given)
-        if not _same(_tree(), given) or any(
+        if not _same(_tree(bench), given) or any(
             one is not other for one, other in zip(held, given["model"].values(), strict=True)
         ):
             raise Broken("the tree is another after it was written")
         first, second = (plugin.read(folder / "state", None) for _ in range(2))
         first["model"]["weight"].zero_()
-        first["nested"]["list"].append(4)
-        if not _same(_tree(), second):
+        first.get("nested", {}).get("list", []).append(4)
+        if not _same(_tree(bench), second):
             raise Broken("what is changed in one reading is changed in the other")
 
 
@@ -263,10 +272,10 @@ def _keeps_tree(bench: Bench) -> None:
 )
 def _ties(bench: Bench) -> None:
     shared = torch.ones(3)
-    tree = {"one": torch.ones(3), "other": torch.ones(3), "tied": shared, "again": shared}
+    model = {"one": torch.ones(3), "other": torch.ones(3), "tied": shared, "again": shared}
     with folder_of_its_own() as folder:
-        bench.plugin().write(folder / "state", tree)
-        got = bench.plugin().read(folder / "state", None)
+        bench.plugin().write(folder / "state", {"model": model})
+        got = bench.plugin().read(folder / "state", None)["model"]
     got["one"].zero_()
     if got["other"].sum() != 3 or got["tied"].sum() != 3:
         raise Broken("equal tensors came back as one")
@@ -332,7 +341,86 @@ def _outlines(outlined: Any, whole: Any) -> bool:
 )
 def _outline(bench: Bench) -> None:
     with folder_of_its_own() as folder:
-        bench.plugin().write(folder / "state", _tree())
+        bench.plugin().write(folder / "state", _tree(bench))
         got = bench.plugin().outline(folder / "state")
-    if not _outlines(got, _tree()):
+    if not _outlines(got, _tree(bench)):
         raise Broken(f"it says {got!r}")
+
+
+@TABLE.rule(
+    "CHK-613",
+    "`names_beside` lists what lies in the folder now; `remove` deletes its own checkpoint whole, or raises "
+    "CheckpointError, and nothing else.",
+    reason="`keep=3` deletes what lies beside; a user's file must not go with it.",
+    advice="leave names_beside as the contract has it, and let remove ask recognises first",
+)
+def _lists_and_removes(bench: Bench) -> None:
+    plugin = bench.plugin()
+    with folder_of_its_own() as folder:
+        if plugin.names_beside(folder / "state") != []:
+            raise Broken(f"in an empty folder it lists {plugin.names_beside(folder / 'state')!r}")
+        for name in ("state", "other"):
+            plugin.write(folder / name, {"model": {"weight": torch.ones(2)}})
+        (folder / "text").write_text("text\n", encoding="utf-8")
+        if sorted(plugin.names_beside(folder / "state")) != ["other", "state", "text"]:
+            raise Broken(f"beside other and text it lists {plugin.names_beside(folder / 'state')!r}")
+        removed = {}
+        for name in ("state", "text"):
+            try:
+                plugin.remove(folder / name)
+            except CheckpointError:
+                removed[name] = False
+            except Exception as error:
+                raise Broken(f"remove raises {error!r}, and no CheckpointError") from error
+            else:
+                removed[name] = True
+        left = sorted(one.name for one in folder.iterdir())
+    if removed["text"] or "text" not in left:
+        raise Broken("it removes what it doesn't recognise, without an error")
+    if left != sorted({"other", "state", "text"} - {name for name, gone in removed.items() if gone}):
+        raise Broken(f"after removing {'state' if removed['state'] else 'nothing'} there is {', '.join(left)}")
+
+
+def _write_unlike(place: Place, path: str, what: str) -> str:
+    """Write where it must fail on every rank; give what was raised."""
+    with place.fabric() as fabric:
+        tree: dict[str, Any] = {"model": {"weight": torch.ones(2)}}
+        if what == "keys" and place.rank:
+            tree["model"]["more"] = torch.ones(1)
+        if what == "object" and place.rank == 0:
+            tree["bad"] = _Unwritable()
+        try:
+            place.plugin().write_sharded(Path(path), tree, fabric.strategy.collectives)
+        except CheckpointError:
+            return "refused"
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the wrong one
+            return f"raised {error!r}"
+        return "wrote it"
+
+
+@TABLE.rule(
+    "CHK-614",
+    "Who declares sharded: keys that differ between ranks, what can't be written and a path below a file are a "
+    "CheckpointError on every rank, and nothing lies there after it.",
+    reason="A rank that goes on alone waits for the others in the next call.",
+    advice="compare keys over the collectives, and let all ranks know whether one failed",
+    needs=("sharded",),
+    world_sizes=(2,),
+)
+def _fails_together(bench: Bench) -> None:
+    with folder_of_its_own() as folder:
+        (folder / "file").write_text("text\n", encoding="utf-8")
+        for what, path in (("keys", "state"), ("object", "state"), ("path", "file/state")):
+            for rank, outcome in enumerate(bench.run(_write_unlike, str(folder / path), what)):
+                if outcome != "refused":
+                    raise Broken(f"{_UNLIKE[what]}, and rank {rank} {outcome}")
+        left = sorted(one.name for one in folder.iterdir())
+    if left != ["file"]:
+        raise Broken(f"beside the file there is {', '.join(one for one in left if one != 'file')}")
+
+
+_UNLIKE: Final = {
+    "keys": "rank 1 has a tensor more",
+    "object": "rank 0 has an object that can't be written",
+    "path": "the path is below a file",
+}

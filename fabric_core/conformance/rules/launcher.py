@@ -70,6 +70,32 @@ def _ranks(bench: Bench) -> None:
         raise Broken(f"the ranks see themselves as {ranks}")
 
 
+def _detect_on_nodes(place: Place) -> list[tuple[int, ...]]:
+    """Look at four ranks on two nodes."""
+    seen: list[tuple[int, ...]] = []
+    for rank in range(4):
+        local = {"RANK": rank, "LOCAL_RANK": rank % 2, "GROUP_RANK": rank // 2}
+        counts = {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "GROUP_WORLD_SIZE": 2}
+        given = {name: str(value) for name, value in {**local, **counts}.items()}
+        found = place.plugin().detect({**os.environ, **given})
+        seen.append((found.global_rank, found.local_rank, found.node_rank, found.world_size, found.local_world_size))
+    return seen
+
+
+@TABLE.rule(
+    "LAU-511",
+    "Where ranks are spread over nodes, each knows its rank on its node, the node, and how many are on it.",
+    reason="The rank on the node chooses the device: two ranks on one device are slow, or out of memory.",
+    advice="read the local rank, the node's rank and the number on the node from variables of their own",
+    needs=("detects", "multi_node"),
+)
+def _nodes(bench: Bench) -> None:
+    seen = bench.run(_detect_on_nodes)[0]
+    expected = [(rank, rank % 2, rank // 2, 4, 2) for rank in range(4)]
+    if seen != expected:
+        raise Broken(f"of four ranks on two nodes global rank, local rank, node and both counts are {seen}")
+
+
 @TABLE.rule(
     "LAU-504",
     "Variables of its own system that contradict each other, or are missing, raise LaunchError and nothing else.",

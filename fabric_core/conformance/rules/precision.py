@@ -860,6 +860,7 @@ def _hundred(place: Place, stop: int | None) -> list[float]:
     state: dict[str, Any] | None = None
     for steps in [range(100)] if stop is None else [range(stop), range(stop, 100)]:
         with place.fabric() as fabric:
+            fabric.precision.state_dict()  # whoever looks changes nothing
             if state is not None:
                 fabric.precision.load_state_dict(state)
             model = nn.Linear(1, 1, bias=False)
@@ -1068,3 +1069,72 @@ def _in_any_order(bench: Bench, script: cases.Script) -> None:
         off = cases.distance(got, expected[which])
         if not off <= 4 * _tolerance(bench.plugin().policy) * max(went, 1e-3):
             raise Broken(f"the parameters of model {which} differ by {off:.2g}, after going as far as {went:.2g}")
+
+
+class _Twice(torch.optim.SGD):
+    """Evaluates its closure twice before it steps, and keeps the first gradient's length each time."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=_LARGE)
+        self.lengths: list[float] = []
+        self.losses: list[float] = []
+
+    def step(self, closure: Any = None) -> Any:
+        """Step."""
+        for _ in range(_TWO):
+            with torch.enable_grad():
+                loss = closure()
+            self.losses.append(float(loss.detach()))
+            self.lengths.append(self.param_groups[0]["params"][0].grad.float().norm().item())
+        super().step()
+        return loss
+
+
+def _again_and_again(place: Place | None) -> tuple[list[float], list[float], int]:
+    """Step with such a closure, in plain PyTorch where there is no place; give losses, lengths and evaluations."""
+    model, inputs = _model_and_inputs(0, 0, 1)
+    optimizer = _Twice(model.parameters())
+    evaluations = 0
+    with contextlib.nullcontext() if place is None else place.fabric() as fabric:
+        wrapped, stepper = (model, optimizer) if fabric is None else fabric.setup(model, optimizer)
+        x = inputs[0] if fabric is None else inputs[0].to(fabric.device)
+
+        def closure() -> torch.Tensor:
+            nonlocal evaluations
+            evaluations += 1
+            stepper.zero_grad()
+            loss = _small(wrapped(x))
+            loss.backward() if fabric is None else fabric.backward(loss)
+            return loss
+
+        for _ in range(_TWO):
+            stepper.step(closure)
+    return optimizer.losses, optimizer.lengths, evaluations
+
+
+def _or_error(place: Place, measure: Callable[[Place], Any]) -> Any:
+    try:
+        return measure(place)
+    except Exception:  # noqa: BLE001 - whatever it is, the user is told
+        return None
+
+
+@TABLE.rule(
+    "PRE-243",
+    "An optimizer that evaluates its closure again and again sees true gradients each time, and no evaluation is lost; "
+    "or an error is raised.",
+    reason="L-BFGS and line searches do: they compare the gradients of one step.",
+    advice="unscale after every evaluation that the step asks for, and end no iteration within it",
+)
+def _closures_again(bench: Bench) -> None:
+    expected = _again_and_again(None)
+    got = bench.run(_or_error, _again_and_again)[0]
+    if got is None:
+        return
+    if got[2] != expected[2]:
+        raise Broken(f"a closure that is asked for {expected[2]} times is evaluated {got[2]} times")
+    allowed = 4 * _tolerance(bench.plugin().policy)
+    for what, ones, others in (("loss", got[0], expected[0]), ("gradient", got[1], expected[1])):
+        off = max(abs(one - other) / max(abs(other), 1e-6) for one, other in zip(ones, others, strict=True))
+        if not off <= allowed:
+            raise Broken(f"a {what} within a step is off by {off:.2g} of its size")

@@ -14,8 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_core.conformance.references import OneFile, Remembering, Surroundings, Tagging
-from fabric_core.contracts import CheckpointCapabilities, LaunchOrder, ProcessInfo, WrapperCapabilities
+from fabric_core.contracts import CheckpointCapabilities, Collectives, LaunchOrder, ProcessInfo, WrapperCapabilities
 from fabric_core.errors import CheckpointError, LaunchError
+from fabric_plugins.checkpoints import DistributedCheckpoint
 from proof.mutants import Mutants
 
 MUTANTS = Mutants()
@@ -210,7 +211,30 @@ class Clinging(Surroundings):
         raise RuntimeError("nothing was joined")
 
 
+@mutant("takes every rank for the first on its node", "LAU-511")
+class Crowding(Surroundings):
+    def detect(self, environment: Mapping[str, str]) -> ProcessInfo | None:
+        found = super().detect(environment)
+        return None if found is None else replace(found, local_rank=0)
+
+
 # Checkpoints
+
+
+@mutant("deletes whatever lies there", "CHK-613")
+class Sweeping(OneFile):
+    def remove(self, path: Path) -> None:
+        path.unlink()
+
+
+@mutant("tells rank 0 alone that a write failed", "CHK-614")
+class Hushing(DistributedCheckpoint):
+    def write_sharded(self, path: Any, tree: Mapping[str, Any], collectives: Collectives) -> None:
+        try:
+            super().write_sharded(path, tree, collectives)
+        except CheckpointError:
+            if collectives.rank == 0:
+                raise
 
 
 @mutant("only keeps tensors", "CHK-601", "CHK-605", "CHK-607", "CHK-610")
@@ -231,7 +255,7 @@ class Textual(OneFile):
         super().write(path, _as_json(tree))
 
 
-@mutant("declares that all ranks write, and doesn't let them", "CHK-609")
+@mutant("declares that all ranks write, and doesn't let them", "CHK-609", "CHK-614")
 class Boasting(OneFile):
     capabilities = CheckpointCapabilities(sharded=True)
 

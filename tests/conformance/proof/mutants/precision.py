@@ -328,6 +328,26 @@ class Mixing(Scaled):
         return loss * self.scale
 
 
+@mutant("unscales the first evaluation of a closure only", "PRE-243")
+class Once(Scaled):
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        step: Callable[[Callable[[], Any] | None], Any],
+        closure: Callable[[], Any] | None,
+    ) -> Any:
+        if closure is None:
+            return super().optimizer_step(optimizer, step, None)
+        evaluate = closure
+        with torch.enable_grad():
+            first = [evaluate()]
+        self.unscale_gradients(optimizer)
+        if not self.agreed(self.finite(optimizer)):
+            self.overflown = True
+            return None
+        return step(lambda: first.pop() if first else evaluate())
+
+
 @mutant("loses the closure", "PRE-228")
 class Losing(Full):
     def optimizer_step(
