@@ -39,7 +39,7 @@ class StrategyCapabilities(_Capabilities):
     distributed: bool = False
     """It has a process group: several processes train together."""
     sharded: bool = False
-    """After ``setup_module`` the parameters of a rank are shards."""
+    """After setup a rank keeps shards: of the parameters, or of the copies that its optimizer steps, and its state."""
     intercepts_forward: bool = False
     """What runs the model must pass through the module that ``setup_module`` returns, all methods of it."""
     applies_mixed_precision: bool = False

@@ -29,7 +29,8 @@ class Strategy(Plugin, ABC):
     [Note: when gradients are averaged] After the last backward pass of an iteration, and before ``optimizer_step``
     returns, gradients are averaged over the ranks, each once. When is the strategy's choice: in ``backward``, in hooks
     of autograd, or in whichever of ``optimizer_step``, ``clip_grad_norm`` and ``clip_grad_value`` comes first. Until a
-    step or a clipping, nobody may count on either the mean or a rank's own.
+    step or a clipping, nobody may count on either the mean or a rank's own. Under ``joint_setup`` an engine may keep
+    them elsewhere than in ``grad``.
 
     [Note: which gradients] A parameter that no rank used in an iteration keeps the gradient that it had, ``None``
     included; where some ranks used it, the others count as zero. Gradients, as parameters, may be of any floating-point
@@ -303,6 +304,7 @@ class Strategy(Plugin, ABC):
         Args:
             module: The user's module, after ``setup_module``.
             full: Whole tensors on the CPU on rank 0 (other ranks may get an empty dict); else each rank's own part.
+                Under ``joint_setup``, where an engine's parts have no names outside of it, whole tensors on every rank.
         """
         return module.state_dict()
 

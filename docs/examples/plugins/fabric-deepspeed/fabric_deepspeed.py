@@ -1,16 +1,11 @@
 """The strategies of DeepSpeed: ZeRO, by the real engine, which owns the backward pass, clipping and the step."""
 
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal
 
 import torch
-import torch.distributed as dist
 from fabric_deepspeed_engine import Engine, set_whole
+from fabric_deepspeed_process import forget_groups, imported, local_rank, process_unchanged, wait_for_compilation
 from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
@@ -25,10 +20,7 @@ from fabric_core.contracts import (
     StrategyCapabilities,
     World,
 )
-from fabric_core.errors import MisuseError, RequestError, SetupError, UnavailableError
-
-_LONGEST_COMPILATION: Final = 900.0
-"""Seconds after which who compiles DeepSpeed's communication is taken for killed: on busy cores it takes minutes."""
+from fabric_core.errors import MisuseError, RequestError, SetupError
 
 
 class DeepSpeedOptions(PluginOptions):
@@ -77,14 +69,14 @@ class DeepSpeedStrategy(Strategy):
             UnavailableError: DeepSpeed would wait for a compilation that was killed.
         """
         self._world, self._policy = world, policy
-        world.closing.enter_context(_local_rank(world))
-        world.closing.callback(_forget_groups)  # it runs after what ProcessGroup enters there
-        with _process_unchanged():
-            deepspeed = _deepspeed(world.device.type)
+        world.closing.enter_context(local_rank(world))
+        world.closing.callback(forget_groups)  # it runs after what ProcessGroup enters there
+        with process_unchanged():
+            deepspeed = imported(world.device.type)
             if world.device.type == "cpu":
-                _wait_for_compilation()
+                wait_for_compilation()
             self._group = ProcessGroup(world)
-            _forget_groups()
+            forget_groups()
             deepspeed.init_distributed(dist_backend=world.backend, dist_init_required=False, verbose=False)
         return self._group
 
@@ -111,8 +103,8 @@ class DeepSpeedStrategy(Strategy):
             return module, []
         (optimizer,) = optimizers
         trained = [list(group["params"]) for group in optimizer.param_groups]
-        with _process_unchanged():
-            engine, *_ = _deepspeed(self._world.device.type).initialize(
+        with process_unchanged():
+            engine, *_ = imported(self._world.device.type).initialize(
                 model=module, optimizer=optimizer, config=self._config(), dist_init_required=False
             )
         self._engines.append(Engine(engine, optimizer, trained, zero_unused=self.options.zero_unused))
@@ -280,84 +272,6 @@ class DeepSpeedStrategy(Strategy):
         """Load whole states, in PyTorch's form."""
         one = next(one for one in self._engines if one.optimizer is optimizer)
         one.load_optimizer_state(state)
-
-
-def _deepspeed(device_type: str) -> Any:
-    """Import DeepSpeed, which chooses its hardware by itself, and correct its choice."""
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator, set_accelerator
-
-    if device_type == "cpu" and get_accelerator().device_name() != "cpu":
-        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-
-        set_accelerator(CPU_Accelerator())
-    return deepspeed
-
-
-@contextmanager
-def _local_rank(world: World) -> Iterator[None]:
-    """Let DeepSpeed read its local rank, in forward passes too, from the variable that not all launchers set."""
-    before = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = str(world.local_rank)
-    try:
-        yield
-    finally:
-        del os.environ["LOCAL_RANK"]
-        if before is not None:
-            os.environ["LOCAL_RANK"] = before
-
-
-def _wait_for_compilation() -> None:
-    """Wait while another process compiles DeepSpeed's communication, but not for one that was killed.
-
-    PyTorch itself waits until the lock is gone, without an end and without a word, and a killed process leaves it.
-
-    Raises:
-        UnavailableError: The lock is older than any compilation.
-    """
-    from torch.utils.cpp_extension import get_default_build_root
-
-    given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    version = f"py{sys.version_info.major}{sys.version_info.minor}"
-    folders = [Path(given)] if given else Path(get_default_build_root()).glob(f"{version}*")
-    for lock in [folder / "deepspeed_shm_comm" / "lock" for folder in folders]:
-        with suppress(FileNotFoundError):  # as long as it is there
-            while (age := time.time() - lock.stat().st_mtime) < _LONGEST_COMPILATION:
-                time.sleep(0.1)
-            raise UnavailableError(
-                "DeepSpeed's communication can't be compiled: an earlier compilation was killed, and left its lock",
-                where=str(lock),
-                got=f"a lock from {age:.0f} seconds ago",
-                instead=f"rm {lock}, unless something compiles it right now",
-            )
-
-
-def _forget_groups() -> None:
-    """Let DeepSpeed forget the groups that it keeps for the process, once they are gone: a new Fabric makes new ones.
-
-    It does so itself only where it is asked to end PyTorch's default group, which others may use.
-    """
-    from deepspeed.utils import groups
-
-    if groups._WORLD_GROUP is None:  # noqa: SLF001
-        return
-    try:
-        dist.get_global_rank(groups._WORLD_GROUP, 0)  # noqa: SLF001
-    except ValueError:  # PyTorch doesn't know it any more
-        groups._release_process_group_references(group=None)  # noqa: SLF001
-
-
-@contextmanager
-def _process_unchanged() -> Iterator[None]:
-    """Undo what importing and compiling DeepSpeed sets for the whole process."""
-    variables, path = dict(os.environ), sys.path[:]
-    try:
-        yield
-    finally:
-        for name in set(os.environ) - set(variables):
-            del os.environ[name]
-        os.environ.update(variables)
-        sys.path[:] = path
 
 
 def _leaves(loss: torch.Tensor) -> set[int]:

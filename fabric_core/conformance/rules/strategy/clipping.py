@@ -18,6 +18,8 @@ from fabric_core.conformance.rules.strategy.measures import (
     local_part,
     loss_of,
     set_up,
+    stepped,
+    whole,
 )
 
 if TYPE_CHECKING:
@@ -39,8 +41,11 @@ def _clip(place: Place, clipping: Clipping, by: str) -> dict[str, Any]:
     with place.fabric() as fabric:
         model, wrapped, (stepper,) = set_up(fabric, case, How())
         x, y = next(cases.batches(case))
+        before, spoils = whole(fabric, model), by == f"infinity {fabric.global_rank}"
+        if spoils and fabric.strategy.capabilities.joint_setup:  # an engine may keep gradients elsewhere than in `grad`
+            next(model.parameters()).register_hook(_spoilt)
         fabric.backward(loss_of(fabric, wrapped, How(), case, x, y))
-        if by.startswith("infinity") and by == f"infinity {fabric.global_rank}":
+        if spoils and not fabric.strategy.capabilities.joint_setup:
             gradient: Any = next(one.grad for one in model.parameters() if one.grad is not None)
             local_part(gradient).view(-1)[:1] = float("inf")
         norm: Any = None
@@ -55,8 +60,15 @@ def _clip(place: Place, clipping: Clipping, by: str) -> dict[str, Any]:
             "raised": None,
             "norm": None if norm is None else float(norm),
             "plain": type(norm) is torch.Tensor and norm.ndim == 0,
-            "gradients": gradients(model),
+            # What a step does with them counts, wherever they are kept.
+            "gradients": {} if by.startswith("infinity") else stepped(fabric, model, stepper, before),
         }
+
+
+def _spoilt(gradient: torch.Tensor) -> torch.Tensor:
+    spoilt = gradient.clone()
+    spoilt.view(-1)[:1] = float("inf")
+    return spoilt
 
 
 def _clipped_alone(clipping: Clipping, by: str) -> tuple[float, dict[str, Any]]:

@@ -167,7 +167,7 @@ def one_pass(place: Place, mode: str) -> tuple[dict[str, Any], dict[str, Any], d
             inside = fabric.no_backward_sync(wrapped, enabled=mode in {"apart", "undeclared"})
             with inside if mode != "raises" else contextlib.nullcontext():
                 fabric.backward(loss_of(fabric, wrapped, How(), case, x, y) * (SCALE if mode == "scaled" else 1.0))
-        got = local(model) if mode == "apart" else _stepped(fabric, model, stepper, before)
+        got = local(model) if mode == "apart" else stepped(fabric, model, stepper, before)
     if mode == "scaled":
         got = {name: None if one is None else one / SCALE for name, one in got.items()}
     return (
@@ -177,7 +177,7 @@ def one_pass(place: Place, mode: str) -> tuple[dict[str, Any], dict[str, Any], d
     )
 
 
-def _stepped(fabric: Any, model: nn.Module, stepper: Any, before: Weights) -> dict[str, Any]:
+def stepped(fabric: Any, model: nn.Module, stepper: Any, before: Weights) -> dict[str, Any]:
     """Step at a rate of one, without momentum, and give how far each parameter went: its gradient."""
     for group in stepper.param_groups:
         group.update(lr=1.0, momentum=0.0)

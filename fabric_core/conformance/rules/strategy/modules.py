@@ -1,5 +1,6 @@
 """Rules for strategies: what setup makes of a module."""
 
+from collections.abc import Iterable
 from typing import Any, Final
 
 import torch
@@ -80,9 +81,13 @@ def _shape(place: Place) -> dict[str, Any]:
             "output": max((one - plain(x.cpu(), scale=2.0).detach()).abs().max().item() for one in (quiet, loud)),
             "modes": [one.training for one in model.modules()] == [one.training for one in plain.modules()],
             "random": torch.equal(state, torch.get_rng_state()),
-            "local": sum(local_part(one).numel() for one in model.parameters()),
-            "whole": sum(one.numel() for one in plain.parameters()),
+            "local": _numbers(model.parameters()),
+            "whole": _numbers(plain.parameters()),
         }
+
+
+def _numbers(tensors: Iterable[Any]) -> int:
+    return sum(local_part(one).numel() for one in tensors if isinstance(one, torch.Tensor))
 
 
 def _check_shape(bench: Bench, key: str, detail: str) -> None:
@@ -170,18 +175,37 @@ def _draws_nothing(bench: Bench) -> None:
     _check_shape(bench, "random", "the random state is another after setup")
 
 
+def _numbers_held(place: Place) -> tuple[int, int]:
+    """Step with Adam; give how many numbers of parameters and optimizer state this rank holds, and of how many."""
+    case = Training(optimizer="adam")
+    x, y = next(cases.batches(case))
+    plain = cases.build(case)
+    optimizer = cases.optimizer_for(case, plain.parameters())
+    torch.nn.functional.mse_loss(plain(x), y).backward()
+    optimizer.step()
+    with place.fabric() as fabric:
+        model, wrapped, (stepper,) = set_up(fabric, case, How())
+        fabric.backward(loss_of(fabric, wrapped, How(), case, x, y))
+        stepper.step()
+        held, every = (
+            _numbers((*one.parameters(), *(value for state in by.state.values() for value in state.values())))
+            for one, by in ((model, stepper), (plain, optimizer))
+        )
+        return held, every
+
+
 @TABLE.rule(
     "STR-319",
-    "Who declares to shard keeps less than the whole model on each rank.",
+    "Who declares to shard keeps less than the whole of parameters and optimizer state on each rank.",
     reason="It is what a user chooses it for.",
     advice="shard in setup_module, or take sharded out of the capabilities",
     needs=("sharded",),
     world_sizes=SEVERAL,
 )
 def _shards(bench: Bench) -> None:
-    for rank, seen in enumerate(bench.run(_shape)):
-        if seen["local"] >= seen["whole"]:
-            raise Broken(f"rank {rank} holds {seen['local']} of {seen['whole']} numbers")
+    for rank, (held, every) in enumerate(bench.run(_numbers_held)):
+        if held >= every:
+            raise Broken(f"rank {rank} holds {held} of {every} numbers")
 
 
 @TABLE.rule(

@@ -267,6 +267,7 @@ def _parts(bench: Bench) -> None:
     reason="A state that gathers needs the memory that sharding saves.",
     advice="return module.state_dict() where full is False",
     needs=("sharded",),
+    lacks=("joint_setup",),
     world_sizes=SEVERAL,
 )
 def _part_is_part(bench: Bench) -> None:
