@@ -1,12 +1,14 @@
 """An engine of DeepSpeed: its gradients, and its states whole, as PyTorch has them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from fabric_deepspeed_process import forget_stage_3
 from torch import nn
 from torch.optim import Optimizer
 
@@ -32,6 +34,7 @@ class Engine:
         self.zero_unused = zero_unused
         self.waiting = False
         self.averaged = False
+        self._retained = False
         self._before: list[torch.Tensor] = []  # averaged, and perhaps clipped, before further backward passes
         self._used: set[int] = set()
         self._hooks = [
@@ -47,6 +50,8 @@ class Engine:
         """End the engine."""
         for hook in self._hooks:
             hook.remove()
+        if _stage(self.engine) == 3:  # noqa: PLR2004
+            forget_stage_3(set(self.engine.modules()))
         self.engine.destroy()
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -66,7 +71,16 @@ class Engine:
         self.engine.optimizer.clear_backward_seen_flag()  # else of two passes after one forward pass, one counts
         self.averaged, self.waiting = False, True
         self.engine.set_gradient_accumulation_boundary(False)
-        self.engine.backward(loss, retain_graph=retain_graph)
+        with self._whole() if self._retained else nullcontext():
+            self.engine.backward(loss, retain_graph=retain_graph)
+        self._retained = retain_graph
+
+    def _whole(self) -> AbstractContextManager[Any]:
+        """Give parameters that are divided whole: stage 3 does so itself in the first pass through a graph alone."""
+        import deepspeed
+
+        whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(self.engine.module.parameters()))
+        return whole
 
     def average(self) -> None:
         """Average what was accumulated, if anything.
@@ -111,14 +125,14 @@ class Engine:
         if self.averaged:
             self.engine.step()
         self._used.clear()
-        self.averaged = False
+        self.averaged = self._retained = False
 
     def clear(self) -> None:
         """Forget gradients, and those of passes that were accumulated, which DeepSpeed's own ``zero_grad`` keeps."""
         self._forget()
         self._used.clear()
         self._before = []
-        self.averaged = self.waiting = False
+        self.averaged = self.waiting = self._retained = False
 
     def _forget(self) -> None:
         zero = self.engine.optimizer

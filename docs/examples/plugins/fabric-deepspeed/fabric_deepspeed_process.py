@@ -3,12 +3,13 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
 import torch.distributed as dist
+from torch import nn
 
 from fabric_core.contracts import World
 from fabric_core.errors import UnavailableError
@@ -80,6 +81,18 @@ def forget_groups() -> None:
         dist.get_global_rank(groups._WORLD_GROUP, 0)  # noqa: SLF001
     except ValueError:  # PyTorch doesn't know it any more
         groups._release_process_group_references(group=None)  # noqa: SLF001
+
+
+def forget_stage_3(modules: Collection[nn.Module]) -> None:
+    """Undo what stage 3 sets for the whole process: it holds modules for good, and replaces a function of PyTorch."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+
+    held = parameter_offload.FWD_MODULE_STACK
+    held[:] = [one for one in held if one not in modules]
+    if nn.functional.linear is zero3_linear_wrap:
+        nn.functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk
 
 
 @contextmanager

@@ -14,18 +14,25 @@ from torch import nn
 pytest.importorskip("deepspeed")
 
 from fabric_core import Fabric
-from fabric_core.conformance import RankPool
+from fabric_core.conformance import RankPool, suite
 from fabric_core.errors import MisuseError, SetupError, UnavailableError
 
 STAGES = ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    """Give two ranks; the first call may compile DeepSpeed's communication."""
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """Compile DeepSpeed's communication, for which the kit's ranks would not wait long enough."""
     # ninja, which compiles it, lies beside the interpreter.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with RankPool(2, timeout=500, parents=True) as pool:
+    with Fabric(accelerator="cpu", devices=1, strategy="deepspeed") as fabric:
+        fabric.launch()
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    """Give two ranks."""
+    with RankPool(2, parents=True) as pool:
         yield pool
 
 
@@ -124,7 +131,6 @@ def test_it_trains_as_ddp(ranks: RankPool, strategy: str) -> None:
 def test_one_process_trains_alone(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where nothing launched it, so that no variable tells DeepSpeed who it is; nothing is clipped unasked."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     got, expected = (_alone(one) for one in (strategy, "ddp"))
     _same(got, expected, rtol=1e-4, atol=1e-5)
     assert "LOCAL_RANK" not in os.environ
@@ -186,6 +192,39 @@ def test_a_training_goes_on_from_a_checkpoint(ranks: RankPool, pair: tuple[str, 
     _same(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def _several_passes(strategy: str) -> tuple[dict[str, torch.Tensor], float]:
+    """Run passes of one graph, of two graphs at once, and after a clipping, by another norm and by value."""
+    with Fabric(accelerator="cpu", devices=1 if strategy == "single_device" else 2, strategy=strategy) as fabric:
+        fabric.launch()
+        model = _model()
+        wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+        own = range(2) if fabric.world_size == 1 else [fabric.global_rank]
+        for step in range(3):
+            x = torch.cat([_batch(step, rank) for rank in own])
+            loss = wrapped(x).square().mean()
+            fabric.backward(loss, retain_graph=True)
+            fabric.backward(loss, gradient=torch.tensor(2.0))
+            one, other = wrapped(x).mean(), wrapped(x + 1).square().mean()
+            fabric.backward(one)
+            fabric.backward(other)
+            norm = fabric.clip_gradients(wrapped, optimizer, max_norm=0.5, norm_type=3.0)
+            fabric.backward(wrapped(x - 1).square().mean())
+            fabric.clip_gradients(wrapped, optimizer, clip_val=0.05)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert norm is not None
+        return _whole(fabric, model), norm.item()
+
+
+@pytest.mark.parametrize("strategy", STAGES)
+def test_passes_before_a_step_add_up(ranks: RankPool, strategy: str) -> None:
+    """As in one process; also those of one graph, of two graphs at once, and after a clipping."""
+    got, norm = ranks.run(_several_passes, strategy)[0]
+    expected, other = _several_passes("single_device")
+    _same(got, expected, rtol=1e-4, atol=1e-5)
+    assert norm == pytest.approx(other, rel=1e-4)
+
+
 def _refused() -> list[str]:
     seen = []
     with Fabric(accelerator="cpu", devices=2, strategy="deepspeed") as fabric:
@@ -231,3 +270,8 @@ def test_a_compilation_that_was_killed_is_named(ranks: RankPool, tmp_path: Path)
     lock.touch()
     os.utime(lock, (time.time() - 1000, time.time() - 1000))
     assert ranks.run(_locked, str(tmp_path)) == [str(lock), str(lock)]
+
+
+test_rules_stage_1 = suite("strategy", "deepspeed_stage_1")
+test_rules_stage_2 = suite("strategy", "deepspeed_stage_2")
+test_rules_stage_3 = suite("strategy", "deepspeed_stage_3")
