@@ -92,6 +92,9 @@ class Engine:
             return
         self._check_used()
         self.engine.set_gradient_accumulation_boundary(True)
+        for master in self._masters() if self.engine.zero_cpu_offload() else ():
+            if master.grad is None:  # the optimizer's zero_grad took it, and DeepSpeed writes into it
+                master.grad = torch.zeros_like(master)
         if _stage(self.engine) == 1:
             self.engine.allreduce_gradients()
         else:

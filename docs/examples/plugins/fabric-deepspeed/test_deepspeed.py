@@ -13,6 +13,8 @@ from torch import nn
 
 pytest.importorskip("deepspeed")
 
+from fabric_deepspeed import DeepSpeedStrategy
+
 from fabric_core import Fabric
 from fabric_core.conformance import RankPool, suite
 from fabric_core.errors import MisuseError, SetupError, UnavailableError
@@ -65,7 +67,7 @@ def _steps(fabric: Fabric, wrapped: Any, optimizer: Any, steps: range, clip: flo
 
 
 def _by_fabric(
-    strategy: str, clip: float | None = None, passes: int = 1
+    strategy: Any, clip: float | None = None, passes: int = 1
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
     with Fabric(accelerator="cpu", devices=2, strategy=strategy) as fabric:
         fabric.launch()
@@ -122,6 +124,19 @@ def test_it_trains_as_plain_deepspeed(ranks: RankPool, stage: int) -> None:
 def test_it_trains_as_ddp(ranks: RankPool, strategy: str) -> None:
     """Also where several backward passes come before a step, and the norm that clipping returns is the same."""
     (got, norms), _ = ranks.run(_by_fabric, strategy, 0.05, 3)
+    (expected, others), _ = ranks.run(_by_fabric, "ddp", 0.05, 3)
+    _same(got, expected, rtol=1e-4, atol=1e-5)
+    assert norms == pytest.approx(others, rel=1e-4)
+
+
+def _offloaded(stage: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+    return _by_fabric(DeepSpeedStrategy(stage=stage, offload_optimizer=True), 0.05, 3)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_with_optimizer_states_on_the_host_it_trains_as_ddp(ranks: RankPool, stage: int) -> None:
+    """Also after a step, when the optimizer has let go of what DeepSpeed writes gradients into."""
+    (got, norms), _ = ranks.run(_offloaded, stage)
     (expected, others), _ = ranks.run(_by_fabric, "ddp", 0.05, 3)
     _same(got, expected, rtol=1e-4, atol=1e-5)
     assert norms == pytest.approx(others, rel=1e-4)
