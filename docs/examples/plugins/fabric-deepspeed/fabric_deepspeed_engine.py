@@ -105,10 +105,12 @@ class Engine:
         self._before = []
 
     def _check_used(self) -> None:
+        if self.zero_unused:
+            return
         used = [not one.requires_grad or index in self._used for index, one in enumerate(self.parameters())]
         everywhere = torch.tensor(used, dtype=torch.uint8, device=self.engine.device)
         dist.all_reduce(everywhere, op=dist.ReduceOp.MAX)
-        if self.zero_unused or everywhere.all():
+        if everywhere.all():
             return
         own = dict(zip(map(id, self.parameters()), everywhere.tolist(), strict=True))
         unused = [

@@ -270,6 +270,23 @@ def test_what_the_engine_can_t_do_is_refused(ranks: RankPool) -> None:
         assert unused == "2.weight, 2.bias"
 
 
+def _unused() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    with Fabric(accelerator="cpu", devices=2, strategy=DeepSpeedStrategy(zero_unused=True)) as fabric:
+        fabric.launch()
+        model = _model()
+        before = {name: one.detach().clone() for name, one in model.named_parameters()}
+        _, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5))
+        fabric.backward(model[0](_batch(0, 0)).sum())
+        optimizer.step()
+        return before, _whole(fabric, model)
+
+
+def test_an_unused_parameter_steps_with_zeros_where_that_is_asked_for(ranks: RankPool) -> None:
+    """As in plain DeepSpeed: decay moves it."""
+    before, after = ranks.run(_unused)[0]
+    _same({"": after["2.weight"]}, {"": before["2.weight"] * 0.95}, rtol=1e-5, atol=1e-6)
+
+
 def _locked(folder: str) -> str:
     with pytest.MonkeyPatch.context() as patch, Fabric(accelerator="cpu", devices=2, strategy="deepspeed") as fabric:
         patch.setenv("TORCH_EXTENSIONS_DIR", folder)
