@@ -85,7 +85,7 @@ def test_launches_and_teardowns_hold_nothing(first: int, then: int) -> None:
     ("first", "then"),
     [
         pytest.param(2, 8, marks=[pytest.mark.sampled(0.3), pytest.mark.timeout(300)]),
-        pytest.param(50, 450, marks=[pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(900)]),
+        pytest.param(50, 450, marks=[pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
 )
 def test_launches_of_a_function_hold_nothing(first: int, then: int) -> None:
