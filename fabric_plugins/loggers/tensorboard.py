@@ -155,7 +155,8 @@ class TensorBoardLogger(FolderLogger):
 
 def _summary_writer() -> Any:
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        with warnings.catch_warnings():  # what it imports adds filters
+            from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise NotInstalledError(
             "the logger tensorboard needs a package that isn't installed",
