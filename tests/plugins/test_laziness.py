@@ -54,3 +54,17 @@ def test_a_fabric_on_the_cpu_imports_at_most_three_modules_of_plugins() -> None:
         "fabric_plugins.precisions.full",
         "fabric_plugins.strategies.single_device",
     ]
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_an_import_leaves_the_search_for_garbage_as_it_was(collects: bool) -> None:
+    """On or off, also where the import fails."""
+    code = (
+        f"import gc; gc.{'enable' if collects else 'disable'}(); import fabric_core, sys\n"
+        "sys.modules['fabric_core.fabric'] = None\n"
+        "try: fabric_core.Fabric\nexcept ImportError: pass\n"
+        f"assert gc.isenabled() is {collects}\n"
+        "del sys.modules['fabric_core.fabric']; fabric_core.Fabric\n"
+        f"assert gc.isenabled() is {collects}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
