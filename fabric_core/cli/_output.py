@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from threading import Timer
 from typing import Annotated, Any, Final, TextIO
@@ -80,6 +80,9 @@ def _data_alone() -> Iterator[None]:
     try:
         yield
     finally:
+        if _output is not before:
+            with suppress(BrokenPipeError):  # whoever read it has seen enough
+                _output.close()
         sys.stdout, _output = before, None
         os.dup2(kept, 1)
         os.close(kept)
