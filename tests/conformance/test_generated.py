@@ -3,11 +3,12 @@
 import ast
 import os
 import random
+import re
 import sys
 from pathlib import Path
 
 import pytest
-from proof.generated import RECORD, Record, judged, population
+from proof.generated import RECORD, TARGETS, Record, Target, judged, population, unchanged
 from proof.operators import changes
 
 SEED = os.environ["FABRIC_SAMPLE_SEED"]
@@ -51,6 +52,18 @@ def test_there_are_enough_changes() -> None:
     assert len(population()) >= 400
     for one in random.Random(SEED).sample(population(), 20):  # noqa: S311 - a choice of tests
         compile(one.change.source, one.key, "exec")
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.place}, {target.changed[0]}")
+def test_copies_import_copies(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copied plugin runs on the copies of all changed modules: none that is changed is left out, as by a package."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    subject = unchanged(target).write(tmp_path)
+    package = subject.value.partition(".")[0]
+    lines = (tmp_path / package).glob("*.py")
+    imported = {found for one in lines for found in re.findall(rf"from {package}\.(\w+) import", one.read_text())}
+    own = target.place.partition(":")[0]
+    assert {one.replace(".", "_") for one in target.changed if one != own} <= imported
 
 
 CHEAP = ("precision", "checkpoint", "logger", "accelerator")

@@ -21,9 +21,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing.util import Finalize
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Final
 
 from fabric_core.conformance.bench import Bench
@@ -34,7 +36,7 @@ from fabric_core.conformance.subject import Subject
 from proof.equivalent import EQUIVALENT
 from proof.operators import Change, changes
 
-__all__ = ["RECORD", "TARGETS", "Generated", "Record", "Target", "judged", "population"]
+__all__ = ["RECORD", "TARGETS", "Generated", "Record", "Target", "judged", "population", "unchanged"]
 
 RECORD: Final = Path(__file__).with_name("generated.json")
 """What was seen of every change that was ever judged: the rule that noticed it, or ``null``."""
@@ -125,10 +127,6 @@ TARGETS: Final[tuple[Target, ...]] = (
 )  # fmt: skip
 """The right plugins, and which of their sources are changed."""
 
-_EXPORTED: Final = {"ProcessGroup": _GROUP, "SingleProcess": _SINGLE, "check_reduction": _SINGLE,
-                    "check_source": _SINGLE}  # fmt: skip
-"""Where names lie that modules import from a package."""
-
 
 @dataclass(frozen=True)
 class Generated:
@@ -176,6 +174,13 @@ def _leaf(module: str) -> str:
     return module.replace(".", "_")
 
 
+@cache
+def _home(module: str, name: str) -> str:
+    """Say in which module a class or function lies that a package of ours gives on."""
+    given = getattr(import_module(module), name, None) if module.startswith("fabric_") else None
+    return given.__module__ if isinstance(given, type | FunctionType) else module
+
+
 def _rerouted(source: str, modules: Sequence[str], package: str) -> str:
     """Let a module import the copies."""
 
@@ -183,9 +188,11 @@ def _rerouted(source: str, modules: Sequence[str], package: str) -> str:
         def visit_ImportFrom(self, node: ast.ImportFrom) -> Any:
             if node.module is not None and node.module in modules:
                 return ast.ImportFrom(f"{package}.{_leaf(node.module)}", node.names, 0)
-            copied = [one for one in node.names if _EXPORTED.get(one.name) in modules and one.name != node.module]
-            kept = [one for one in node.names if one not in copied]
-            routes = [ast.ImportFrom(f"{package}.{_leaf(_EXPORTED[one.name])}", [one], 0) for one in copied]
+            homes = {one: _home(node.module or "", one.name) for one in node.names}
+            kept = [one for one, home in homes.items() if home not in modules]
+            routes = [
+                ast.ImportFrom(f"{package}.{_leaf(home)}", [one], 0) for one, home in homes.items() if home in modules
+            ]
             return [*([ast.ImportFrom(node.module, kept, 0)] if kept else []), *routes]
 
     return ast.unparse(ast.fix_missing_locations(Router().visit(ast.parse(source))))
@@ -202,7 +209,8 @@ def population() -> tuple[Generated, ...]:
     return tuple(found.values())
 
 
-def _unchanged(target: Target) -> Generated:
+def unchanged(target: Target) -> Generated:
+    """Give a copy without a change."""
     module = target.changed[0]
     tree = ast.parse(_source(module))
     place = next(node for node in ast.walk(tree) if isinstance(node, ast.expr))
@@ -264,7 +272,7 @@ def _judge_unchanged(workers: int) -> int:
 
 
 def _work(index: int) -> tuple[str, str | None, float]:
-    one = population()[index] if index >= 0 else _unchanged(TARGETS[-index - 1])
+    one = population()[index] if index >= 0 else unchanged(TARGETS[-index - 1])
     assert _folder is not None
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         rule, seconds = judged(one, _folder, _EXCUSED)
