@@ -77,10 +77,13 @@ def conformance(
 
 
 def _subjects(plugin: str) -> "Iterator[tuple[str, Subject]]":
-    """Find what is meant, and how to show it: one plugin, or by ``kind:*`` each that is installed, once."""
+    """Find what is meant, and how to show it: one plugin, or by ``kind:*`` each that is installed, once.
+
+    What can't be made without options is named on standard error, and left out.
+    """
     from fabric_core.cli._asking import find_registry
     from fabric_core.conformance import Subject
-    from fabric_core.errors import FabricError
+    from fabric_core.errors import FabricError, OptionError
 
     kind, _, name = plugin.partition(":")
     if not name:
@@ -98,6 +101,12 @@ def _subjects(plugin: str) -> "Iterator[tuple[str, Subject]]":
         subject = Subject.of(kind, f"{offer.distribution}/{offer.name}")
         try:
             preset = subject.load()
+            preset.plugin.parse_options(preset.options)
+        except OptionError as error:
+            said = str(error).partition("\n")[0]
+            named = f"{kind}:{offer.name}:NAME=VALUE"
+            typer.echo(f"{kind} {offer.name}: not judged: {said}; give it what it needs, {named}", err=True)
+            continue
         except FabricError:
             yield offer.name, subject  # a rule says why
             continue

@@ -43,7 +43,7 @@ class Training:
     Args:
         seed: Of the parameters and the data.
         width: Of the hidden layer.
-        depth: How many hidden layers.
+        depth: How many hidden layers, each a block.
         rows: How many rows each of the ``PARTS`` parts of a batch has.
         steps: How many optimizer steps.
         accumulate: Over how many backward passes a step's gradients are gathered.
@@ -55,7 +55,7 @@ class Training:
 
     seed: int = 0
     width: int = 4
-    depth: int = 1
+    depth: int = 2
     rows: int = 1
     steps: int = 2
     accumulate: int = 1
@@ -63,6 +63,17 @@ class Training:
     frozen: bool = False
     tied: bool = False
     buffers: bool = False
+
+
+class Block(nn.Module):
+    """A hidden layer, as one of a model's repeated blocks: ``(rows, width) -> (rows, width)``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.linear(x))
 
 
 class Net(nn.Module):
@@ -74,24 +85,28 @@ class Net(nn.Module):
     def __init__(self, case: Training) -> None:
         super().__init__()
         self.inner = nn.Linear(3, case.width)
-        self.hidden = nn.ModuleList(nn.Linear(case.width, case.width) for _ in range(case.depth))
+        self.hidden = nn.ModuleList(Block(case.width) for _ in range(case.depth))
         self.outer = nn.Linear(case.width, 2)
         if case.tied:
             self.again = nn.Linear(case.width, case.width)
-            self.again.weight = self.hidden[0].weight  # type: ignore[assignment]
+            self.again.weight = self.get_submodule("hidden.0.linear").weight  # type: ignore[assignment]
         if case.buffers:
             self.register_buffer("counter", torch.tensor([3, 5]))
             self.register_buffer("factor", torch.tensor(0.5))
         self.case = case
         self.seen: list[torch.dtype] = []
 
+    def is_tied(self) -> bool:
+        """Whether the two layers of a tied model share a weight."""
+        return self.again.weight is self.get_submodule("hidden.0.linear").weight
+
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """``(rows, 3) -> (rows, width)``."""
         x = self.inner(x)
         self.seen.append(x.dtype)
         x = torch.tanh(x)
-        for layer in self.hidden:
-            x = torch.tanh(layer(x))
+        for block in self.hidden:
+            x = block(x)
         return torch.tanh(self.again(x)) if self.case.tied else x
 
     def forward(self, x: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
@@ -102,25 +117,6 @@ class Net(nn.Module):
     def training_loss(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """A method other than ``forward`` that runs the model."""
         return nn.functional.mse_loss(self.outer(self.features(x)), target)
-
-
-class Branching(nn.Module):
-    """A model in which each row goes one of two ways; a way that no row goes isn't used."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.left = nn.Linear(3, 2, dtype=widest())
-        self.right = nn.Linear(3, 2, dtype=widest())
-
-    def forward(self, x: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """``(rows, 3)``, and which rows go right, ``(rows,)`` -> ``(rows, 2)``."""
-        y = torch.zeros(len(x), 2, dtype=x.dtype, device=x.device)
-        if not right.all():
-            y = y + self.left(x) * ~right[:, None]
-        if right.any():
-            y = y + self.right(x) * right[:, None]
-        return y
 
 
 def build(case: Training, dtype: torch.dtype | None = None) -> Net:
@@ -225,7 +221,7 @@ def trainings(**fixed: Any) -> "Callable[[], SearchStrategy[Training]]":
         drawn = {
             "seed": st.integers(0, 999),
             "width": st.integers(1, 5),
-            "depth": st.integers(1, 2),
+            "depth": st.integers(2, 3),
             "rows": st.integers(1, 3),
             "steps": st.integers(1, 4),
             "accumulate": st.just(1),

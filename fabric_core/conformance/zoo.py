@@ -9,10 +9,29 @@ from torch import nn
 from fabric_core.conformance.cases import PARTS
 from fabric_core.conformance.numbers import widest
 
-__all__ = ["COARSE", "ZOO", "Running", "batches", "make"]
+__all__ = ["COARSE", "ZOO", "Branching", "Running", "batches", "make"]
 
 _ROWS: Final = 2 * PARTS
 _WIDTH: Final = 4
+
+
+class Branching(nn.Module):
+    """A model in which each row goes one of two ways; a way that no row goes isn't used."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.left = nn.Linear(3, 2, dtype=widest())
+        self.right = nn.Linear(3, 2, dtype=widest())
+
+    def forward(self, x: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """``(rows, 3)``, and which rows go right, ``(rows,)`` -> ``(rows, 2)``."""
+        y = torch.zeros(len(x), 2, dtype=x.dtype, device=x.device)
+        if not right.all():
+            y = y + self.left(x) * ~right[:, None]
+        if right.any():
+            y = y + self.right(x) * right[:, None]
+        return y
 
 
 class _Embedding(nn.Module):

@@ -55,6 +55,15 @@ def test_a_star_is_every_plugin_of_a_kind(conformance: Any) -> None:
     assert len(names) == len(set(names))
 
 
+def test_a_star_leaves_out_what_needs_options_and_says_so(conformance: Any) -> None:
+    """A plugin that nobody can make without options would break every rule by that alone."""
+    code, out, err = conformance("strategy:*", "--rule", "REG-005", "--json")
+    assert code == 0
+    assert "model_parallel" not in {one["plugin"]["name"] for one in json.loads(out)}
+    assert "strategy model_parallel: not judged: option 'parallelize_fn'" in err
+    assert "strategy:model_parallel:NAME=VALUE" in err
+
+
 def test_nothing_checked_ends_with_one(conformance: Any) -> None:
     """A run in which every rule was skipped isn't green."""
     code, out, _ = conformance("strategy:ddp:bucket_cap_mb=1", "--rule", "STR-319")

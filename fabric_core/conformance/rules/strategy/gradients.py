@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import nn
 
-from fabric_core.conformance import cases
+from fabric_core.conformance import cases, zoo
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Training, Weights, distance, part
 from fabric_core.conformance.numbers import exact
@@ -175,7 +175,7 @@ def _ways(*, sharded: bool) -> list[torch.Tensor]:
 def _branches(place: Place) -> list[Weights | str]:
     """Train a model in which a pass may leave a layer out, on one rank or on all."""
     with place.fabric() as fabric:
-        model = cases.Branching()
+        model = zoo.Branching()
         wrapped, stepper = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
         ways = _ways(sharded=fabric.strategy.capabilities.sharded)
         shard = shard_of(fabric)
@@ -191,7 +191,7 @@ def _branches(place: Place) -> list[Weights | str]:
 
 
 def _branched_alone(*, sharded: bool) -> Weights:
-    model = cases.Branching()
+    model = zoo.Branching()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ways = _ways(sharded=sharded)
     for right, (x, y) in zip(ways, cases.batches(Training(), steps=len(ways)), strict=True):

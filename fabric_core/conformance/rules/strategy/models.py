@@ -123,7 +123,7 @@ def _buffers(bench: Bench) -> None:
 def _left_out(place: Place) -> list[Weights]:
     """Train two layers with AdamW, of which the first steps use one alone."""
     with place.fabric() as fabric:
-        model = cases.Branching()
+        model = zoo.Branching()
         wrapped, stepper = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1))
         shard = shard_of(fabric)
         try:
@@ -149,7 +149,7 @@ def _left_out(place: Place) -> list[Weights]:
     world_sizes=ALWAYS,
 )
 def _unused(bench: Bench) -> None:
-    model = cases.Branching()
+    model = zoo.Branching()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     for index, (x, y) in enumerate(cases.batches(cases.Training(), steps=3)):
         nn.functional.mse_loss(model(x, torch.full((len(x),), index == 1)), y).backward()

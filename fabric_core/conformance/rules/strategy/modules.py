@@ -73,7 +73,7 @@ def _shape(place: Place) -> dict[str, Any]:
             "names": [name for name, _ in after] == [name for name, _ in before],
             "keys": list(model.state_dict()) == list(plain.state_dict()),
             "frozen": [one.requires_grad for _, one in after] == [one.requires_grad for _, one in before],
-            "tied": model.again.weight is model.hidden[0].weight,
+            "tied": model.is_tied(),
             "patched": sorted(set(vars(model)) - set(vars(plain))) + ["forward"] * ("forward" in vars(model)),
             "types": all(one.dtype == other.dtype for (_, one), (_, other) in zip(before, after, strict=True)),
             "devices": {one.device.type for one in model.parameters()} == {fabric.device.type},
