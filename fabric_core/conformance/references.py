@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -157,6 +157,7 @@ class Scaled(Precision):
         super().__init__(options, **given)
         self.scale = self.options.scale
         self.at: WeakKeyDictionary[Optimizer, float] = WeakKeyDictionary()
+        self.infinite: WeakSet[Optimizer] = WeakSet()
         self.overflown = False
         self.ranks: Collectives | None = None
 
@@ -178,6 +179,8 @@ class Scaled(Precision):
         self.update()
         for optimizer in self.at:
             self.rescale(optimizer, self.scale)
+            if not _gradients(optimizer):
+                self.infinite.discard(optimizer)
         return loss * self.scale
 
     def rescale(self, optimizer: Optimizer, scale: float) -> None:
@@ -194,8 +197,10 @@ class Scaled(Precision):
         self.overflown = False
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
-        """Rescale them to their true size."""
+        """Rescale them to their true size, and remember an infinity: clipping by value may hide it."""
         self.rescale(optimizer, 1.0)
+        if not self.finite(optimizer):
+            self.infinite.add(optimizer)
 
     def optimizer_step(
         self,
@@ -209,7 +214,9 @@ class Scaled(Precision):
             with torch.enable_grad():
                 result = closure()
         self.unscale_gradients(optimizer)
-        if not self.agreed(self.finite(optimizer)):
+        finite = self.finite(optimizer) and optimizer not in self.infinite
+        self.infinite.discard(optimizer)
+        if not self.agreed(finite):
             self.overflown = True
             return None
         returned = step(None)

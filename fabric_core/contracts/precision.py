@@ -154,11 +154,13 @@ class Precision(Plugin, ABC):
         Args:
             optimizer: The optimizer whose step this is.
             step: Performs the strategy's step; it takes the closure, or ``None``.
-            closure: The user's closure, which runs forward and backward and returns the loss; ``None`` without one.
+            closure: The user's closure, which runs forward and backward and returns the loss; ``None`` without one. It
+                is evaluated with gradients enabled, as PyTorch's optimizers do, whatever mode the caller is in.
 
         Returns:
             What ``step`` returned, or ``None`` where the step was skipped. With ``loss_scaling`` a step whose gradients
-            are not finite, on any rank, is skipped on all, and the scale does not grow by it.
+            are not finite, on any rank, is skipped on all, and the scale does not grow by it; also where clipping by
+            value, after they were unscaled, has made them finite. A step without gradients is none of those.
         """
         return step(closure)
 

@@ -246,16 +246,15 @@ class Float16MixedPrecision(_MixedPrecision):
         self._overflowed = None
         if not overflowed and self._scaler.skips_update():
             if self._unscaled:
-                self._rescale(None, end=True)
+                self._rescale(None)
             return
-        self._rescale(lambda: self._scaler.update_scale(overflowed=overflowed), end=True)
+        self._rescale(lambda: self._scaler.update_scale(overflowed=overflowed))
 
-    def _rescale(self, change: Callable[[], None] | None, *, end: bool = False) -> None:
+    def _rescale(self, change: Callable[[], None] | None) -> None:
         """Change the scale, and rescale outstanding gradients to the new one ([Note: outstanding gradients]).
 
         Args:
             change: Changes it; ``None`` leaves it.
-            end: The iteration is over, and what was found in it counts no more.
         """
         outstanding = []
         for optimizer, state in self._states.items():
@@ -264,9 +263,7 @@ class Float16MixedPrecision(_MixedPrecision):
                 if gradients:
                     outstanding.append((state, gradients))
                 else:
-                    state.unscaled = False
-            if end:
-                state.found = None
+                    state.unscaled, state.found = False, None
         before = self._scaler.current_scale() if outstanding else None
         if change is not None:
             change()
@@ -314,7 +311,7 @@ class _OptimizerState:
     Args:
         losses: How many losses were scaled when it last stepped; its gradients are outstanding while there are more.
         unscaled: Its outstanding gradients have their true size.
-        found: What was found in them in this iteration, on this rank.
+        found: What was found in them on this rank, since its last step; clipping by value may have hidden it by now.
     """
 
     losses: int = 0
@@ -340,9 +337,7 @@ class _Scaler(LocalGradScaler):
         scale = self._scale_tensor()
         # Where the scale is, whatever this rank's gradients are: the ranks must agree on the device to compare.
         found: list[torch.Tensor] = [one.to(scale.device) for one in found_inf(self, optimizer)]
-        if len(found) == 1:
-            return found[0]
-        return torch.stack(found).amax() if found else torch.full_like(scale, _NO_GRADIENTS)
+        return found[0] if len(found) == 1 else torch.stack([torch.full_like(scale, _NO_GRADIENTS), *found]).amax()
 
     def skips_update(self) -> bool:
         """Count an iteration without an overflow, where that is all that an update would do."""

@@ -1,5 +1,7 @@
 """The memory format in which convolutions are fastest on many devices."""
 
+from typing import Final
+
 import torch
 from torch import nn
 
@@ -13,5 +15,10 @@ class ChannelsLastWrapper(Wrapper):
 
     def wrap_module(self, module: nn.Module) -> nn.Module:
         """Lay out the parameters and buffers of four dimensions, in place."""
-        placed: nn.Module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # PyTorch's stub
-        return placed
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.dim() == _DIMENSIONS:  # those of three-dimensional convolutions have five, and no such layout
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+        return module
+
+
+_DIMENSIONS: Final = 4

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -632,17 +632,60 @@ def _check_step(bench: Bench, what: str) -> None:
         raise Broken(f"a step after {what} is off by {off:.2g} of its length")
 
 
+class _Telling(torch.optim.SGD):
+    """Says which of its steps it was, or what the closure gave."""
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        """Step."""
+        self.steps += 1
+        result = super().step(closure)
+        return self.steps if closure is None else result
+
+
+def _returned(place: Place) -> list[tuple[float, float]]:
+    """Step twice, and twice with a closure where gradients are off; give what was returned, and what the step gave."""
+    found: list[tuple[float, float]] = []
+    with place.fabric() as fabric:
+        model, inputs = _model_and_inputs(0, 0, 4)
+        optimizer = _Telling(model.parameters(), lr=1e-2)
+        wrapped, stepper = fabric.setup(model, optimizer)
+
+        def closure() -> torch.Tensor:
+            stepper.zero_grad()
+            loss = _small(wrapped(inputs[len(found)].to(fabric.device)))
+            fabric.backward(loss)
+            return loss
+
+        for with_closure in (False, False, True, True):
+            steps, loss = optimizer.steps, closure()
+            if with_closure:
+                with torch.no_grad():
+                    given = stepper.step(closure)
+            else:
+                given = stepper.step()
+            if optimizer.steps > steps:  # it may be skipped, where the first scale is too large
+                found.append((float(given), loss.item() if with_closure else float(optimizer.steps)))
+    return found
+
+
 @TABLE.rule(
     "PRE-228",
-    "A step with finite gradients is made; with a closure too, whose result it returns.",
-    reason="What is skipped without need isn't learnt.",
-    advice="call step(closure) in optimizer_step, and return what it returns",
+    "A step with finite gradients is made, and its result returned; with a closure too, which runs with gradients "
+    "enabled.",
+    reason="What is skipped without need isn't learnt, and scripts log the loss that a step returns.",
+    advice="call step(closure) in optimizer_step, within torch.enable_grad() where you evaluate the closure yourself, "
+    "and return what it returns",
 )
 def _makes_steps(bench: Bench) -> None:
     moved = bench.run(_steps, 1, ())[0]["moved"][0]
     if not 0 < moved < float("inf"):
         raise Broken(f"the parameters move by {moved}")
     _check_step(bench, "a closure")
+    for given, expected in bench.run(_returned)[0]:
+        if given != expected:
+            raise Broken(f"a step returns {given:g}, and the optimizer's gave {expected:g}")
 
 
 @TABLE.rule(
@@ -661,7 +704,7 @@ def _skips_steps(bench: Bench) -> None:
 
 @TABLE.rule(
     "PRE-230",
-    "A skipped step doesn't make the scale larger, and the step after it is as ever.",
+    "A skipped step doesn't make the scale larger, however many come, and the step after it is as ever.",
     reason="Otherwise every following step is skipped too, or is of the wrong size.",
     advice="leave the scale or back off when a gradient isn't finite, and forget what was remembered of the step",
     needs=("loss_scaling",),
@@ -670,6 +713,10 @@ def _backs_off(bench: Bench) -> None:
     factor = bench.run(_steps, 1, (0,))[0]["factor"]
     if not 0 < factor <= 1:
         raise Broken(f"the scale is multiplied by {factor}")
+    scales = bench.run(_hundred, None)[0]
+    for step in _OVERFLOWS:
+        if scales[step + 1] > scales[step]:
+            raise Broken(f"step {step} of a hundred is skipped, and the scale grows to {scales[step + 1]:g} by it")
     _check_step(bench, "a skipped step")
 
 
@@ -971,7 +1018,7 @@ TABLE.untested(
 )
 
 
-_ORDERED: Final = ("pass", "pass", "clip", "spoil", "step", "step")
+_ORDERED: Final = ("pass", "pass", "clip", "clamp", "spoil", "step", "step", "clear")
 
 
 def _orders() -> "SearchStrategy[cases.Script]":
@@ -996,33 +1043,50 @@ def _small(output: torch.Tensor) -> torch.Tensor:
     return output.float().square().mean() / 64
 
 
+def _acts(script: cases.Script) -> Iterator[tuple[int, str, int]]:
+    """Give what a script does with which model, and where; what is clipped in between is spoilt no more."""
+    clipped = [False] * _TWO
+    for index, act in enumerate(script.acts):
+        what, _, which = act.partition(" ")
+        model = int(which or 0)
+        if what == "spoil" and clipped[model]:
+            continue
+        if which:
+            clipped[model] = what in {"clip", "clamp"} or (clipped[model] and what == "spoil")
+        yield index, what, model
+
+
 def _perform(place: Place, script: cases.Script) -> list[cases.Weights]:
     """Train two models, each with its optimizer."""
     with place.fabric() as fabric:
         made = [_model_and_inputs(script.seed, which, len(script.acts)) for which in range(_TWO)]
         pairs = [fabric.setup(model, torch.optim.SGD(model.parameters(), lr=_LARGE / 2)) for model, _ in made]
         first = fabric.precision.state_dict()
-        for index, act in enumerate(script.acts):
-            what, _, which = act.partition(" ")
+        for index, what, which in _acts(script):
+            (model, inputs), (wrapped, stepper) = made[which], pairs[which]
             if what == "look":
                 fabric.precision.state_dict()
             elif what == "load":
                 fabric.precision.load_state_dict(first)
-            if not which:
-                continue
-            (model, inputs), (wrapped, stepper) = made[int(which)], pairs[int(which)]
-            if what == "pass":
+            elif what == "pass":
                 fabric.backward(_small(wrapped(inputs[index].to(fabric.device))), model=wrapped)
-            elif all(one.grad is None for one in model.parameters()):
-                continue
-            elif what == "clip":
-                fabric.clip_gradients(wrapped, stepper, max_norm=1e6)
-            elif what == "spoil":
-                _spoil(model, 0, float("inf"))
-            else:
+            elif what == "step":
                 stepper.step()
+            elif model.weight.grad is not None:
+                _touch(fabric, wrapped, stepper, what)
+            if what in {"step", "clear"}:
                 stepper.zero_grad()
         return [{name: one.float().cpu() for name, one in cases.copied(model).items()} for model, _ in made]
+
+
+def _touch(fabric: Any, wrapped: Any, stepper: Any, what: str) -> None:
+    """Look at gradients, or change them."""
+    if what == "clip":
+        fabric.clip_gradients(wrapped, stepper, max_norm=1e6)
+    elif what == "clamp":
+        fabric.clip_gradients(wrapped, stepper, clip_val=1e6)
+    elif what == "spoil":
+        _spoil(wrapped, 0, float("inf"))
 
 
 def _performed_alone(script: cases.Script) -> tuple[list[cases.Weights], float]:
@@ -1030,30 +1094,29 @@ def _performed_alone(script: cases.Script) -> tuple[list[cases.Weights], float]:
     made = [_model_and_inputs(script.seed, which, len(script.acts)) for which in range(_TWO)]
     before = [cases.copied(model) for model, _ in made]
     optimizers = [torch.optim.SGD(model.parameters(), lr=_LARGE / 2) for model, _ in made]
-    went = 0.0
-    for index, act in enumerate(script.acts):
-        what, _, which = act.partition(" ")
-        if not which:
-            continue
-        model, inputs = made[int(which)]
+    spoilt, went = [False] * _TWO, 0.0
+    for index, what, which in _acts(script):
+        model, inputs = made[which]
         if what == "pass":
             _small(model(inputs[index])).backward()
         elif what == "spoil" and model.weight.grad is not None:
-            _spoil(model, 0, float("inf"))
-        elif what == "step" and model.weight.grad is not None:
-            if all(bool(one.grad.isfinite().all()) for one in model.parameters() if one.grad is not None):
-                optimizers[int(which)].step()
-            optimizers[int(which)].zero_grad()
-            went = max(went, cases.distance(before[int(which)], cases.copied(model)))
+            spoilt[which] = True
+        elif what in {"step", "clear"}:
+            if what == "step" and not spoilt[which]:
+                optimizers[which].step()
+                went = max(went, cases.distance(before[which], cases.copied(model)))
+            optimizers[which].zero_grad()
+            spoilt[which] = False
     return [cases.copied(model) for model, _ in made], went
 
 
 @TABLE.rule(
     "PRE-242",
-    "Any order of two models' passes, clippings, infinities and steps, and of looks at the state, ends where plain "
-    "PyTorch does.",
+    "Any order of two models' passes, clippings, infinities, steps (without gradients too) and clearings, and of looks "
+    "at the state, ends where plain PyTorch does; an infinity that clipping by value hides still skips its step.",
     reason="Gradients that wait were scaled by what the scale was, or are unscaled; those that come, by what it is.",
-    advice="rescale gradients that wait to the loss's scale in scale_loss",
+    advice="rescale gradients that wait to the loss's scale in scale_loss, and remember what unscaling found until the "
+    "step, or until they are cleared",
     needs=("loss_scaling",),
     examples=_orders,
     count=12,
@@ -1061,6 +1124,8 @@ def _performed_alone(script: cases.Script) -> tuple[list[cases.Weights], float]:
         cases.Script(0, ("pass 0", "pass 1", "spoil 0", "step 0", "pass 1", "step 1")),
         cases.Script(1, ("pass 0", "clip 0", "pass 0", "step 0")),
         cases.Script(2, ("pass 0", "spoil 0", "step 0", "pass 0", "pass 1", "load", "pass 0", "step 0", "step 1")),
+        cases.Script(3, ("pass 0", "step 1", "spoil 0", "clamp 0", "pass 0", "step 0", "step 0", "pass 0", "step 0")),
+        cases.Script(4, ("pass 0", "spoil 0", "clip 0", "clear 0", "pass 1", "step 1", "pass 0", "step 0")),
     ),
 )
 def _in_any_order(bench: Bench, script: cases.Script) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import pickle
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -9,12 +10,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
+from fabric_core._torch import has_hooks
 from fabric_core.conformance import cases, snapshot
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Training, distance
 from fabric_core.conformance.numbers import exact
 from fabric_core.conformance.rule import Broken, Level, Table
 from fabric_core.conformance.rules.strategy.measures import whole
+from fabric_core.contracts import Wrapper
 from fabric_core.wrapping import unwrap
 
 TABLE: Final = Table("wrapper")
@@ -251,3 +254,83 @@ def _trains_sharded(bench: Bench) -> None:
     got = bench.run(_train_sharded, Training())[0]
     if not distance(got, cases.trained_alone(Training())) <= max(_CLOSE, exact()):
         raise Broken(f"the parameters differ by {distance(got, cases.trained_alone(Training())):.3g}")
+
+
+@TABLE.rule(
+    "WRA-413",
+    "One instance wraps several models, optimizers and loaders, each by itself.",
+    reason="It serves all of its Fabric: a generator and a discriminator, training and validation data.",
+    advice="keep what belongs to one of them in a mapping with weak keys, and none of it on self",
+)
+def _several(bench: Bench) -> None:
+    plugin, given = bench.plugin(), [Training(seed=seed) for seed in (1, 2)]
+    models = [cases.build(case) for case in given]
+    wrapped = [plugin.wrap_module(model) for model in models]
+    x, _ = next(cases.batches(given[0]))
+    for index, (case, module) in enumerate(zip(given, wrapped, strict=True)):
+        if not torch.allclose(module(x), cases.build(case)(x), rtol=0, atol=max(_CLOSE, exact())):
+            raise Broken(f"of two models, number {index + 1} computes something else")
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    held = [plugin.wrap_optimizer(one, [model]) for one, model in zip(optimizers, models, strict=True)]
+    for index, (optimizer, model) in enumerate(zip(held, models, strict=True)):
+        if {id(one) for group in optimizer.param_groups for one in group["params"]} != set(map(id, model.parameters())):
+            raise Broken(f"of two optimizers, number {index + 1} holds other parameters")
+    loaders = [plugin.wrap_dataloader(DataLoader(TensorDataset(torch.full((3,), number)))) for number in range(2)]
+    for index, loader in enumerate(loaders):
+        if [one.item() for (one,) in loader] != [index] * 3:
+            raise Broken(f"of two loaders, number {index + 1} gives other batches")
+
+
+class _Assorted(nn.Module):
+    """A layer of each usual kind, narrow, wide and frozen, and blocks of one class: nobody runs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide = _layers(4), _layers(64)
+        self.frozen = _layers(64).requires_grad_(False)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(4, 2, 4) for _ in range(2))
+
+
+def _layers(width: int) -> nn.ModuleList:
+    convolutions = [one(width, width, 2) for one in (nn.Conv1d, nn.Conv2d, nn.Conv3d)]
+    norms = [nn.LayerNorm(width), nn.BatchNorm2d(width), nn.GroupNorm(2, width), nn.Dropout(), nn.ReLU()]
+    sequences = [nn.Embedding(width, width), nn.GRU(width, width), nn.MultiheadAttention(width, 2)]
+    return nn.ModuleList([nn.Linear(width, width), *convolutions, *norms, *sequences])
+
+
+def _shown(value: Any) -> Any:
+    """Give a plain value itself, how many there are in a mapping, and the class of anything else."""
+    if isinstance(value, Mapping):
+        return len(value)
+    return value if isinstance(value, bool | int | float | str | tuple) else type(value)
+
+
+def _outside(module: nn.Module) -> list[Any]:
+    """Describe what can be seen of a module from outside: classes, attributes and hooks, and tensors' layout."""
+    modules = [
+        (name, type(one), {key: _shown(value) for key, value in vars(one).items()})
+        for name, one in module.named_modules()
+    ]
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return [modules, [(name, type(one), one.dtype, one.stride(), has_hooks(one)) for name, one in tensors]]
+
+
+@TABLE.rule(
+    "WRA-414",
+    "Who transforms modules and does nothing else changes something by it: the object, a class, attributes, hooks, or "
+    "the layout of tensors.",
+    reason="A wrapper whose condition is the wrong way round changes no result, and saves nothing either.",
+    advice="look at which modules wrap_module finds; one that acts on some classes alone may say why it does nothing",
+    level=Level.SHOULD,
+)
+def _acts(bench: Bench) -> None:
+    plugin = bench.plugin()
+    more = ("after_setup", "forward_context", "wrap_optimizer", "after_step", "wrap_dataloader", "state_dict")
+    if type(plugin).wrap_module is Wrapper.wrap_module or any(
+        getattr(type(plugin), name) is not getattr(Wrapper, name) for name in more
+    ):
+        return
+    model = _Assorted()
+    before = _outside(model)
+    if plugin.wrap_module(model) is model and _outside(model) == before:
+        raise Broken("a model with a layer of each usual kind is as it was")

@@ -10,6 +10,9 @@ _SCALER: Final = f"{_MIXED}_Scaler."
 _SCALED: Final = f"{_MIXED}Float16MixedPrecision."
 _HOST: Final = "fabric_core.conformance.references.Host."
 _TRUE: Final = "fabric_plugins.precisions.true."
+_REFERENCES: Final = "fabric_core.conformance.references."
+_CHECKPOINTING: Final = "fabric_plugins.wrappers.activation_checkpointing.ActivationCheckpointing"
+_CPU: Final = "fabric_plugins.accelerators.cpu.CPUAccelerator."
 
 _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
     "another default of an option, or another bound, is as right": (
@@ -17,24 +20,103 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
         f"{_MIXED}Float16MixedOptions: 2000 -> 2001",
         f"{_MIXED}Float16MixedOptions: Field(default=0.5, gt=0, lt=1) -> Field(default=0.5, lt=1)",
         f"{_MIXED}Float16MixedOptions: Field(default=2.0, gt=1) -> Field(default=2.0)",
+        f"{_MIXED}Float16MixedOptions: Field(default=2.0 ** 16, gt=0) -> Field(default=2.0 ** 16)",
+        f"{_MIXED}Float16MixedOptions: Field(default=2000, ge=1) -> Field(ge=1)",
+        f"{_MIXED}Float16MixedOptions: Field(default=0.5, gt=0, lt=1) -> Field(default=0.5, gt=0)",
+        f"{_MIXED}Float16MixedOptions: 2.0 -> 4.0",
+        f"{_MIXED}Float16MixedOptions: 2.0 -> 4.0 #2",
         f"{_MIXED}MixedOptions: True -> False",
         f"{_TRUE}TrueOptions: False -> True",
         (
-            "fabric_plugins.wrappers.activation_checkpointing.ActivationCheckpointingOptions: Field(default=1, ge=1) "
-            "-> Field(default=1)"
+            f"{_TRUE}_TruePrecision.forward_context: DefaultDtype(self.dtype) if self.options.default_dtype_in_fo ... "
+            "heOption(self.dtype) -> DefaultDtype(self.dtype) if not self.options.default_dtype_i ... "
+            "heOption(self.dtype)"
+        ),
+        f"{_CHECKPOINTING}Options: Field(default=1, ge=1) -> Field(default=1)",
+        f"{_CHECKPOINTING}Options: False -> True",
+        f"{_CHECKPOINTING}Options: 1 -> 2",
+        (
+            f"{_CHECKPOINTING}Wrapper.wrap_module: {{'context_fn': _selective()}} if self.options.selective else {{}} "
+            "-> {'context_fn': _selective()} if not self.options.selective else {}"
         ),
         "fabric_plugins.wrappers.compile.CompileOptions: False -> True",
     ),
     "when a scale grows or shrinks is the precision's own; one that stays is right too": (
-        f"{_SCALED}_end_iteration: True -> False #2",
         f"{_SCALED}_end_iteration: not overflowed -> overflowed",
+        (
+            f"{_SCALED}_end_iteration: not overflowed and self._scaler.skips_update() -> not overflowed or "
+            "self._scaler.skips_update()"
+        ),
+        f"{_SCALED}_end_iteration: self._rescale(lambda: self._scaler.update_scale(overflowed=overflowed)) -> pass",
+        f"{_SCALED}optimizer_step.evaluated: self._overflowed = None -> pass",
         f"{_SCALED}_may_step: self._overflowed = bool(self._overflowed) or verdict >= _OVERFLOW -> pass",
         f"{_SCALED}_rescale: change() -> pass",
         f"{_SCALER}_count: tracker.add_(self._uncounted) -> pass",
         f"{_SCALER}skips_update: False -> True",
         f"{_SCALER}skips_update: True -> False",
+        f"{_SCALER}skips_update: 1 -> 2",
+        f"{_SCALER}skips_update: 1 -> 2 #2",
+        (
+            f"{_SCALER}skips_update: if self._before_growth <= 1: return False -> if not self._before_growth <= 1: "
+            "return False"
+        ),
         f"{_SCALER}skips_update: self._uncounted += 1 -> pass",
         f"{_SCALER}update_scale: self.update() -> pass",
+        f"{_REFERENCES}Scaled.update: self.scale /= 2 -> pass",
+        f"{_REFERENCES}Scaled.update: 2 -> 3",
+        f"{_REFERENCES}Scaled.optimizer_step: self.overflown = True -> pass",
+        f"{_REFERENCES}Scaled.optimizer_step: True -> False",
+    ),
+    "a precision may refuse optimizers that evaluate a closure again within a step": (
+        (
+            f"{_SCALED}optimizer_step.evaluated: if not self._may_step(optimizer): raise MisuseError('gradien ... "
+            "smaller init_scale') -> if not not self._may_step(optimizer): raise MisuseError('gra ... smaller "
+            "init_scale')"
+        ),
+    ),
+    "there is a scale wherever gradients wait that were scaled by it": (
+        f"{_SCALED}_rescale: before is not None and after is not None -> before is not None or after is not None",
+    ),
+    "a policy is the same for the life of the object, so that asking once is asking always": (
+        (
+            f"{_TRUE}_TruePrecision.policy: return PrecisionPolicy(param_dtype=self.dtype, compute_dtype ... "
+            "dtype=torch.float32) -> return self.__dict__.setdefault('_stale_policy', PrecisionPo ... "
+            "type=torch.float32))"
+        ),
+        (
+            f"{_REFERENCES}Doubled.policy: return PrecisionPolicy(param_dtype=torch.float64, compute_dt ... "
+            "dtype=torch.float32) -> return self.__dict__.setdefault('_stale_policy', PrecisionPo ... "
+            "type=torch.float32))"
+        ),
+        (
+            f"{_REFERENCES}Full.policy: return PrecisionPolicy() -> return self.__dict__.setdefault('_stale_policy', "
+            "PrecisionPolicy())"
+        ),
+        (
+            f"{_REFERENCES}Scaled.policy: return PrecisionPolicy(loss_scaling=True) -> return "
+            "self.__dict__.setdefault('_stale_policy', PrecisionPolicy(loss_scaling=True))"
+        ),
+        (
+            f"{_REFERENCES}Mixed.policy: return PrecisionPolicy(compute_dtype=torch.bfloat16, input_d ... at32, "
+            "autocast=True) -> return self.__dict__.setdefault('_stale_policy', PrecisionPo ... t32, autocast=True))"
+        ),
+    ),
+    "what this reference counts nobody reads: it is there to be a hook": (
+        f"{_REFERENCES}_count: module.__dict__['runs'] = module.__dict__.get('runs', 0) + 1 -> pass",
+        f"{_REFERENCES}_count: module.__dict__.get('runs', 0) + 1 -> module.__dict__.get('runs', 0) - 1",
+        f"{_REFERENCES}_count: 1 -> 2",
+        f"{_REFERENCES}_count: 0 -> 1",
+        f"{_REFERENCES}Tagging.wrap_module: module.register_forward_pre_hook(_count) -> pass",
+    ),
+    "of the two wrappers the other one declares the same order": (
+        (
+            f"{_CHECKPOINTING}Wrapper: WrapperCapabilities(before=frozenset({{'compile_blocks'}})) -> "
+            "WrapperCapabilities()"
+        ),
+        (
+            "fabric_plugins.wrappers.compile.CompileBlocksWrapper: "
+            "WrapperCapabilities(after=frozenset({'activation_checkpointing'})) -> WrapperCapabilities()"
+        ),
     ),
     "losses are counted to be compared with each other, and their count has no other use": (
         f"{_SCALED}__init__: 0 -> 1",
@@ -45,16 +127,29 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
             f"{_SCALED}_may_step: self._collectives is not None and self._collectives.world_size > 1 -> "
             "self._collectives is not None or self._collectives.world_size > 1"
         ),
+        f"{_SCALED}_may_step: self._collectives.world_size > 1 -> self._collectives.world_size >= 1",
     ),
-    "the largest of one number is the number": (
-        f"{_SCALER}unscale_and_check: len(found) == 1 -> len(found) != 1",
-        f"{_SCALER}unscale_and_check: 1 -> 2",
-    ),
+    "the largest of one number is the number": (f"{_SCALER}unscale_and_check: 1 -> 2",),
     "a policy that asks for less is right, where what it says happens": (
         (
             "fabric_core.conformance.references.Doubled.policy: PrecisionPolicy(param_dtype=torch.float64, "
             "compute_dtype=tor ... dtype=torch.float32) -> PrecisionPolicy(param_dtype=torch.float64, "
             "input_dtype=torch ... dtype=torch.float32)"
+        ),
+        (
+            f"{_REFERENCES}Doubled.policy: PrecisionPolicy(param_dtype=torch.float64, compute_dtype=tor ... "
+            "dtype=torch.float32) -> PrecisionPolicy(param_dtype=torch.float64, compute_dtype=tor ... "
+            "dtype=torch.float64)"
+        ),
+        (
+            f"{_REFERENCES}Mixed.policy: PrecisionPolicy(compute_dtype=torch.bfloat16, input_dtype=to ... at32, "
+            "autocast=True) -> PrecisionPolicy(compute_dtype=torch.bfloat16, output_dtype=torch.float32, "
+            "autocast=True)"
+        ),
+        (
+            f"{_REFERENCES}Mixed.policy: PrecisionPolicy(compute_dtype=torch.bfloat16, input_dtype=to ... at32, "
+            "autocast=True) -> PrecisionPolicy(compute_dtype=torch.bfloat16, input_dtype=torch.float32, "
+            "autocast=True)"
         ),
         (
             f"{_MIXED}_MixedPrecision.policy: PrecisionPolicy(compute_dtype=self.dtype, reduce_dtype=torch ... "
@@ -78,6 +173,11 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
         ),
     ),
     "for how many processes the host is enough is the accelerator's own": (
+        f"{_CPU}parse_devices: True -> False",
+        (
+            f"{_CPU}parse_devices: parse_device_indices(spec, 1, where='devices of the accelerator cpu', "
+            "unbounded=True) -> parse_device_indices(spec, 1, where='devices of the accelerator cpu')"
+        ),
         f"{_HOST}parse_devices: True -> False",
         (
             f"{_HOST}parse_devices: parse_device_indices(spec, 1, where='devices', unbounded=True) -> "
@@ -85,6 +185,10 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
         ),
     ),
     "it is PyTorch's default": (
+        (
+            f"{_REFERENCES}OneFile.read: torch.load(path, map_location='cpu', weights_only=True) -> torch.load(path, "
+            "map_location='cpu')"
+        ),
         (
             "fabric_plugins.checkpoints.distributed._load_outline: torch.load(io.BytesIO(data), weights_only=True) -> "
             "torch.load(io.BytesIO(data))"
@@ -116,9 +220,10 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
             "fabric_plugins.launchers.elastic.ElasticLauncher.setup_process: torch.set_num_threads(max(1, "
             "len(os.sched_getaffinity(0)) // info.local_world_size)) -> pass"
         ),
+        f"{_SCALER}update_scale: self._before_growth = None -> pass",
         (
-            "fabric_plugins.wrappers.channels_last.ChannelsLastWrapper.wrap_module: "
-            "module.to(memory_format=torch.channels_last) -> module.to()"
+            "fabric_plugins.wrappers._blocks.find_blocks: [one for one in module.modules() if type(one).__name__ in "
+            "names] -> [one for one in module.modules()]"
         ),
     ),
     "white space in a file that only this format reads": (
@@ -127,7 +232,9 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
             "indent=1) -> json.dumps({'checksum': checksum(text), 'manifest': body})"
         ),
     ),
-    "a format may declare less than it can": (
+    "a format or a launcher may declare less than it can": (
+        f"{_REFERENCES}Surroundings: True -> False",
+        f"{_REFERENCES}Surroundings: LauncherCapabilities(multi_node=True) -> LauncherCapabilities()",
         (
             "fabric_plugins.checkpoints.distributed.DistributedCheckpoint: CheckpointCapabilities(sharded=True, "
             "remote=True) -> CheckpointCapabilities(remote=True)"
@@ -145,6 +252,10 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
         (
             "fabric_plugins.wrappers._blocks.find_blocks: '' if found else 'repeated blocks' -> '' if not found else "
             "'repeated blocks'"
+        ),
+        (
+            "fabric_plugins.wrappers._blocks.find_blocks: sorted(names - {type(one).__name__ for one in found}) -> "
+            "list(names - {type(one).__name__ for one in found})"
         ),
     ),
 }

@@ -329,6 +329,7 @@ class StaticScale(Precision):
         super().__init__(options, **given)
         self.collectives: Collectives | None = None
         self.done: list[Optimizer] = []
+        self.bad: list[Optimizer] = []
 
     @property
     def policy(self) -> PrecisionPolicy:
@@ -341,6 +342,7 @@ class StaticScale(Precision):
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """Scale, and what was unscaled and waits too."""
+        self.bad = [one for one in self.bad if _gradients(one)]
         while self.done:
             for gradient in _gradients(self.done.pop()):
                 gradient.mul_(512.0)
@@ -352,6 +354,8 @@ class StaticScale(Precision):
             self.done.append(optimizer)
             for gradient in _gradients(optimizer):
                 gradient.div_(512.0)
+                if not bool(gradient.isfinite().all()):
+                    self.bad.append(optimizer)
 
     def optimizer_step(
         self,
@@ -365,7 +369,8 @@ class StaticScale(Precision):
             with torch.enable_grad():
                 result = closure()
         self.unscale_gradients(optimizer)
-        bad = torch.tensor(float(any(not bool(one.isfinite().all()) for one in _gradients(optimizer))))
+        bad = torch.tensor(float(any(one is optimizer for one in self.bad)))
+        self.bad = [one for one in self.bad if one is not optimizer]
         if self.collectives is not None:
             bad = self.collectives.all_reduce(bad, None, "max")
         if bad.item():

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fabric_core import Fabric
 from fabric_core.errors import PlanError, SetupError
-from fabric_plugins.wrappers import CompileWrapper
+from fabric_plugins.wrappers import ChannelsLastWrapper, CompileWrapper
 
 # The compiler looks at the gradient of whatever goes into a block.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -180,6 +180,13 @@ def test_channels_last_lays_out_convolutions() -> None:
     assert model[0].weight is weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert model[0](torch.randn(1, 3, 8, 8)).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_channels_last_takes_convolutions_of_every_dimension() -> None:
+    """Weights of five dimensions, which have no such layout, are left beside those that have it."""
+    net = ChannelsLastWrapper().wrap_module(nn.Sequential(nn.Conv1d(2, 2, 2), nn.Conv2d(2, 2, 2), nn.Conv3d(2, 2, 2)))
+    layouts = [one.stride() for name, one in net.named_parameters() if name.endswith("weight")]
+    assert layouts == [(4, 2, 1), (8, 1, 4, 2), (16, 8, 4, 2, 1)]
 
 
 @pytest.mark.parametrize("name", ["activation_checkpointing", "compile_blocks"])

@@ -14,7 +14,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_core.conformance.references import OneFile, Remembering, Surroundings, Tagging
-from fabric_core.contracts import CheckpointCapabilities, Collectives, LaunchOrder, ProcessInfo, WrapperCapabilities
+from fabric_core.contracts import (
+    CheckpointCapabilities,
+    Collectives,
+    LaunchOrder,
+    ProcessInfo,
+    Wrapper,
+    WrapperCapabilities,
+)
 from fabric_core.errors import CheckpointError, LaunchError
 from fabric_plugins.checkpoints import DistributedCheckpoint
 from proof.mutants import Mutants
@@ -153,6 +160,28 @@ class Rolling(Tagging):
     def wrap_module(self, module: nn.Module) -> nn.Module:
         torch.rand(1)
         return super().wrap_module(module)
+
+
+@mutant("wraps the first loader that it is given, whichever comes", "WRA-413")
+class Attached(Tagging):
+    first: Any = None
+
+    def wrap_dataloader(self, dataloader: Any) -> Any:
+        self.first = self.first or super().wrap_dataloader(dataloader)
+        return self.first
+
+
+@mutant("looks for layers that are long enough, and finds none", "WRA-414")
+class Fastidious(Wrapper):
+    def wrap_module(self, module: nn.Module) -> nn.Module:
+        for one in module.modules():
+            if isinstance(one, nn.Linear) and one.in_features < 0:
+                one.register_forward_pre_hook(_tag)
+        return module
+
+
+def _tag(module: Any, _inputs: Any) -> None:
+    module.__dict__["tagged"] = True
 
 
 # Launchers

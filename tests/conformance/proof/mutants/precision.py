@@ -328,6 +328,49 @@ class Mixing(Scaled):
         return loss * self.scale
 
 
+@mutant("takes a step whose infinity clipping by value has hidden", "PRE-242")
+class Appeased(Scaled):
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        super().unscale_gradients(optimizer)
+        self.infinite.clear()
+
+
+@mutant("makes its scale larger after two steps that it skips", "PRE-230")
+class Growing(Scaled):
+    skipped = 0
+
+    def update(self) -> None:
+        self.skipped += self.overflown
+        self.overflown = False
+        if self.skipped == 2:
+            self.scale, self.skipped = self.scale * 2, 0
+
+
+@mutant("returns for ever what its first step returned", "PRE-228")
+class Parroting(Full):
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        step: Callable[[Callable[[], Any] | None], Any],
+        closure: Callable[[], Any] | None,
+    ) -> Any:
+        returned = step(closure)
+        return self.__dict__.setdefault("first", returned)
+
+
+@mutant("evaluates closures in its caller's mode", "PRE-228")
+class Modal(Full):
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        step: Callable[[Callable[[], Any] | None], Any],
+        closure: Callable[[], Any] | None,
+    ) -> Any:
+        result = None if closure is None else closure()
+        returned = step(None)
+        return returned if closure is None else result
+
+
 @mutant("unscales the first evaluation of a closure only", "PRE-243")
 class Once(Scaled):
     def optimizer_step(
