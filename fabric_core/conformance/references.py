@@ -1,5 +1,6 @@
 """Small right plugins of every kind: what the kit surrounds a plugin with, and what its mutants are made from."""
 
+import io
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -309,6 +310,11 @@ class OneFile(Checkpoint):
     def write(self, path: Path, tree: Mapping[str, Any]) -> None:
         """Write aside and rename."""
         aside = path.with_name(f".{path.name}.part")
+        for name, value in tree.items():
+            if not _comes_back(value):
+                raise CheckpointError(
+                    "the entry can't be read again without code", where=f"{path}, {name!r}", got=type(value).__name__
+                )
         try:
             torch.save(dict(tree), aside)
             aside.replace(path)
@@ -319,11 +325,35 @@ class OneFile(Checkpoint):
 
     def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
         """Read without running code."""
-        try:
-            tree: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError("the checkpoint can't be read", where=str(path), got=repr(error)) from error
-        return tree
+        return _loaded(path, weights_only=True)
+
+    def read_trusted(self, path: Path) -> dict[str, Any]:
+        """Read objects too."""
+        return _loaded(path, weights_only=False)
+
+
+def _comes_back(value: Any) -> bool:
+    memory = io.BytesIO()
+    try:
+        torch.save(value, memory)
+        memory.seek(0)
+        torch.load(memory, weights_only=True)
+    except Exception:  # noqa: BLE001 - whatever an object's own code raises
+        return False
+    return True
+
+
+def _loaded(path: Path, *, weights_only: bool) -> dict[str, Any]:
+    """Compare checksums, which PyTorch doesn't, and read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        tree = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except Exception as error:
+        raise CheckpointError("the checkpoint can't be read", where=str(path), got=repr(error)) from error
+    if damaged is not None or not isinstance(tree, dict):
+        raise CheckpointError("the checkpoint is damaged", where=str(path), got=damaged or type(tree).__name__)
+    return tree
 
 
 class Remembering(Logger):

@@ -25,8 +25,10 @@ A format may keep it elsewhere, such as in a manifest; then ``describe`` gives i
 class Checkpoint(Plugin, ABC):
     """Writes and reads a state tree: nested dicts, lists and tuples of tensors and plain values.
 
-    A checkpoint is there whole or not at all. Reading one runs no code. A path is a ``pathlib.Path``; where ``remote``
-    is declared it may also be the text of a URL, such as ``"s3://bucket/name"``.
+    A checkpoint is there whole or not at all. Reading one runs no code. One whose bytes have changed since it was
+    written is damaged: a format keeps checksums. A path is a ``pathlib.Path``; where ``remote`` is declared it may
+    also be the text of a URL, such as ``"s3://bucket/name"``, at which everything goes as at a path; a scheme that the
+    format doesn't know raises ``NotInstalledError``.
 
     Kept are every tensor's values bit for bit (infinities and the bits of a NaN too), its type and its shape, and plain
     values, numbers for keys and tuples. Not kept need be strides, devices, ``requires_grad`` and
@@ -50,8 +52,8 @@ class Checkpoint(Plugin, ABC):
         """Write a state tree, by one process alone.
 
         Raises:
-            CheckpointError: It can't be written, or holds what ``read`` would need code for; what lay at the path
-                before is still there.
+            CheckpointError: It can't be written, or has an entry, which the error names, that ``read`` would not give
+                back, or need code for; what lay at the path before is still there.
         """
 
     @behaviour
@@ -64,7 +66,8 @@ class Checkpoint(Plugin, ABC):
             collectives: Those of all ranks, which nothing else uses meanwhile.
 
         Raises:
-            CheckpointError: As for ``write``, and on every rank where one failed.
+            CheckpointError: As for ``write``, and on every rank where one failed; of keys that aren't the same it names
+                one.
         """
         raise NotImplementedError
 
@@ -106,6 +109,8 @@ class Checkpoint(Plugin, ABC):
     def read_trusted(self, path: Any) -> dict[str, Any]:
         """Read everything, pickled objects included, whose code runs: for a file that the user trusts.
 
+        Leave it as it is where the format recognises no file that may hold objects.
+
         Raises:
             CheckpointError: There is nothing, or it is damaged.
         """
@@ -127,8 +132,8 @@ class Checkpoint(Plugin, ABC):
         Raises:
             CheckpointError: As for ``read``.
         """
-        about = self.outline(path).get(ABOUT, {})
-        return dict(about) if isinstance(about, Mapping) else {}
+        about = self.outline(path).get(ABOUT)
+        return {} if about is None else {ABOUT: about}
 
     @behaviour
     def names_beside(self, path: Any) -> list[str]:

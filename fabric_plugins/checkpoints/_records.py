@@ -60,7 +60,10 @@ class Writer:
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], *, coordinator: bool) -> None:
-        self._planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        # What several ranks have may differ: the lowest writes it, as the contract says, and it isn't shared out.
+        self._planner = DefaultSavePlanner(
+            flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True
+        )
         self._planner.set_up_planner(dict(tensors), is_coordinator=coordinator)
         self._metadata = Metadata({})
 

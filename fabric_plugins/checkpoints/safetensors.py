@@ -156,7 +156,10 @@ class SafetensorsCheckpoint(Checkpoint):
         with reported("the checkpoint can't be read", path):
             folder, name = _place_of(path)
             if name is None:
-                return _manifest(folder)
+                body = _manifest(folder)
+                if not body and not any(_has(folder, one) for one in (_INDEX, _SINGLE)):
+                    raise FileNotFoundError(f"no {MANIFEST}, {_INDEX} or {_SINGLE}")
+                return body
             with folder.local(name) as file, _library(path)(file, framework="pt") as opened:
                 text = (opened.metadata() or {}).get("fabric")
             return {} if text is None else decode(text.encode(), path, _KIND)

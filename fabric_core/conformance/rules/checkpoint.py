@@ -1,16 +1,26 @@
 """Rules for checkpoint formats."""
 
+import datetime as dt
+import enum
+import json
 import os
 import pickle
+import random
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import torch
+from torch import nn
 
 from fabric_core.conformance.bench import Bench, Place, folder_of_its_own
 from fabric_core.conformance.rule import Broken, Table
-from fabric_core.errors import CheckpointError
+from fabric_core.contracts import ABOUT, walk_tensors
+from fabric_core.errors import CheckpointError, NotInstalledError
 
 TABLE: Final = Table("checkpoint")
 
@@ -88,46 +98,101 @@ def _round_trip(bench: Bench) -> None:
         raise Broken(f"{_tree(bench)!r} comes back as {got!r}")
 
 
-def _refused(plugin: Any, path: Path, what: str) -> None:
+_CALLS: Final[Mapping[str, Callable[[Any, Path], Any]]] = {
+    "read": lambda plugin, path: plugin.read(path, None),
+    "outline": lambda plugin, path: plugin.outline(path),
+    "describe": lambda plugin, path: plugin.describe(path),
+    "tensors": lambda plugin, path: dict(plugin.tensors(path)),
+    "read_trusted": lambda plugin, path: plugin.read_trusted(path),
+}
+"""What may be asked of a path."""
+_READS: Final = ("read", "outline", "tensors", "read_trusted")
+
+_REFUSED: Final = object()
+
+
+def _answer(plugin: Any, call: str, path: Path, what: str) -> Any:
+    """Ask, and give the answer, or ``_REFUSED``."""
     try:
-        got = plugin.read(path, None)
+        return _CALLS[call](plugin, path)
     except CheckpointError:
-        return
+        return _REFUSED
     except Exception as error:
-        raise Broken(f"{what} raises {error!r}, and no CheckpointError") from error
-    raise Broken(f"{what} is read as {got!r}")
+        raise Broken(f"{call} of {what} raises {error!r}, and no CheckpointError") from error
+
+
+def _refused(plugin: Any, path: Path, what: str, *calls: str) -> None:
+    for call in calls or _CALLS:
+        got = _answer(plugin, call, path, what)
+        if got is not _REFUSED:
+            raise Broken(f"{call} of {what} gives {got!r}")
 
 
 @TABLE.rule(
     "CHK-602",
-    "Reading what isn't there raises CheckpointError.",
+    "Whatever is asked of what isn't there raises CheckpointError: `read`, `outline`, `describe`, `tensors`, "
+    "`read_trusted` and `remove`.",
     reason="A wrong path is the most frequent mistake.",
-    advice="raise CheckpointError from what the file system raises",
+    advice="raise CheckpointError from what the file system raises, in every method",
 )
 def _absent(bench: Bench) -> None:
     with folder_of_its_own() as folder:
         _refused(bench.plugin(), folder / "state", "what isn't there")
+        try:
+            bench.plugin().remove(folder / "state")
+        except CheckpointError:
+            return
+        except Exception as error:
+            raise Broken(f"remove of what isn't there raises {error!r}, and no CheckpointError") from error
+    raise Broken("what isn't there is removed without an error")
+
+
+def _files(path: Path) -> dict[Path, bytes]:
+    """Give the files of a checkpoint, and their bytes."""
+    return {file: file.read_bytes() for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
 
 
 @TABLE.rule(
     "CHK-603",
-    "Reading a checkpoint that was cut off raises CheckpointError.",
+    "Reading a checkpoint that was cut off raises CheckpointError, by `read`, `outline`, `tensors` or `read_trusted`. "
+    "One of which a single file is cut off or gone does so too, or gives all tensors as they were written.",
     reason="Half a model must not be trained on.",
     advice="let the format have a length or a checksum, and raise CheckpointError from what reading raises",
 )
 def _damaged(bench: Bench) -> None:
+    plugin = bench.plugin()
     with folder_of_its_own() as folder:
         path = folder / "state"
-        bench.plugin().write(path, _tree(bench))
-        files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
-        whole = {file: file.read_bytes() for file in files}
+        plugin.write(path, _tree(bench))
+        whole = _files(path)
         for eighth in range(8):
             for file, data in whole.items():
                 file.write_bytes(data[: len(data) * eighth // 8])
-            _refused(bench.plugin(), path, f"{eighth} eighths of a checkpoint")
+            _refused(plugin, path, f"{eighth} eighths of a checkpoint", *_READS)
         for file, data in whole.items():
             file.write_bytes(data[:-1])
-        _refused(bench.plugin(), path, "a checkpoint without its last byte")
+        _refused(plugin, path, "a checkpoint without its last byte", *_READS)
+        for file, data in whole.items():
+            for other, all_of_it in whole.items():
+                other.write_bytes(all_of_it)
+            for what, act in (
+                ("half of", lambda file=file, data=data: file.write_bytes(data[: len(data) // 2])),
+                ("nothing in", lambda file=file: file.write_bytes(b"")),
+                ("no", lambda file=file: file.unlink()),
+            ):
+                act()
+                seen = f"a checkpoint with {what} {file.name}"
+                got = _answer(plugin, "read", path, seen)
+                if got is _REFUSED:
+                    _refused(plugin, path, seen, *_READS)
+                    _answer(plugin, "describe", path, seen)
+                elif not _same(_by_name(_tree(bench)), _by_name(got)):
+                    raise Broken(f"{seen} is read as {got!r}")
+
+
+def _by_name(tree: Mapping[str, Any]) -> dict[Any, torch.Tensor]:
+    """Give tensors by the last of their keys: what is above them may lie in a file that is gone."""
+    return {at[-1]: one for at, one in walk_tensors(tree)}
 
 
 @TABLE.rule(
@@ -192,7 +257,7 @@ class _Bomb:
 
 @TABLE.rule(
     "CHK-606",
-    "Reading runs no code that lies in the file.",
+    "No code that lies in a file is run by `recognises`, `check`, `read`, `outline`, `tensors` or `describe`.",
     reason="Checkpoints are downloaded.",
     advice="use torch.load(weights_only=True), or a format without code",
 )
@@ -205,9 +270,14 @@ def _runs_nothing(bench: Bench) -> None:
             ("pickle", lambda path: path.write_bytes(pickle.dumps({"bomb": _Bomb(proof)}))),
         ):
             write(folder / name)
-            _refused(plugin, folder / name, f"a file of {name} with code in it")
+            what = f"a file of {name} with code in it"
+            plugin.recognises(folder / name)
+            with suppress(CheckpointError):
+                plugin.check(folder / name, None)
+            _refused(plugin, folder / name, what, "read", "outline", "tensors")
+            _answer(plugin, "describe", folder / name, what)
             if proof.exists():
-                raise Broken(f"reading a file of {name} ran the code in it")
+                raise Broken(f"a file of {name} was looked at, and the code in it ran")
 
 
 @TABLE.rule(
@@ -386,13 +456,14 @@ def _write_unlike(place: Place, path: str, what: str) -> str:
     with place.fabric() as fabric:
         tree: dict[str, Any] = {"model": {"weight": torch.ones(2)}}
         if what == "keys" and place.rank:
-            tree["model"]["more"] = torch.ones(1)
+            tree["model"]["odd_tensor"] = torch.ones(1)
         if what == "object" and place.rank == 0:
             tree["bad"] = _Unwritable()
         try:
             place.plugin().write_sharded(Path(path), tree, fabric.strategy.collectives)
-        except CheckpointError:
-            return "refused"
+        except CheckpointError as error:
+            named = what != "keys" or "odd_tensor" in str(error)
+            return "refused" if named else f"raised an error that doesn't name the tensor: {error}"
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the wrong one
             return f"raised {error!r}"
         return "wrote it"
@@ -400,8 +471,8 @@ def _write_unlike(place: Place, path: str, what: str) -> str:
 
 @TABLE.rule(
     "CHK-614",
-    "Who declares sharded: keys that differ between ranks, what can't be written and a path below a file are a "
-    "CheckpointError on every rank, and nothing lies there after it.",
+    "Who declares sharded: keys that differ between ranks, which are named, what can't be written and a path below a "
+    "file are a CheckpointError on every rank, and nothing lies there after it.",
     reason="A rank that goes on alone waits for the others in the next call.",
     advice="compare keys over the collectives, and let all ranks know whether one failed",
     needs=("sharded",),
@@ -424,3 +495,416 @@ _UNLIKE: Final = {
     "object": "rank 0 has an object that can't be written",
     "path": "the path is below a file",
 }
+
+
+_FLIPPED: Final = 32
+"""In how many places of each file a bit is turned round."""
+
+
+@TABLE.rule(
+    "CHK-615",
+    "A checkpoint of which a bit has changed, or a byte was added, is read as what was written, or raises "
+    "CheckpointError; so are its tensors one by one. Of itself it says what was written, or nothing, or raises "
+    "CheckpointError. Who declares sharded: where `check` raises nothing, neither does `read`.",
+    reason="Disks and networks change bits; a weight that is another by a power of two ruins a model without an error.",
+    advice="keep a checksum of everything, compare it whenever something is read, and let check do all that read does",
+)
+def _changed(bench: Bench) -> None:
+    plugin = bench.plugin()
+    tree = _tree(bench)
+    tensors = dict(walk_tensors(tree))
+    with folder_of_its_own() as folder:
+        path = folder / "state"
+        plugin.write(path, {**tree, ABOUT: _about(1.0)})
+        for file, data in _files(path).items():
+            places = random.Random(len(data)).sample(range(len(data)), min(_FLIPPED, len(data)))  # noqa: S311 - no secret
+            for number, place in enumerate([*places, len(data)]):
+                bit = bytes([data[place] ^ 1 << number % 8]) if place < len(data) else b"x"
+                file.write_bytes(data[:place] + bit + data[place + 1 :])
+                what = f"a checkpoint with another byte {place} of {file.name}"
+                _compare_all(bench, plugin, path, what, tree)
+                if number % 4 == 0:
+                    got = _answer(plugin, "tensors", path, what)
+                    if got is not _REFUSED and not _same(tensors, got):
+                        raise Broken(f"the tensors of {what} are {got!r}")
+            file.write_bytes(data)
+
+
+def _compare_all(bench: Bench, plugin: Any, path: Path, what: str, tree: Mapping[str, Any]) -> None:
+    try:
+        plugin.check(path, None)
+        sound = bench.declared["sharded"]
+    except CheckpointError:
+        sound = False
+    except Exception as error:
+        raise Broken(f"check of {what} raises {error!r}, and no CheckpointError") from error
+    got = _answer(plugin, "read", path, what)
+    if got is _REFUSED and sound:
+        raise Broken(f"check finds nothing wrong with {what}, and read raises CheckpointError")
+    if got is not _REFUSED and not _same(tree, _without_about(got)):
+        raise Broken(f"{what} is read as {got!r}")
+    said = _answer(plugin, "describe", path, what)
+    silent = said is _REFUSED or (got is _REFUSED and not said.get(ABOUT))
+    if not silent and not _same(_about(1.0), said.get(ABOUT)):
+        raise Broken(f"{what} says {said!r} about itself")
+
+
+def _about(factor: float) -> dict[str, Any]:
+    return {"step": factor, "plan": {"strategy": "the kit's own", "devices": [0, 1]}, "more": [None, True, "text"]}
+
+
+class _Colour(enum.Enum):
+    RED = 1
+
+
+class _OwnTensor(torch.Tensor):
+    pass
+
+
+class _Count(int):
+    pass
+
+
+def _odd() -> dict[str, Any]:
+    """Give values that a format may keep or refuse."""
+    return {
+        "a path": PurePosixPath("a/b"),
+        "a date": dt.date(2024, 2, 29),
+        "a set": {1, 2},
+        "bytes": b"\x00\xff",
+        "a complex number": 1 + 2j,
+        "a range": range(3),
+        "a slice": slice(1, 2),
+        "an OrderedDict": OrderedDict(b=1, a=2),
+        "a member of an enumeration": _Colour.RED,
+        "a class": _Colour,
+        "a function": _odd,
+        "an object": object(),
+        "a number of a class of its own": _Count(3),
+        "a tensor of a class of its own": torch.ones(2).as_subclass(_OwnTensor),
+        "a sparse tensor": torch.eye(2).to_sparse(),
+        "a parameter": nn.Parameter(torch.ones(2)),
+        "a torch.dtype": torch.float16,
+        "a torch.Size": torch.Size([2, 3]),
+        "a module": nn.Linear(1, 1),
+        "an iterator": iter([1, 2]),
+    }
+
+
+def _alike(value: Any, got: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return isinstance(got, torch.Tensor) and torch.equal(value.detach().to_dense(), got.detach().to_dense())
+    return bool(got == value)
+
+
+@TABLE.rule(
+    "CHK-616",
+    "What `write` takes, `read` gives: a value of any other class comes back equal, or `write` raises CheckpointError, "
+    "with the name of the entry, leaves the value as it was, and writes nothing.",
+    reason="A checkpoint that can't be read is found when it is too late; of hundreds of entries one must be found.",
+    advice="read in memory, entry by entry, what will need code to be read, before anything is written",
+)
+def _takes_what_it_gives(bench: Bench) -> None:
+    plugin = bench.plugin()
+    with folder_of_its_own() as folder:
+        for number, (what, value) in enumerate(_odd().items()):
+            path = folder / what.replace(" ", "-")
+            model: dict[str, Any] = {"weight": torch.ones(2)}
+            plain = bench.declared["plain_values"]
+            try:
+                if plain:
+                    plugin.write(path, {"model": model, "odd_entry": {"value": value} if number % 2 else [value]})
+                else:
+                    plugin.write(path, {"model": {**model, "odd_entry": value}})
+            except CheckpointError as error:
+                if "odd_entry" not in str(error):
+                    raise Broken(f"{what} is refused, and the error doesn't say which entry: {error}") from error
+                if os.path.lexists(path):
+                    raise Broken(f"{what} is refused, and something is written") from error
+                if what == "an iterator" and list(value) != [1, 2]:
+                    raise Broken(f"{what} is refused, and used up") from error
+                continue
+            except Exception as error:
+                raise Broken(f"{what} raises {error!r}, and no CheckpointError") from error
+            got = _answer(plugin, "read", path, what)
+            if got is _REFUSED:
+                raise Broken(f"{what} is written, and can't be read")
+            got = got["odd_entry"]["value" if number % 2 else 0] if plain else got["model"]["odd_entry"]
+            if not _alike(value, got):
+                raise Broken(f"{what}, {value!r}, comes back as {got!r}")
+
+
+@TABLE.rule(
+    "CHK-617",
+    "Answers are about what lies there now, also from a plugin that was asked before: `outline` and `read_trusted` "
+    "give what `read` does, `tensors` the tensors by their key paths, `describe` the entry `ABOUT` that was written, "
+    "and none where none was.",
+    reason="Tools show and convert checkpoints so, and the best and the newest of many are found by what each says.",
+    advice="leave these methods as the contract has them, or let them tell the same as read; keep no answer for later",
+)
+def _agrees(bench: Bench) -> None:
+    plugin = bench.plugin()
+    with folder_of_its_own() as folder:
+        path = folder / "state"
+        if plugin.recognises(path) is not False:
+            raise Broken("it recognises what isn't there")
+        for factor in (1.0, 2.0):
+            tree, about = _tree(bench, factor), _about(factor)
+            plugin.write(path, {**tree, ABOUT: about} if factor < 2 else {ABOUT: about, **tree})
+            if plugin.recognises(path) is not True:
+                raise Broken("it doesn't recognise what it wrote where nothing was")
+            said = plugin.describe(path).get(ABOUT)
+            if not _same(about, said):
+                raise Broken(f"of {about!r} describe gives {said!r}")
+            for call in ("read", "read_trusted", "outline"):
+                got = _without_about(_CALLS[call](plugin, path))
+                if not (_outlines(got, tree) if call == "outline" else _same(tree, got)):
+                    raise Broken(f"{call} gives {got!r}")
+            if not _same(dict(walk_tensors(tree)), dict(plugin.tensors(path))):
+                raise Broken(f"tensors gives {dict(plugin.tensors(path))!r}")
+        plugin.write(path, tree)
+        said = plugin.describe(path).get(ABOUT)
+        if said:
+            raise Broken(f"without the entry {ABOUT!r} describe gives {said!r}")
+        _goes_away(plugin, path, tree)
+
+
+def _goes_away(plugin: Any, path: Path, tree: Mapping[str, Any]) -> None:
+    """Let a checkpoint vanish while its tensors are read one after another."""
+    remaining = plugin.tensors(path)
+    found = dict([next(remaining)])
+    for file in _files(path):
+        file.unlink()
+    try:
+        found.update(remaining)
+    except CheckpointError:
+        return
+    except Exception as error:
+        raise Broken(f"tensors of what goes away raises {error!r}, and no CheckpointError") from error
+    if not _same(dict(walk_tensors(tree)), found):
+        raise Broken(f"tensors of what goes away gives {found!r}")
+
+
+@TABLE.rule(
+    "CHK-618",
+    "Who declares sharded: `read` fills the tensors of `into` in place, parameters and views too, and nothing beside "
+    "them; leaves those on the meta device; and gives whole what `into` lacks. `check` fills nothing.",
+    reason="A model is loaded where it lies, without room for a second one.",
+    advice="copy into each tensor of into, detached, and read what it lacks",
+    needs=("sharded",),
+)
+def _into(bench: Bench) -> None:
+    plugin = bench.plugin()
+    model = {"view": _spread(), "bias": torch.arange(3.0), "skipped": torch.ones(2), "more": torch.tensor([1.5, 2.5])}
+    tree = {"model": model, "epoch": 7, "optimizer": {0: {"step": torch.tensor(3.0)}}}
+    room, bias = torch.full((4, 6), -1.0), nn.Parameter(torch.zeros(3))
+    own = {"view": room[:, ::2], "bias": bias, "skipped": torch.empty(2, device="meta"), "more": None}
+    into: dict[str, Any] = {"model": own, "epoch": 1, "strange": torch.zeros(1)}
+    with folder_of_its_own() as folder:
+        plugin.write(folder / "state", tree)
+        plugin.check(folder / "state", into)
+        if bias.any() or not room.eq(-1).all():
+            raise Broken("check fills the tensors")
+        got = plugin.read(folder / "state", into)
+        whole = plugin.read(folder / "state", {})
+    if not _same(model["view"], room[:, ::2]) or not _same(model["bias"], bias.detach()):
+        raise Broken(f"the tensors of into are {own!r}")
+    if not room[:, 1::2].eq(-1).all():
+        raise Broken("what lies between the places of a view is written over")
+    if not got["model"]["skipped"].is_meta:
+        raise Broken(f"what is on the meta device comes back as {got['model']['skipped']!r}")
+    got["model"] = {**got["model"], "skipped": model["skipped"]}
+    for read, what in ((got, "with the tensors of a model"), (whole, "with nothing")):
+        if not _same(tree, read):
+            raise Broken(f"read {what} in into gives {read!r}")
+
+
+def _write_own(place: Place, path: str) -> None:
+    """Write what is another on every rank."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    with place.fabric() as fabric:
+        mesh = init_device_mesh(fabric.device.type, (place.world_size,))
+        model = {f"tensor {size}": torch.full((size,), float(place.rank)) for size in (1, 5, 2, 9)}
+        tree = {
+            "model": {**model, "parts": distribute_tensor(_spread().to(fabric.device), mesh, [Shard(0)])},
+            "epoch": place.rank,
+            "nested": {"list": [place.rank, torch.tensor(place.rank)]},
+            ABOUT: {"rank": place.rank},
+        }
+        place.plugin().write_sharded(Path(path), tree, fabric.strategy.collectives)
+        fabric.barrier()
+
+
+@TABLE.rule(
+    "CHK-619",
+    "Who declares sharded: whatever is no DTensor is written as rank 0 has it, tensors and plain values alike.",
+    reason="Ranks differ where nothing synchronizes them, as in running averages; a mixture is of no rank.",
+    advice="let rank 0 write all that isn't spread over the ranks",
+    needs=("sharded",),
+    world_sizes=(2,),
+)
+def _of_rank_zero(bench: Bench) -> None:
+    with folder_of_its_own() as folder:
+        bench.run(_write_own, str(folder / "state"))
+        got, said = bench.run(_read_again, str(folder / "state"))[0]
+    model = {f"tensor {size}": torch.zeros(size) for size in (1, 5, 2, 9)}
+    wanted = {"model": {**model, "parts": _spread()}, "epoch": 0, "nested": {"list": [0, torch.tensor(0)]}}
+    if not _same(wanted, _without_about(got)):
+        raise Broken(f"what each rank has of its own is read as {got!r}")
+    if said != {"rank": 0}:
+        raise Broken(f"of what each rank says of its own, describe gives {said!r}")
+
+
+def _read_again(place: Place, path: str) -> tuple[Any, Any]:
+    plugin = place.plugin()
+    return plugin.read(Path(path), None), plugin.describe(Path(path)).get(ABOUT)
+
+
+@TABLE.rule(
+    "CHK-620",
+    "What is no state tree, of whichever file, is read as none: `read` and `outline` give a mapping or raise "
+    "CheckpointError, and `recognises` says so without an error. Of a file of torch.save that it recognises, "
+    "`read_trusted` gives the pickled objects too, and `describe` no entry `ABOUT`.",
+    reason="Users load files of others, and of other programs.",
+    advice="look at what was read before giving it; read_trusted is torch.load(weights_only=False) for such files",
+)
+def _of_others(bench: Bench) -> None:
+    plugin = bench.plugin()
+    with folder_of_its_own() as folder:
+        for path in _strangers(folder):
+            what = f"a file of others ({path.name})"
+            _recognised(plugin, path, what)
+            for call in _CALLS:
+                got = _answer(plugin, call, path, what)
+                if got is not _REFUSED and not isinstance(got, dict):
+                    raise Broken(f"{call} of {what} gives {got!r}")
+        tree = {"model": {"weight": torch.ones(2)}, "where": PurePosixPath("a/b")}
+        _saved_by_torch(plugin, folder / "objects", tree, "read_trusted")
+        del tree["where"]
+        _saved_by_torch(plugin, folder / "plain", tree, "read", "read_trusted", "outline")
+
+
+def _recognised(plugin: Any, path: Path, what: str) -> bool:
+    try:
+        found: bool = plugin.recognises(path)
+    except Exception as error:
+        raise Broken(f"recognises of {what} raises {error!r}") from error
+    return found
+
+
+def _saved_by_torch(plugin: Any, path: Path, tree: Mapping[str, Any], *calls: str) -> None:
+    """Ask what a file of torch.save holds, where the format takes it for its own."""
+    torch.save(tree, path)
+    what = f"a file of torch.save with {tree!r}"
+    if not _recognised(plugin, path, what):
+        return
+    for call in calls:
+        got = _answer(plugin, call, path, what)
+        if got is _REFUSED or not _outlines(got, tree):
+            raise Broken(f"{call} of {what} {'raises CheckpointError' if got is _REFUSED else f'gives {got!r}'}")
+    said = _answer(plugin, "describe", path, what)
+    if said is not _REFUSED and said.get(ABOUT):
+        raise Broken(f"describe of {what} gives {said!r}")
+
+
+def _strangers(folder: Path) -> Iterator[Path]:
+    """Write files that hold no state tree, one after another."""
+    for name, value in (("list", [torch.ones(2)]), ("tensor", torch.ones(2)), ("number", 3), ("nothing", None)):
+        torch.save(value, folder / f"torch-{name}")
+        yield folder / f"torch-{name}"
+    (folder / "pickle").write_bytes(pickle.dumps([1]))
+    yield folder / "pickle"
+    (folder / "json").write_text(json.dumps({"model": [1]}), encoding="utf-8")
+    yield folder / "json"
+    with zipfile.ZipFile(folder / "zip", "w") as archive:
+        archive.writestr("text", "text")
+    yield folder / "zip"
+    (folder / "folder").mkdir()
+    (folder / "folder" / "text").write_text("text", encoding="utf-8")
+    yield folder / "folder"
+
+
+@TABLE.rule(
+    "CHK-621",
+    "Who declares remote: at a URL (`file://`, where it knows that) everything goes as at a path: what is written, "
+    "read, listed, refused, replaced and removed, and what lies there after it.",
+    reason="A training is moved to a machine whose disk is a bucket, and nothing else in the script changes.",
+    advice="put one layer, such as fsspec, under every method; raise NotInstalledError for schemes it doesn't know",
+    needs=("remote",),
+)
+def _remote(bench: Bench) -> None:
+    found = []
+    for remote in (False, True):
+        with folder_of_its_own() as folder:
+            try:
+                found.append(dict(_tour(bench, folder, remote=remote)))
+            except NotInstalledError:
+                return
+    for what, at_path in found[0].items():
+        if found[1].get(what) != at_path:
+            raise Broken(f"{what}: {at_path} at a path, and {found[1].get(what)} at a URL")
+
+
+def _tour(bench: Bench, folder: Path, *, remote: bool) -> Iterator[tuple[str, str]]:
+    """Use a folder in every way, and say what came of it."""
+    plugin = bench.plugin()
+    tree = _tree(bench)
+    state: Any = f"file://{folder}/state" if remote else folder / "state"
+    text: Any = f"file://{folder}/text" if remote else folder / "text"
+
+    def answers(when: str) -> Iterator[tuple[str, str]]:
+        yield f"recognises {when}", _outcome(lambda: plugin.recognises(state), True)
+        for call in ("read", "read_trusted"):
+            yield f"{call} {when}", _outcome(partial(_without_about_of, call, plugin, state), tree)
+        yield f"tensors {when}", _outcome(lambda: dict(plugin.tensors(state)), dict(walk_tensors(tree)))
+        yield f"outline {when}", _outcome(lambda: _outlines(_without_about(plugin.outline(state)), tree), True)
+        yield f"check {when}", _outcome(lambda: plugin.check(state, None), None)
+        yield f"describe {when}", _outcome(lambda: plugin.describe(state).get(ABOUT), _about(1.0))
+        yield (
+            f"names_beside {when}",
+            _outcome(lambda: plugin.names_beside(state), sorted(one.name for one in folder.iterdir())),
+        )
+
+    yield from answers("where nothing is")
+    for factor in (2.0, 1.0):
+        plugin.write(state, {**_tree(bench, factor), ABOUT: _about(factor)})
+    yield from answers("what was written twice")
+    bad = {**tree, "bad": _Unwritable()}
+    yield "writing what can't be", _outcome(lambda: plugin.write(state, bad), None)
+    yield from answers("after a failed write")
+    (folder / "text").write_text("text", encoding="utf-8")
+    yield "removing another file", _outcome(lambda: plugin.remove(text), None)
+    yield "replacing another file", _outcome(lambda: plugin.write(text, tree), None)
+    yield "what lies there", str(sorted((one.name, one.is_dir()) for one in folder.iterdir()))
+    kept = (folder / "text").is_file() and (folder / "text").read_bytes() == b"text"
+    yield "the other file", "as it was" if kept else "another"
+    whole = _files(folder / "state")
+    for file, data in whole.items():
+        file.write_bytes(data[: len(data) // 2])
+    yield from [one for one in answers("after it was cut off") if not one[0].startswith("recognises")]
+    for file, data in whole.items():
+        file.write_bytes(data)
+    yield "removing", _outcome(lambda: plugin.remove(state), None)
+    yield "what is left", str(sorted(one.name for one in folder.iterdir()))
+
+
+def _without_about_of(call: str, plugin: Any, place: Any) -> dict[str, Any]:
+    return _without_about(_CALLS[call](plugin, place))
+
+
+def _without_about(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: one for name, one in tree.items() if name != ABOUT}
+
+
+def _outcome(act: Callable[[], Any], wanted: Any) -> str:
+    try:
+        got = act()
+    except CheckpointError:
+        return "CheckpointError"
+    except NotInstalledError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is compared
+        return type(error).__name__
+    return "as it should be" if _same(wanted, got) else f"something else, {got!r:.80}"

@@ -232,6 +232,31 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
             "indent=1) -> json.dumps({'checksum': checksum(text), 'manifest': body})"
         ),
     ),
+    "a format may keep the entry ABOUT in its tree, and its manifest too": (
+        (
+            "fabric_plugins.checkpoints.distributed._finish: {name: value for name, value in outline.items() if name "
+            "!= ABOUT} -> {name: value for name, value in outline.items()}"
+        ),
+        (
+            "fabric_plugins.checkpoints.single_file.SingleFileCheckpoint.write: {name: value for name, value in "
+            "tree.items() if name != ABOUT} -> {name: value for name, value in tree.items()}"
+        ),
+    ),
+    "PyTorch's planner makes no use of it": (
+        "fabric_plugins.checkpoints.distributed._prepared: rank == 0 -> rank != 0",
+    ),
+    "the keys of an object of JSON are text": (
+        (
+            "fabric_plugins.checkpoints._manifest.read_names: {name.partition('/')[0] for name in body['files'] if "
+            "isinstance(name, str)} -> {name.partition('/')[0] for name in body['files']}"
+        ),
+    ),
+    "the checksum of the one file lies in the other, so that they differ where somebody forged them alone": (
+        (
+            "fabric_plugins.checkpoints.distributed._Opened.__init__: for at, key in self.keys.items(): known = "
+            "self.index.entries ... here=where, got=key) -> pass"
+        ),
+    ),
     "a format or a launcher may declare less than it can": (
         f"{_REFERENCES}Surroundings: True -> False",
         f"{_REFERENCES}Surroundings: LauncherCapabilities(multi_node=True) -> LauncherCapabilities()",
@@ -242,6 +267,15 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
         "fabric_plugins.checkpoints.distributed.DistributedCheckpoint: True -> False #2",
     ),
     "another error is raised in its place": (
+        (
+            "fabric_plugins.checkpoints._manifest.decode: raise CheckpointError('the checkpoint is of another format', "
+            "... mat'], instead=kind) -> pass"
+        ),
+        (
+            'fabric_plugins.checkpoints.distributed.DistributedCheckpoint.write_sharded: with reported("the checkpoint '
+            "can't be written\", path, 'a pa ...  place.abort() raise -> if True: place: Writing | None = None try: "
+            "writer, keys, out ...  place.abort() raise"
+        ),
         "fabric_core.conformance.reference_strategies.Averaging.world: raise MisuseError('not connected') -> pass",
     ),
     "the words of an error": (

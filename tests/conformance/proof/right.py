@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -426,7 +427,7 @@ def _flat(tree: Any, found: list[torch.Tensor]) -> Any:
         return {"tensor": len(found) - 1}
     if isinstance(tree, Mapping):
         return {"dict": [[_flat(key, found), _flat(value, found)] for key, value in tree.items()]}
-    if isinstance(tree, list | tuple):
+    if type(tree) in {list, tuple}:
         return {type(tree).__name__: [_flat(one, found) for one in tree]}
     if isinstance(tree, float):
         return {"float": tree.hex()}
@@ -473,6 +474,11 @@ class _Aside(Checkpoint):
     def write(self, path: Path, tree: Mapping[str, Any]) -> None:
         """Write."""
         aside = path.with_name(f".{path.name}.part")
+        for name, value in tree.items():
+            try:
+                self.encode({name: value})
+            except Exception as error:
+                raise CheckpointError(f"the entry {name!r} can't be written", where=str(path)) from error
         try:
             aside.write_bytes(self.encode(tree))
             aside.replace(path)
@@ -517,7 +523,7 @@ class Npz(_Aside):
 
 
 class LikeSafetensors(_Aside):
-    """A header with lengths, then the tensors' bytes one after the other, and a count of all of them."""
+    """A header with lengths and a checksum, then the tensors' bytes one after the other, and a count of all of them."""
 
     _MAGIC = b"LIKE-ST1"
 
@@ -538,15 +544,16 @@ class LikeSafetensors(_Aside):
             for one, part in zip(tensors, parts, strict=True)
         ]
         head = json.dumps([flat, kinds]).encode()
-        return self._MAGIC + struct.pack("<QQ", len(head), sum(map(len, parts))) + head + b"".join(parts)
+        body = head + b"".join(parts)
+        return self._MAGIC + struct.pack("<QQQ", len(head), sum(map(len, parts)), zlib.crc32(body)) + body
 
     def decode(self, data: bytes) -> dict[str, Any]:
-        """Read header and body, whose lengths must be as it says."""
-        size, total = struct.unpack("<QQ", data[8:24])
-        if data[:8] != self._MAGIC or len(data) != 24 + size + total:
-            raise ValueError("it was cut off")
-        flat, kinds = json.loads(data[24 : 24 + size])
-        tensors, at = [], 24 + size
+        """Read header and body, whose lengths and checksum must be as it says."""
+        size, total, checksum = struct.unpack("<QQQ", data[8:32])
+        if data[:8] != self._MAGIC or len(data) != 32 + size + total or zlib.crc32(data[32:]) != checksum:
+            raise ValueError("it was cut off, or bytes have changed")
+        flat, kinds = json.loads(data[32 : 32 + size])
+        tensors, at = [], 32 + size
         for dtype, shape, length in kinds:
             tensors.append(_tensor(data[at : at + length], dtype, shape))
             at += length
@@ -654,6 +661,8 @@ class Compressed(OneFile):
             tree: dict[str, Any] = torch.load(path, map_location="meta", weights_only=True)
         except Exception as error:
             raise CheckpointError("it can't be read", where=str(path), got=repr(error)) from error
+        if not isinstance(tree, dict):
+            raise CheckpointError("it holds no state tree", where=str(path), got=type(tree).__name__)
         return tree
 
 

@@ -18,7 +18,7 @@ DAMAGES = 20
 """How many for each of twenty batches of each of five formats: 2,000."""
 
 FORMATS = {
-    "distributed": 4, "distributed by two": 5, "single_file": 1, "safetensors": 2, "safetensors in parts": 4,
+    "distributed": 4, "distributed by two": 4, "single_file": 1, "safetensors": 2, "safetensors in parts": 4,
 }  # fmt: skip
 """And of how many files each is."""
 

@@ -369,6 +369,81 @@ class Messy(OneFile):
         super().write(path, tree)
 
 
+@mutant("compares no checksum", "CHK-615")
+class Believing(OneFile):
+    def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
+        try:
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:
+            raise CheckpointError("the checkpoint can't be read") from error
+
+
+@mutant("writes what it can't read", "CHK-616")
+class Ready(OneFile):
+    def write(self, path: Path, tree: Mapping[str, Any]) -> None:
+        aside = path.with_name(f".{path.name}.part")
+        try:
+            torch.save(dict(tree), aside)
+            aside.replace(path)
+        except Exception as error:
+            raise CheckpointError("the checkpoint can't be written", where=f"{path}, {', '.join(tree)}") from error
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+@mutant("says for ever what it said first", "CHK-617")
+class Insisting(OneFile):
+    def describe(self, path: Path) -> dict[str, Any]:
+        said: dict[str, Any] = self.__dict__.setdefault("said", super().describe(path))
+        return said
+
+
+@mutant("fills no tensors in place", "CHK-609", "CHK-618")
+class Apart(DistributedCheckpoint):
+    def read(self, path: Any, into: Mapping[str, Any] | None) -> dict[str, Any]:
+        return super().read(path, None)
+
+
+@mutant("writes numbers as the last rank has them", "CHK-619")
+class Last(DistributedCheckpoint):
+    def write_sharded(self, path: Any, tree: Mapping[str, Any], collectives: Collectives) -> None:
+        last = collectives.world_size - 1
+        told = {name: collectives.broadcast(one, last) for name, one in tree.items() if isinstance(one, int)}
+        super().write_sharded(path, {**tree, **told}, collectives)
+
+
+@mutant("gives whatever a file holds", "CHK-620")
+class Serving(OneFile):
+    def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
+        try:
+            return super().read(path, into)
+        except CheckpointError:
+            held: Any = None
+            if path.is_file() and path.read_bytes()[:2] == b"PK":
+                with suppress(Exception):
+                    held = torch.load(path, weights_only=True)
+            if isinstance(held, list | torch.Tensor):
+                return held  # type: ignore[return-value] # which is the mistake
+            raise
+
+
+@mutant("takes a URL for the name of a file", "CHK-621")
+class Literal(OneFile):
+    capabilities = CheckpointCapabilities(remote=True)
+
+    def recognises(self, path: Any) -> bool:
+        return super().recognises(Path(path))
+
+    def names_beside(self, path: Any) -> list[str]:
+        return super().names_beside(Path(path))
+
+    def read(self, path: Any, into: Mapping[str, Any] | None) -> dict[str, Any]:
+        return super().read(Path(path), into)
+
+    def write(self, path: Any, tree: Mapping[str, Any]) -> None:
+        super().write(Path(path), tree)
+
+
 # Loggers
 
 

@@ -238,9 +238,14 @@ class Shrinking(OneFile):
 class Uniting(OneFile):
     def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
         tree = super().read(path, into)
-        tensors = {name: one for name, one in tree.items() if isinstance(one, torch.Tensor)}
-        return {**tree, **{name: next(o for o in tensors.values() if torch.equal(o, one)) for name, one in
-                           tensors.items()}}  # fmt: skip
+        model = tree.get("model")
+        if not isinstance(model, dict):
+            return tree
+        united = {
+            name: next(other for other in model.values() if other.dtype == one.dtype and torch.equal(other, one))
+            for name, one in model.items()
+        }
+        return {**tree, "model": united}
 
 
 @mutant("takes settings apart as it logs them", "LOG-704")
