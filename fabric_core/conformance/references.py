@@ -4,7 +4,7 @@ import io
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -321,7 +321,8 @@ class OneFile(Checkpoint):
         except Exception as error:
             raise CheckpointError("the checkpoint can't be written", where=str(path), got=repr(error)) from error
         finally:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink()
 
     def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
         """Read without running code."""

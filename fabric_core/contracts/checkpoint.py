@@ -25,10 +25,10 @@ A format may keep it elsewhere, such as in a manifest; then ``describe`` gives i
 class Checkpoint(Plugin, ABC):
     """Writes and reads a state tree: nested dicts, lists and tuples of tensors and plain values.
 
-    A checkpoint is there whole or not at all. Reading one runs no code. One whose bytes have changed since it was
-    written is damaged: a format keeps checksums. A path is a ``pathlib.Path``; where ``remote`` is declared it may
-    also be the text of a URL, such as ``"s3://bucket/name"``, at which everything goes as at a path; a scheme that the
-    format doesn't know raises ``NotInstalledError``.
+    A checkpoint is there whole or not at all. Reading one runs no code, and opens nothing outside of it. One whose
+    bytes have changed since it was written is damaged: a format keeps checksums. A path is a ``pathlib.Path``; where
+    ``remote`` is declared it may also be the text of a URL, such as ``"s3://bucket/name"``, at which everything goes as
+    at a path; a scheme that the format doesn't know raises ``NotInstalledError``.
 
     Kept are every tensor's values bit for bit (infinities and the bits of a NaN too), its type and its shape, and plain
     values, numbers for keys and tuples. Not kept need be strides, devices, ``requires_grad`` and

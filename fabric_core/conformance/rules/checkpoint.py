@@ -2,11 +2,15 @@
 
 import datetime as dt
 import enum
+import hashlib
+import io
 import json
 import os
 import pickle
 import random
+import shutil
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -131,13 +135,15 @@ def _refused(plugin: Any, path: Path, what: str, *calls: str) -> None:
 @TABLE.rule(
     "CHK-602",
     "Whatever is asked of what isn't there raises CheckpointError: `read`, `outline`, `describe`, `tensors`, "
-    "`read_trusted` and `remove`.",
+    "`read_trusted` and `remove`; so does `check`, or it raises nothing where sharded isn't declared.",
     reason="A wrong path is the most frequent mistake.",
     advice="raise CheckpointError from what the file system raises, in every method",
 )
 def _absent(bench: Bench) -> None:
     with folder_of_its_own() as folder:
         _refused(bench.plugin(), folder / "state", "what isn't there")
+        if _checked(bench.plugin(), folder / "state", "what isn't there") and bench.declared["sharded"]:
+            raise Broken("check finds nothing wrong with what isn't there")
         try:
             bench.plugin().remove(folder / "state")
         except CheckpointError:
@@ -145,6 +151,16 @@ def _absent(bench: Bench) -> None:
         except Exception as error:
             raise Broken(f"remove of what isn't there raises {error!r}, and no CheckpointError") from error
     raise Broken("what isn't there is removed without an error")
+
+
+def _checked(plugin: Any, path: Path, what: str) -> bool:
+    try:
+        plugin.check(path, None)
+    except CheckpointError:
+        return False
+    except Exception as error:
+        raise Broken(f"check of {what} raises {error!r}, and no CheckpointError") from error
+    return True
 
 
 def _files(path: Path) -> dict[Path, bytes]:
@@ -222,7 +238,7 @@ class _Unwritable:
 
 @TABLE.rule(
     "CHK-605",
-    "A write that fails raises CheckpointError, and what was there before is still there, whole.",
+    "A write that fails raises CheckpointError, as below a file, and what was there before is still there, whole.",
     reason="A full disk must not cost the last good checkpoint.",
     advice="write aside, and rename at the end",
 )
@@ -245,6 +261,15 @@ def _fails_whole(bench: Bench) -> None:
             raise Broken(f"after a failed write the old checkpoint can't be read: {error}") from error
         if not _same(_tree(bench), got):
             raise Broken("after a failed write something else is there")
+        (folder / "file").write_text("text", encoding="utf-8")
+        try:
+            plugin.write(folder / "file" / "state", _tree(bench))
+        except CheckpointError:
+            pass
+        except Exception as error:
+            raise Broken(f"writing below a file raises {error!r}, and no CheckpointError") from error
+        if not (folder / "file").is_file():
+            raise Broken("a file went where a folder was to be")
 
 
 class _Bomb:
@@ -306,7 +331,11 @@ def _leaves_nothing(bench: Bench) -> None:
         bench.plugin().write(folder / "state", _tree(bench))
         with suppress(Exception):  # which one is another rule
             bench.plugin().write(folder / "state", {"bad": _Unwritable()})
-        beside = sorted(one.name for one in folder.iterdir() if one.name != "state")
+        (folder / "taken").mkdir()
+        (folder / "taken" / "text").write_text("text", encoding="utf-8")
+        with suppress(Exception):
+            bench.plugin().write(folder / "taken", _tree(bench))
+        beside = sorted({one.name for one in folder.iterdir()} - {"state", "taken"})
     if beside:
         raise Broken(f"there is {', '.join(beside)}")
 
@@ -531,13 +560,7 @@ def _changed(bench: Bench) -> None:
 
 
 def _compare_all(bench: Bench, plugin: Any, path: Path, what: str, tree: Mapping[str, Any]) -> None:
-    try:
-        plugin.check(path, None)
-        sound = bench.declared["sharded"]
-    except CheckpointError:
-        sound = False
-    except Exception as error:
-        raise Broken(f"check of {what} raises {error!r}, and no CheckpointError") from error
+    sound = _checked(plugin, path, what) and bench.declared["sharded"]
     got = _answer(plugin, "read", path, what)
     if got is _REFUSED and sound:
         raise Broken(f"check finds nothing wrong with {what}, and read raises CheckpointError")
@@ -650,6 +673,7 @@ def _agrees(bench: Bench) -> None:
             raise Broken("it recognises what isn't there")
         for factor in (1.0, 2.0):
             tree, about = _tree(bench, factor), _about(factor)
+            tree["model"]["later"] = torch.ones(int(factor))
             plugin.write(path, {**tree, ABOUT: about} if factor < 2 else {ABOUT: about, **tree})
             if plugin.recognises(path) is not True:
                 raise Broken("it doesn't recognise what it wrote where nothing was")
@@ -727,19 +751,23 @@ def _write_own(place: Place, path: str) -> None:
     with place.fabric() as fabric:
         mesh = init_device_mesh(fabric.device.type, (place.world_size,))
         model = {f"tensor {size}": torch.full((size,), float(place.rank)) for size in (1, 5, 2, 9)}
-        tree = {
+        tree: dict[str, Any] = {
             "model": {**model, "parts": distribute_tensor(_spread().to(fabric.device), mesh, [Shard(0)])},
             "epoch": place.rank,
             "nested": {"list": [place.rank, torch.tensor(place.rank)]},
             ABOUT: {"rank": place.rank},
         }
+        if place.rank:
+            tree = dict(reversed(tree.items()))
+            tree["model"] = dict(reversed(tree["model"].items()))
         place.plugin().write_sharded(Path(path), tree, fabric.strategy.collectives)
         fabric.barrier()
 
 
 @TABLE.rule(
     "CHK-619",
-    "Who declares sharded: whatever is no DTensor is written as rank 0 has it, tensors and plain values alike.",
+    "Who declares sharded: whatever is no DTensor is written as rank 0 has it, tensors and plain values alike, in "
+    "whichever order the ranks have their keys.",
     reason="Ranks differ where nothing synchronizes them, as in running averages; a mixture is of no rank.",
     advice="let rank 0 write all that isn't spread over the ranks",
     needs=("sharded",),
@@ -829,7 +857,7 @@ def _strangers(folder: Path) -> Iterator[Path]:
 @TABLE.rule(
     "CHK-621",
     "Who declares remote: at a URL (`file://`, where it knows that) everything goes as at a path: what is written, "
-    "read, listed, refused, replaced and removed, and what lies there after it.",
+    "read, listed, refused, replaced and removed, and what lies there after it; copied from there to a path too.",
     reason="A training is moved to a machine whose disk is a bucket, and nothing else in the script changes.",
     advice="put one layer, such as fsspec, under every method; raise NotInstalledError for schemes it doesn't know",
     needs=("remote",),
@@ -886,6 +914,11 @@ def _tour(bench: Bench, folder: Path, *, remote: bool) -> Iterator[tuple[str, st
     yield from [one for one in answers("after it was cut off") if not one[0].startswith("recognises")]
     for file, data in whole.items():
         file.write_bytes(data)
+    copied = folder / "copied"
+    (shutil.copytree if (folder / "state").is_dir() else shutil.copy)(folder / "state", copied)
+    yield "reading a copy", _outcome(partial(_without_about_of, "read", plugin, copied), tree)
+    yield "replacing a copy", _outcome(lambda: plugin.write(copied, tree), None)
+    yield "what is left of a copy", str(sorted(str(one.relative_to(copied)) for one in copied.rglob("*")))
     yield "removing", _outcome(lambda: plugin.remove(state), None)
     yield "what is left", str(sorted(one.name for one in folder.iterdir()))
 
@@ -908,3 +941,81 @@ def _outcome(act: Callable[[], Any], wanted: Any) -> str:
     except Exception as error:  # noqa: BLE001 - whatever it is, it is compared
         return type(error).__name__
     return "as it should be" if _same(wanted, got) else f"something else, {got!r:.80}"
+
+
+@TABLE.rule(
+    "CHK-622",
+    "A checkpoint that somebody forged, its JSON and checksums made anew, leads to no file outside of it, runs no "
+    "code, and is read as a mapping, or raises CheckpointError.",
+    reason="Checkpoints are downloaded, and whoever makes one knows how its checksums are made.",
+    advice="take names without folders alone, torch.load(weights_only=True) for every file, and look at what it gave",
+)
+def _forged(bench: Bench) -> None:
+    plugin = bench.plugin()
+    with folder_of_its_own() as folder:
+        path, proof, code, some = folder / "state", folder / "proof", io.BytesIO(), io.BytesIO()
+        plugin.write(path, _tree(bench))
+        torch.save({"bomb": _Bomb(proof)}, code)
+        torch.save([1], some)
+        whole = _files(path)
+        for file, data in whole.items() if path.is_dir() else ():
+            for what, new in (("code", code.getvalue()), ("a list", some.getvalue())):
+                _write_forged(whole, _told_of(data, new))
+                file.write_bytes(new)
+                for call in ("read", "outline", "tensors"):
+                    got = _answer(plugin, call, path, f"a forged checkpoint with {what} in {file.name}")
+                    if proof.exists():
+                        raise Broken(f"{call} runs the code in a forged {file.name}")
+                    if got is not _REFUSED and not isinstance(got, dict):
+                        raise Broken(f"{call} of a forged checkpoint with {what} in {file.name} gives {got!r}")
+            (folder / file.name).write_bytes(data)
+            for names in ({}, {file.name: f"../{file.name}"}):
+                _write_forged(whole, names)
+                file.unlink()
+                got = _answer(plugin, "read", path, f"a forged checkpoint that names ../{file.name}")
+                if not names and got is not _REFUSED:
+                    break  # it is of no use, wherever it lies
+                if got is not _REFUSED:
+                    raise Broken(f"read follows the name ../{file.name} out of the checkpoint")
+
+
+def _digests(data: bytes) -> dict[Any, Any]:
+    """Give what files say of others: checksums and lengths, each under its name."""
+    made = {name: hashlib.new(name, data).hexdigest() for name in ("md5", "sha1", "sha256")}  # as others do
+    return {"crc32": zlib.crc32(data), "hex": f"{zlib.crc32(data):08x}", "length": len(data), **made}
+
+
+def _told_of(old: bytes, new: bytes) -> dict[Any, Any]:
+    """Give what is said of the old bytes, and what would be said of the new ones."""
+    said = _digests(new)
+    return {value: said[name] for name, value in _digests(old).items()}
+
+
+def _write_forged(whole: Mapping[Path, bytes], replaced: Mapping[Any, Any]) -> None:
+    """Write the files of a checkpoint, and in those of JSON other names, lengths and checksums, their own too."""
+    for file, data in whole.items():
+        file.write_bytes(data)
+        with suppress(ValueError):
+            file.write_text(json.dumps(_forge(json.loads(data), replaced)), encoding="utf-8")
+
+
+def _forge(value: Any, replaced: Mapping[Any, Any]) -> Any:
+    if isinstance(value, list):
+        return [_forge(one, replaced) for one in value]
+    if not isinstance(value, dict):
+        return replaced.get(value, value) if type(value) in {str, int} else value
+    made = {replaced.get(name, name): _forge(one, replaced) for name, one in value.items()}
+    parts = [name for name, one in value.items() if isinstance(one, dict | list) and name not in replaced]
+    sums: dict[Any, Any] = {}
+    for name in parts:
+        for form in _FORMS:
+            sums.update(_told_of(form(value[name]), form(made[name])))
+    return {name: sums.get(one, one) if type(one) in {str, int} else one for name, one in made.items()}
+
+
+_FORMS: Final[tuple[Callable[[Any], bytes], ...]] = (
+    lambda value: json.dumps(value).encode(),
+    lambda value: json.dumps(value, sort_keys=True).encode(),
+    lambda value: json.dumps(value, sort_keys=True, separators=(",", ":")).encode(),
+)
+"""How a part of JSON may be written for its checksum."""

@@ -185,6 +185,8 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
         ),
     ),
     "it is PyTorch's default": (
+        ("fabric_plugins.checkpoints._plain._comes_back: torch.load(memory, weights_only=True) -> torch.load(memory)"),
+        ("fabric_core.conformance.references._comes_back: torch.load(memory, weights_only=True) -> torch.load(memory)"),
         (
             f"{_REFERENCES}OneFile.read: torch.load(path, map_location='cpu', weights_only=True) -> torch.load(path, "
             "map_location='cpu')"
@@ -201,8 +203,8 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
     "where there is no device but the host, what was saved lies on the host": (
         "fabric_core.conformance.reference_strategies._whole: whole().cpu() -> whole()",
         (
-            "fabric_core.conformance.references.OneFile.read: torch.load(path, map_location='cpu', weights_only=True) "
-            "-> torch.load(path, weights_only=True)"
+            f"{_REFERENCES}_loaded: torch.load(path, map_location='cpu', weights_only=weights_only) "
+            "-> torch.load(path, weights_only=weights_only)"
         ),
         (
             "fabric_plugins.checkpoints.distributed._room_for: torch.empty_like(shown, device='cpu') -> "
@@ -214,6 +216,13 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
         ),
     ),
     "it costs time or memory, and changes no result": (
+        "fabric_plugins.checkpoints.single_file.SingleFileCheckpoint.outline: False -> True",
+        "fabric_plugins.checkpoints.single_file.SingleFileCheckpoint.read_trusted: False -> True #2",
+        (
+            "fabric_plugins.checkpoints.single_file._read: torch.load(local, map_location='cpu', "
+            "weights_only=weights_only, mmap=True) -> torch.load(local, map_location='cpu', "
+            "weights_only=weights_only)"
+        ),
         "fabric_plugins.checkpoints.single_file._read: True -> False",
         "fabric_plugins.launchers.elastic.ElasticLauncher._start_command: gc.freeze() -> pass",
         (
@@ -243,6 +252,7 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
         ),
     ),
     "PyTorch's planner makes no use of it": (
+        "fabric_plugins.checkpoints.distributed._prepared: 0 -> 1",
         "fabric_plugins.checkpoints.distributed._prepared: rank == 0 -> rank != 0",
     ),
     "the keys of an object of JSON are text": (
@@ -253,17 +263,36 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "the checksum of the one file lies in the other, so that they differ where somebody forged them alone": (
         (
+            "fabric_plugins.checkpoints.distributed._Opened.__init__: known is None or known[:2] != "
+            "(tensors[at].dtype, tensors[at].shape) -> known is None and known[:2] != (tensors[at].dtype, "
+            "tensors[at].shape)"
+        ),
+        (
+            "fabric_plugins.checkpoints.distributed._Opened.__init__: raise CheckpointError('the index and "
+            "the outline of the chec ... here=where, got=key) -> pass"
+        ),
+        (
             "fabric_plugins.checkpoints.distributed._Opened.__init__: for at, key in self.keys.items(): known = "
             "self.index.entries ... here=where, got=key) -> pass"
         ),
     ),
     "a format or a launcher may declare less than it can": (
+        (
+            "fabric_plugins.checkpoints.distributed.DistributedCheckpoint: "
+            "CheckpointCapabilities(sharded=True, remote=True) -> CheckpointCapabilities(sharded=True)"
+        ),
+        (
+            "fabric_plugins.checkpoints.single_file.SingleFileCheckpoint: "
+            "CheckpointCapabilities(remote=True) -> CheckpointCapabilities()"
+        ),
+        "fabric_plugins.checkpoints.single_file.SingleFileCheckpoint: True -> False",
         f"{_REFERENCES}Surroundings: True -> False",
         f"{_REFERENCES}Surroundings: LauncherCapabilities(multi_node=True) -> LauncherCapabilities()",
         (
             "fabric_plugins.checkpoints.distributed.DistributedCheckpoint: CheckpointCapabilities(sharded=True, "
             "remote=True) -> CheckpointCapabilities(remote=True)"
         ),
+        "fabric_plugins.checkpoints.distributed.DistributedCheckpoint: True -> False",
         "fabric_plugins.checkpoints.distributed.DistributedCheckpoint: True -> False #2",
     ),
     "another error is raised in its place": (
@@ -280,6 +309,20 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "the words of an error": (
         (
+            "fabric_plugins.checkpoints.distributed._check_same: other.get(key) != one[key] -> "
+            "other.get(key) == one[key]"
+        ),
+        (
+            "fabric_plugins.checkpoints.distributed._check_same: sorted({key for one in every for key in one"
+            " if any((other.ge ... r other in every))}) -> list({key for one in every for key in one if "
+            "any((other.get( ... r other in every))})"
+        ),
+        (
+            "fabric_plugins.checkpoints.distributed._check_same: {key for one in every for key in one if "
+            "any((other.get(key)  ... or other in every))} -> {key for one in every for key in one}"
+        ),
+        "fabric_plugins.checkpoints._manifest._line: 200 -> 201",
+        (
             "fabric_plugins.launchers.elastic.ElasticLauncher._run: 'command' if order.function is None else "
             "'function' -> 'command' if not order.function is None else 'function'"
         ),
@@ -291,6 +334,46 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
             "fabric_plugins.wrappers._blocks.find_blocks: sorted(names - {type(one).__name__ for one in found}) -> "
             "list(names - {type(one).__name__ for one in found})"
         ),
+    ),
+    "an archive is flushed as it is closed": (
+        "fabric_plugins.checkpoints.single_file.SingleFileCheckpoint.write: there.flush() -> pass",
+        "fabric_plugins.checkpoints.single_file.SingleFileCheckpoint.write: file.flush() -> pass",
+    ),
+    "`check` is asked of formats alone that declare sharded": (
+        "fabric_plugins.checkpoints.single_file.SingleFileCheckpoint.check: _archive.check(local) -> pass",
+    ),
+    "how many bytes are looked at is the format's own": ("fabric_plugins.checkpoints.single_file._START: 64 -> 65",),
+    "a limit that no checkpoint comes near": (
+        "fabric_plugins.checkpoints._manifest._LIMIT: 1 -> 2",
+        "fabric_plugins.checkpoints._manifest._LIMIT: 30 -> 31",
+    ),
+    "the name of a file that is gone at once": (
+        (
+            "fabric_plugins.checkpoints.single_file.SingleFileCheckpoint.write: "
+            "tempfile.NamedTemporaryFile(prefix='fabric-') -> tempfile.NamedTemporaryFile()"
+        ),
+    ),
+    "in which order and form a manifest has what it says is the format's own": (
+        "fabric_plugins.checkpoints.single_file._write: sorted(map(str, tree)) -> list(map(str, tree))",
+        (
+            "fabric_plugins.checkpoints.distributed._finish: sorted({one[2] for entry in index.values() for "
+            "one in entry['records']}) -> list({one[2] for entry in index.values() for one in "
+            "entry['records']})"
+        ),
+        "fabric_plugins.checkpoints._manifest._canonical: True -> False",
+        (
+            "fabric_plugins.checkpoints._manifest._canonical: json.dumps(body, sort_keys=True, "
+            "separators=(',', ':')) -> json.dumps(body, separators=(',', ':'))"
+        ),
+        (
+            "fabric_plugins.checkpoints._manifest._canonical: json.dumps(body, sort_keys=True, "
+            "separators=(',', ':')) -> json.dumps(body, sort_keys=True)"
+        ),
+        "fabric_plugins.checkpoints._manifest.VERSION: 1 -> 2",
+        "fabric_plugins.checkpoints._manifest.encode: 1 -> 2",
+    ),
+    "what is sorted comes in that order already": (
+        "fabric_plugins.checkpoints.distributed._check_same: sorted(own.items()) -> list(own.items())",
     ),
 }
 

@@ -7,7 +7,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -485,7 +485,8 @@ class _Aside(Checkpoint):
         except Exception as error:
             raise CheckpointError("it can't be written", where=str(path), got=repr(error)) from error
         finally:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink()
 
     def read(self, path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]:
         """Read."""

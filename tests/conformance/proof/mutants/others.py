@@ -427,6 +427,15 @@ class Serving(OneFile):
             raise
 
 
+@mutant("looks at a file beside with its code", "CHK-622")
+class Peeking(DistributedCheckpoint):
+    def read(self, path: Any, into: Mapping[str, Any] | None) -> dict[str, Any]:
+        if (Path(path) / "fabric.pt").is_file():
+            with suppress(Exception):
+                torch.load(Path(path) / "fabric.pt", weights_only=False)
+        return super().read(path, into)
+
+
 @mutant("takes a URL for the name of a file", "CHK-621")
 class Literal(OneFile):
     capabilities = CheckpointCapabilities(remote=True)
