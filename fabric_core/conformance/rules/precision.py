@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -318,10 +319,11 @@ def _leaves_nothing_on_errors(bench: Bench) -> None:
         raise Broken(f"after an exception {', '.join(left)} is changed")
 
 
-def _nest(place: Place, device_type: str) -> list[str]:
+def _nest(place: Place, which: str) -> list[str]:
     plugin = place.plugin()
+    make = plugin.backward_context if which == "backward" else partial(plugin.forward_context, which)
     before = snapshot.take()
-    first, second = plugin.forward_context(device_type), plugin.forward_context(device_type)
+    first, second = make(), make()
     if (first is None) != (second is None):
         return ["None only sometimes"]
     if first is None:
@@ -339,14 +341,15 @@ def _nest(place: Place, device_type: str) -> list[str]:
 
 @TABLE.rule(
     "PRE-217",
-    "`forward_context` gives a new context each time, always or never, and contexts nest.",
+    "`forward_context` and `backward_context` give a new context each time, always or never, and contexts nest.",
     reason="A model calls another one; both were set up.",
-    advice="make the context in forward_context, and keep nothing on self",
+    advice="make the context in forward_context, or backward_context, and keep nothing on self",
 )
 def _contexts_nest(bench: Bench) -> None:
-    faults = bench.run(_nest, "cpu")[0]
-    if faults:
-        raise Broken(", ".join(faults))
+    for which in ("cpu", "backward"):
+        faults = bench.run(_nest, which)[0]
+        if faults:
+            raise Broken(", ".join(faults))
 
 
 def _autocast(place: Place) -> tuple[bool, torch.dtype, list[str]]:
@@ -1125,6 +1128,7 @@ def _performed_alone(script: cases.Script) -> tuple[list[cases.Weights], float]:
         cases.Script(1, ("pass 0", "clip 0", "pass 0", "step 0")),
         cases.Script(2, ("pass 0", "spoil 0", "step 0", "pass 0", "pass 1", "load", "pass 0", "step 0", "step 1")),
         cases.Script(3, ("pass 0", "step 1", "spoil 0", "clamp 0", "pass 0", "step 0", "step 0", "pass 0", "step 0")),
+        cases.Script(3, ("pass 0", "pass 1", "clip 0", "step 1", "pass 0", "step 0")),
         cases.Script(4, ("pass 0", "spoil 0", "clip 0", "clear 0", "pass 1", "step 1", "pass 0", "step 0")),
     ),
 )

@@ -12,6 +12,8 @@ _HOST: Final = "fabric_core.conformance.references.Host."
 _TRUE: Final = "fabric_plugins.precisions.true."
 _REFERENCES: Final = "fabric_core.conformance.references."
 _CHECKPOINTING: Final = "fabric_plugins.wrappers.activation_checkpointing.ActivationCheckpointing"
+_AVERAGING: Final = "fabric_core.conformance.reference_strategies."
+_FSDP: Final = "fabric_plugins.strategies.fsdp.FSDPStrategy."
 _CPU: Final = "fabric_plugins.accelerators.cpu.CPUAccelerator."
 
 _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -230,6 +232,18 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
             "len(os.sched_getaffinity(0)) // info.local_world_size)) -> pass"
         ),
         f"{_SCALER}update_scale: self._before_growth = None -> pass",
+        f"{_SCALED}_rescale: False -> True #3",
+        f"{_SCALED}_rescale: self._unscaled = False -> pass",
+        "fabric_plugins.strategies._sharding.units._stands_alone: 1 -> 2",
+        (
+            f"{_FSDP}setup_module: for block in choose_modules(user, self.options.auto_wrap_pol ... xed(None), "
+            "**shared) -> pass"
+        ),
+        (
+            f"{_FSDP}connect: self._mesh = init_device_mesh(world.device.type, (replicate, ... eplicate', 'shard')) "
+            "-> pass"
+        ),
+        f"{_FSDP}_sizes: info.world_size -> info.local_world_size",
         (
             "fabric_plugins.wrappers._blocks.find_blocks: [one for one in module.modules() if type(one).__name__ in "
             "names] -> [one for one in module.modules()]"
@@ -305,8 +319,27 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
             "can't be written\", path, 'a pa ...  place.abort() raise -> if True: place: Writing | None = None try: "
             "writer, keys, out ...  place.abort() raise"
         ),
-        "fabric_core.conformance.reference_strategies.Averaging.world: raise MisuseError('not connected') -> pass",
+        f"{_AVERAGING}Averaging.world: raise MisuseError('not connected') -> pass",
+        f"{_FSDP}setup_module: self._check_undivided(user) -> pass",
     ),
+    "after a teardown the core calls the strategy no more": (
+        "fabric_plugins.strategies.ddp.DDPStrategy.teardown: super().teardown() -> pass",
+    ),
+    "what is frozen, a whole model or a parameter, has no gradients to average or to ask for": (
+        "fabric_plugins.strategies.ddp._always: True -> False",
+        (
+            f"{_AVERAGING}Averaging.backward: [parameter for parameter in one.parameters() if parameter.requires_grad] "
+            "-> [parameter for parameter in one.parameters()]"
+        ),
+    ),
+    "keys were compared before, and of a whole state PyTorch takes what is missing from the model itself": (
+        f"{_AVERAGING}Sharding.load_module_state: False -> True",
+        (
+            f"{_AVERAGING}Sharding.load_module_state: StateDictOptions(full_state_dict=True, strict=False) -> "
+            "StateDictOptions(full_state_dict=True)"
+        ),
+    ),
+    "a thousandth of a number that no two measurements agree in": (f"{_CPU}memory_stats: 1024 -> 1025",),
     "the words of an error": (
         (
             "fabric_plugins.checkpoints.distributed._check_same: other.get(key) != one[key] -> "
