@@ -217,6 +217,12 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
             "weights_only=weights_only, mmap=True) -> torch.load(local, weights_only=weights_only, mmap=True)"
         ),
     ),
+    "in a manifest that somebody forged, a truth value in the place of a number is a number": (
+        "fabric_plugins.checkpoints._manifest.field: kind is int -> kind is not int",
+    ),
+    "what is filled is detached where it is filled": (
+        "fabric_plugins.checkpoints.distributed._Opened.targets: own.detach() -> own",
+    ),
     "it costs time or memory, and changes no result": (
         "fabric_plugins.checkpoints.single_file.SingleFileCheckpoint.outline: False -> True",
         "fabric_plugins.checkpoints.single_file.SingleFileCheckpoint.read_trusted: False -> True #2",
@@ -310,6 +316,14 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
         "fabric_plugins.checkpoints.distributed.DistributedCheckpoint: True -> False #2",
     ),
     "another error is raised in its place": (
+        (
+            "fabric_plugins.checkpoints._manifest.field: not isinstance(value, kind) or (isinstance(value, bool) and "
+            "kind is int) -> not isinstance(value, kind) and (isinstance(value, bool) and kind is int)"
+        ),
+        (
+            "fabric_plugins.checkpoints._manifest.field: raise CheckpointError('the manifest is damaged', where=f'{wh "
+            "... ot=repr(value)[:80]) -> pass"
+        ),
         (
             "fabric_plugins.checkpoints._manifest.decode: raise CheckpointError('the checkpoint is of another format', "
             "... mat'], instead=kind) -> pass"
