@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fabric_core.choosing.offers import Offer
 from fabric_core.choosing.registry import Registry
+from fabric_core.cli._doctor import examine
 from fabric_core.cli._facts import Fault, find_facts, judge_facts, resolve_name
 from fabric_core.cli._links import _rounds, _takes_long, judge_links
 from fabric_core.cli._meeting import Job
@@ -187,6 +190,39 @@ def test_a_large_message_is_left_out_over_a_slow_link() -> None:
     late = [{"bytes": 8, "seconds": 0.100}, {"bytes": 65536, "seconds": 0.101}]
     assert _takes_long(narrow, 4 << 20)
     assert not _takes_long(late, 4 << 20)
+
+
+def test_every_plugin_is_examined_whatever_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, with what came of it: one that raises, one that ends the process, one that hangs."""
+    sources = {
+        "fine": "from fabric_plugins.precisions.full import FullPrecision as Plugin\nprint('imported')",
+        "raises": "raise KeyError('key')",
+        "ends": "import os\nos._exit(7)",
+        "hangs": "import time\ntime.sleep(600)",
+    }
+    for name, source in sources.items():
+        (tmp_path / f"examined_{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    offers = {name: Offer("precision", name, name, "1.0", f"examined_{name}:Plugin") for name in (*sources, "off")}
+    twins = [offers["fine"], Offer("precision", "fine", "twin", "2.0", "examined_fine:Plugin")]
+    found = {}
+    # The first waits for PyTorch to be imported, which the others don't.
+    for names, timeout in ((twins, 100.0), ([offers["raises"], offers["ends"]], 30.0), ([offers["hangs"]], 1.0)):
+        for one in examine(Registry(names), timeout):
+            found[one.distribution] = (one.kind, one.name, one.status, one.note)
+    (off,) = examine(Registry([offers["off"]], disabled={"off"}), 1.0)
+    assert (off.status, off.seconds) == ("switched off", 0.0)
+    assert found["fine 1.0"] == (
+        "precision",
+        "fine",
+        "conflict",
+        'twin 2.0 offers the name too; choose with "fine/fine"',
+    )
+    assert found["twin 2.0"][3] == 'fine 1.0 offers the name too; choose with "twin/fine"'
+    assert found["raises 1.0"][:3] == ("precision", "raises", "quarantined")
+    assert "KeyError('key')" in found["raises 1.0"][3]
+    assert found["ends 1.0"][2:] == ("crashed", "importing it ended the process: exit code 7")
+    assert found["hangs 1.0"][2:] == ("hangs", "it took more than 1 s")
 
 
 @pytest.mark.slow
