@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fabric_core._torch import tree_flatten, tree_map_only
 from fabric_core.conformance import cases, snapshot
@@ -1207,3 +1208,41 @@ def _closures_again(bench: Bench) -> None:
         off = max(abs(one - other) / max(abs(other), 1e-6) for one, other in zip(ones, others, strict=True))
         if not off <= allowed:
             raise Broken(f"a {what} within a step is off by {off:.2g} of its size")
+
+
+class _Recomputed(nn.Module):
+    """A layer whose activations may be computed again in backward; it makes a tensor without saying of which type."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.layer, _ = _model_and_inputs(0, 0, 0)
+        self._again = again
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """Run it."""
+        return checkpoint(self._run, x, use_reentrant=False) if self._again else self._run(x)
+
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.layer(x)) * torch.full((2,), 0.5)
+
+
+def _recomputed(place: Place, again: bool) -> list[torch.Tensor]:
+    with place.fabric() as fabric:
+        model = _Recomputed(again)
+        wrapped = fabric.setup(model)
+        _, inputs = _model_and_inputs(0, 0, 1)
+        with torch.device(fabric.device):
+            fabric.backward(_small(wrapped(inputs[0].to(fabric.device))))
+        return [one.grad.double().cpu() for one in model.parameters() if one.grad is not None]
+
+
+@TABLE.rule(
+    "PRE-244",
+    "Activations that a backward pass computes again are those of forward.",
+    reason="Activation checkpointing runs parts of forward in backward, where types must be the same.",
+    advice="let backward_context do what forward_context does to PyTorch's defaults; autocast PyTorch restores itself",
+)
+def _computes_again(bench: Bench) -> None:
+    expected, got = (bench.run(_recomputed, again)[0] for again in (False, True))
+    if len(got) != len(expected) or not _off(got, expected) <= _tolerance(bench.plugin().policy):
+        raise Broken("the gradients are other ones")

@@ -22,6 +22,9 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
         f"{_MIXED}Float16MixedOptions: 2000 -> 2001",
         f"{_MIXED}Float16MixedOptions: Field(default=0.5, gt=0, lt=1) -> Field(default=0.5, lt=1)",
         f"{_MIXED}Float16MixedOptions: Field(default=2.0, gt=1) -> Field(default=2.0)",
+        f"{_MIXED}Float16MixedOptions: 16 -> 17",
+        f"{_MIXED}Float16MixedOptions: 1 -> 2 #3",
+        f"{_MIXED}Float16MixedOptions: Field(default=2000, ge=1) -> Field(default=2000)",
         f"{_MIXED}Float16MixedOptions: Field(default=2.0 ** 16, gt=0) -> Field(default=2.0 ** 16)",
         f"{_MIXED}Float16MixedOptions: Field(default=2000, ge=1) -> Field(ge=1)",
         f"{_MIXED}Float16MixedOptions: Field(default=0.5, gt=0, lt=1) -> Field(default=0.5, gt=0)",
@@ -56,6 +59,21 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
         f"{_SCALER}_count: tracker.add_(self._uncounted) -> pass",
         f"{_SCALER}skips_update: False -> True",
         f"{_SCALER}skips_update: True -> False",
+        f"{_SCALED}optimizer_step: self._overflowed = None -> pass",
+        f"{_SCALED}optimizer_step: self._overflowed = bool(self._overflowed) -> pass",
+        (
+            f"{_SCALED}optimizer_step: try: return step(evaluated) finally: self._overflowed = bool(self._overflowed) "
+            "-> try: return step(evaluated) finally: pass"
+        ),
+        f"{_SCALER}skips_update: self._before_growth <= 1 -> self._before_growth < 1",
+        f"{_SCALER}skips_update: self._before_growth -= 1 -> pass",
+        f"{_SCALER}skips_update: self._before_growth -= 1 -> self._before_growth += 1",
+        f"{_SCALER}skips_update: self._uncounted += 1 -> self._uncounted -= 1",
+        (
+            f"{_SCALER}_count: if tracker is not None: tracker.add_(self._uncounted) -> if not tracker is not None: "
+            "tracker.add_(self._uncounted)"
+        ),
+        f"{_MIXED}_Scaler: 0 -> 1",
         f"{_SCALER}skips_update: 1 -> 2",
         f"{_SCALER}skips_update: 1 -> 2 #2",
         (
@@ -75,6 +93,24 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
             "smaller init_scale') -> if not not self._may_step(optimizer): raise MisuseError('gra ... smaller "
             "init_scale')"
         ),
+        f"{_SCALED}optimizer_step.evaluated: not self._may_step(optimizer) -> self._may_step(optimizer)",
+    ),
+    "it is an invariant that holds, and the error that would say otherwise never comes": (
+        f"{_SCALED}_may_step: raise AssertionError('gradients were unscaled, and nobody looked at them') -> pass",
+        f"{_SCALER}_scale_tensor: raise AssertionError('no loss was scaled yet') -> pass",
+    ),
+    "PyTorch's scaler takes what it knows from a state, and leaves the rest": (
+        (
+            f"{_SCALED}load_state_dict: self.options.model_dump(include={{'growth_factor', 'backoff_factor', "
+            "'growth_interval'}) -> self.options.model_dump()"
+        ),
+    ),
+    "what does not pass through the gate the core itself refuses to step on": (
+        (
+            f"{_AVERAGING}Routed.gradients_averaged: known and isinstance(module, _Gate) and module.averaged -> known "
+            "or isinstance(module, _Gate) or module.averaged"
+        ),
+        f"{_AVERAGING}_Gate.__init__: False -> True",
     ),
     "there is a scale wherever gradients wait that were scaled by it": (
         f"{_SCALED}_rescale: before is not None and after is not None -> before is not None or after is not None",
@@ -167,6 +203,11 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
             "dtype=torch.float32) -> PrecisionPolicy(param_dtype=self.dtype, compute_dtype=self.dtype, "
             "input_dtype=self.dtype)"
         ),
+        (
+            f"{_TRUE}_TruePrecision.policy: PrecisionPolicy(param_dtype=self.dtype, compute_dtype=self.d ... "
+            "dtype=torch.float32) -> PrecisionPolicy(param_dtype=self.dtype, input_dtype=self.dty ... "
+            "dtype=torch.float32)"
+        ),
     ),
     "the memory of a machine stays what it is": (
         (
@@ -189,10 +230,6 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
     "it is PyTorch's default": (
         ("fabric_plugins.checkpoints._plain._comes_back: torch.load(memory, weights_only=True) -> torch.load(memory)"),
         ("fabric_core.conformance.references._comes_back: torch.load(memory, weights_only=True) -> torch.load(memory)"),
-        (
-            f"{_REFERENCES}OneFile.read: torch.load(path, map_location='cpu', weights_only=True) -> torch.load(path, "
-            "map_location='cpu')"
-        ),
         (
             "fabric_plugins.checkpoints.distributed._load_outline: torch.load(io.BytesIO(data), weights_only=True) -> "
             "torch.load(io.BytesIO(data))"
