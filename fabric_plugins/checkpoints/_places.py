@@ -22,6 +22,7 @@ from fabric_plugins.checkpoints._files import (
     Aside,
     begin,
     begins_as_checkpoint,
+    flush,
     found,
     is_regular,
     open_regular,
@@ -91,8 +92,7 @@ class LocalFolder:
         """Write a new file."""
         with (self.path / name).open("xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+        flush(self.path / name)  # by its name: a library that writes there may have put another file in its place
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:

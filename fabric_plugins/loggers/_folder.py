@@ -264,8 +264,6 @@ def plain(value: Any) -> Any:
     Raises:
         ValueError: It has several elements.
     """
-    if isinstance(value, torch.Tensor):
-        return value.detach().item()
     item = getattr(value, "item", None)
     return item() if callable(item) else value
 

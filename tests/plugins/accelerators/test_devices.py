@@ -81,11 +81,53 @@ def test_asking_starts_no_device(accelerator: Accelerator) -> None:
     before = torch.cuda.is_initialized()  # another test may have used one
     accelerator.is_available()
     assert accelerator.device_count() >= 0
-    assert accelerator.devices([1]) == [torch.device(accelerator.device_type, 1)]
+    for indices in ([1], [0, 2]):
+        assert accelerator.devices(indices) == [torch.device(accelerator.device_type, index) for index in indices]
     assert "gloo" in accelerator.process_group_backend
     assert accelerator.supports(torch.float32)
     accelerator.teardown()
     assert torch.cuda.is_initialized() == before
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "module", "current", "choose"),
+    [
+        (CUDAAccelerator(), torch.cuda, "current_device", "set_device"),
+        (TorchAccelerator(device_type="xpu"), torch.accelerator, "current_device_index", "set_device_index"),
+    ],
+    ids=["cuda", "torch"],
+)
+def test_what_is_asked_of_a_device(
+    accelerator: Accelerator, module: Any, current: str, choose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made current and waited for, its memory is read, and at the end the one is current that was before."""
+    now: list[Any] = [2]
+    asked: list[tuple[str, torch.device]] = []
+
+    def answers(name: str, answer: Any) -> None:
+        def ask(device: torch.device) -> Any:
+            asked.append((name, device))
+            return answer
+
+        monkeypatch.setattr(module, name, ask)
+
+    monkeypatch.setattr(module, current, lambda: now[-1])
+    monkeypatch.setattr(module, choose, now.append)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for name, answer in {"synchronize": None, "memory_allocated": 10, "max_memory_allocated": 20}.items():
+        answers(name, answer)
+    total = {"total": 30} if module is torch.cuda else {}
+    if total:
+        answers("mem_get_info", (5, 30))
+    device = torch.device(accelerator.device_type, 3)
+    accelerator.setup_device(device)
+    assert now == [2, device]
+    accelerator.synchronize(device)
+    assert asked == [("synchronize", device)]
+    assert accelerator.memory_stats(device) == {"allocated": 10, "peak": 20, **total}
+    assert {one for _, one in asked} == {device}
+    accelerator.teardown()
+    assert now == [2, device, 2]
 
 
 def test_training_on_a_device_type_that_nobody_knows() -> None:

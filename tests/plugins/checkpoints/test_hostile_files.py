@@ -6,6 +6,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from fabric_core import Fabric
+from fabric_core import Checkpoint, Fabric
 from fabric_core.errors import CheckpointError
+from fabric_plugins.checkpoints import DistributedCheckpoint, SingleFileCheckpoint
 from fabric_plugins.checkpoints._manifest import encode
 from tests.plugins.checkpoints.forging import forge
 
@@ -303,6 +305,24 @@ def test_a_hostile_file(case: str, tmp_path: Path) -> None:
         fabric.save(path, {"model": model, "optimizer": optimizer})
         FILES[case](path)
         assert str(path) in _refused(fabric, path, tmp_path / "proof")
+
+
+@pytest.mark.parametrize("ask", ["recognises", "describe", "outline", "check", "read"])
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [(SingleFileCheckpoint, FILES["code"]), (DistributedCheckpoint, FOLDERS["an outline with code"])],
+    ids=["single_file", "distributed"],
+)
+def test_looking_at_a_checkpoint_runs_no_code(
+    kind: type[Checkpoint], damage: Callable[[Path], Any], ask: str, tmp_path: Path
+) -> None:
+    """Whatever is asked of a format about it, and whatever it answers."""
+    path = tmp_path / "state"
+    kind().write(path, {"model": {"weight": torch.ones(2)}})
+    damage(path)
+    with suppress(CheckpointError):
+        getattr(kind(), ask)(path, *([None] if ask in {"check", "read"} else []))
+    assert not (tmp_path / "proof").exists(), "code has run"
 
 
 NAMES: dict[str, Any] = {

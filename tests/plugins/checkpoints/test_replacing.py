@@ -147,6 +147,51 @@ def test_a_failure_at_any_point_keeps_the_old_one(kind: type[Checkpoint], where:
     assert [one.name for one in tmp_path.iterdir()] == ["state"]
 
 
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_all_of_it_is_on_the_disk_before_it_has_its_name(
+    kind: type[Checkpoint], exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file, its folder, and then the name: a machine that loses its power loses neither the old nor the new."""
+    path, flush = tmp_path / "state", os.fsync
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    kind().write(path, _tree(1))
+    old, flushed = path.stat().st_ino, []
+
+    def noted(handle: int) -> None:
+        flush(handle)
+        known = os.fstat(handle)
+        flushed.append((known.st_ino, known.st_size, path.exists() and path.stat().st_ino != old))
+
+    monkeypatch.setattr("os.fsync", noted)
+    kind().write(path, _tree(2))
+    before = {(inode, size) for inode, size, named in flushed if not named}
+    assert {(one.stat().st_ino, one.stat().st_size) for one in (path, *path.rglob("*"))} <= before
+    assert (flushed[-1][0], flushed[-1][2]) == (tmp_path.stat().st_ino, True)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("new", FORMATS)
+def test_what_another_machine_sweeps_first_is_no_error(
+    new: type[Checkpoint], exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that saves to the same path takes a checkpoint older than a day, which has just been replaced, for a rest."""
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    DistributedCheckpoint().write(tmp_path / "state", _tree(1))
+    flush = files.flush
+
+    def swept(path: Path) -> None:
+        flush(path)
+        for one in tmp_path.glob(".fabric-*") if path == tmp_path else ():
+            shutil.rmtree(one)
+
+    monkeypatch.setattr(files, "flush", swept)
+    new().write(tmp_path / "state", _tree(2))
+    assert _value(new, tmp_path / "state") == 2
+
+
 def test_a_folder_that_vanished_and_one_that_cannot_be_written(tmp_path: Path) -> None:
     """A parent that is gone is made again; a file in its place is an error that names the path."""
     SingleFileCheckpoint().write(tmp_path / "a" / "b" / "state", _tree(1))

@@ -113,11 +113,50 @@ def test_what_is_no_step_of_several_tasks_is_like_a_shell(change: dict[str, str]
     assert SlurmLauncher().detect({**_SLURM, **change}) is None
 
 
+_UNEVEN = {**_SLURM, "SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "3,2", "SLURM_NTASKS_PER_NODE": "4"}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "environment", "name"),
+    [
+        (SlurmLauncher, _SLURM, "SLURM_STEP_NUM_TASKS"),
+        (SlurmLauncher, _SLURM, "SLURM_STEP_NUM_NODES"),
+        (SlurmLauncher, _SLURM, "SLURM_HET_SIZE"),
+        (SlurmLauncher, _SLURM, "SLURM_NTASKS_PER_NODE"),
+        (SlurmLauncher, _UNEVEN, "SLURM_NTASKS_PER_NODE"),
+        (MPILauncher, _OPEN_MPI, "OMPI_COMM_WORLD_SIZE"),
+        (MPILauncher, _OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        (MPILauncher, _MPICH, "PMI_SIZE"),
+        (MPILauncher, _MPICH, "MPI_LOCALNRANKS"),
+        (LSFLauncher, _LSF, "JSM_NAMESPACE_SIZE"),
+        (LSFLauncher, _LSF, "JSM_NAMESPACE_LOCAL_SIZE"),
+        (EnvironmentLauncher, _KUBEFLOW, "WORLD_SIZE"),
+        (EnvironmentLauncher, {**_KUBEFLOW, "LOCAL_RANK": "0"}, "LOCAL_WORLD_SIZE"),
+        (ElasticLauncher, _TORCHRUN, "WORLD_SIZE"),
+        (ElasticLauncher, _TORCHRUN, "LOCAL_WORLD_SIZE"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else "",
+)
+def test_none_of_what_there_must_be_is_an_error(
+    launcher: type[Launcher], environment: dict[str, str], name: str
+) -> None:
+    """No tasks, nodes or processes at all: the error names the variable, and the least that it can be."""
+    with pytest.raises(LaunchError, match=f"{name} must be at least 1"):
+        launcher().detect({**environment, name: "0"})
+
+
+def test_what_won_over_tasks_per_node_is_told() -> None:
+    """Where both options were given and say different numbers, the way to start leaves out the one that won."""
+    both = {**_SLURM, "SLURM_NTASKS_PER_NODE": "2"}
+    assert "without --ntasks (8 here), which wins over" in _found(SlurmLauncher, both).how_to_start
+    for same in ({**_SLURM, "SLURM_NTASKS_PER_NODE": "4"}, _SLURM):
+        assert "without" not in _found(SlurmLauncher, same).how_to_start
+
+
 def test_tasks_divided_unevenly_are_explained() -> None:
     """``--ntasks`` that doesn't divide by the nodes says what to write."""
-    uneven = {**_SLURM, "SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "3,2", "SLURM_NTASKS_PER_NODE": "4"}
     with pytest.raises(LaunchError, match=r"--ntasks=5 beside --ntasks-per-node=4 unevenly"):
-        SlurmLauncher().detect(uneven)
+        SlurmLauncher().detect(_UNEVEN)
 
 
 def test_port_belongs_to_the_job_and_a_given_one_wins() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from fabric_core import Fabric
 from fabric_core.conformance.pool import RankPool
@@ -114,6 +114,26 @@ def test_it_trains_as_the_strategys_own_sharding(how: Callable[..., Any], two_ra
         assert kind == ("Converted" if how is convert else "FSDPNet")
         for value, other in zip(values, reference, strict=True):
             torch.testing.assert_close(value, other)
+
+
+def units(how: Callable[..., Any]) -> list[str]:
+    """Give the names of the blocks that are sharded as units of their own."""
+    strategy = ModelParallelStrategy(parallelize_fn=how, tensor_parallel_size=1)
+    with Fabric(accelerator="cpu", strategy=strategy, devices=2) as fabric:
+        fabric.launch()
+        model = fabric.setup(nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))))
+        return [name for name, one in model.module.named_modules() if name and isinstance(one, FSDPModule)]
+
+
+def shard_second(model: nn.Sequential, mesh: Any) -> None:
+    """Shard one block of three."""
+    fully_shard(model[1], mesh=mesh["data_parallel"])
+
+
+def test_blocks_are_sharded_where_the_function_shards_none(two_ranks: RankPool) -> None:
+    """One that the function chose is a unit, and no other beside it."""
+    assert two_ranks.run(units, nothing) == [["0", "1", "2"]] * 2
+    assert two_ranks.run(units, shard_second) == [["1"]] * 2
 
 
 def refused(how: Callable[..., Any]) -> str:

@@ -17,7 +17,6 @@ from fabric_core.conformance.rules.strategy import (
     sequences,
     state,
     types,
-    unfilled,
     unsynchronized,
 )
 
@@ -37,7 +36,6 @@ _PARTS: Final = (
     sequences,
     scripts,
     asynchronous,
-    unfilled,
     unsynchronized,
 )
 
