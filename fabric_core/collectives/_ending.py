@@ -31,12 +31,11 @@ def end(box: list[Any], *, failed: bool) -> None:
     """End a process group; ending the default one ends all ([Note: the end of a process group]).
 
     Args:
-        box: Holds the group, and afterwards nothing: no caller may be the last to drop it.
+        box: Holds the group, and nothing once it is ended: no caller may be the last to drop it.
         failed: This rank failed while others may wait for it in a collective.
     """
     _wait_for_rest()
     if not dist.is_initialized() or box[0] not in process_groups():
-        box.clear()
         return
     groups = WeakSet(process_groups() if box[0] is dist.group.WORLD else box)
     backends = [backend for one in groups for backend in backends_of(one)]

@@ -107,7 +107,10 @@ class Collectives(ABC):
         """Give collectives over the same ranks whose messages never meet those of this object; called on every rank."""
 
     def close(self) -> None:  # noqa: B027 - nothing to release is the usual case
-        """Release resources. The core calls it when the ``Fabric`` ends; may be called again."""
+        """Release resources. The core calls it when the ``Fabric`` ends; may be called again.
+
+        Where there are several ranks, whoever calls another method afterwards is told by an error.
+        """
 
 
 class SingleProcess(Collectives):

@@ -103,7 +103,7 @@ class Accelerator(Plugin, ABC):
 
     @behaviour
     def memory_stats(self, device: torch.device) -> Mapping[str, int]:
-        """Give the memory in use, in bytes, under the names ``allocated``, ``peak`` and ``total`` as far as known."""
+        """Give the memory in use now, in bytes, under ``allocated``, ``peak`` and ``total``, as far as known."""
         return {}
 
     @behaviour

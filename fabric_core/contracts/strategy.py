@@ -151,7 +151,8 @@ class Strategy(Plugin, ABC):
         """Wrap or shard a module; every rank's starts with rank 0's parameters and buffers.
 
         Buffers that change afterwards, such as those of batch normalization, may be each rank's own or rank 0's; whole
-        state that is saved has rank 0's.
+        state that is saved has rank 0's. Under ``handles_device_placement``, what lies on the meta device is filled by
+        its module's ``reset_parameters``, called once, children first; a module without one is refused, on every rank.
 
         Args:
             module: The converted, placed module; a route where ``intercepts_forward`` is declared ([Note: the route]).

@@ -107,8 +107,10 @@ class DDPStrategy(DistributedStrategy):
         if self._wrapped is None:
             self._wrapped = Known()
         device = self.world.device
-        # Given, PyTorch warns of it, whatever its value.
-        buffers: dict[str, Any] = {} if self.options.broadcast_buffers else {"broadcast_buffers": False}
+        buffers: dict[str, Any] = {}  # PyTorch warns of the argument, whatever its value
+        if not self.options.broadcast_buffers:
+            buffers = {"broadcast_buffers": False}
+            members.broadcast_tensors([one.detach() for one in module.buffers()], 0)  # PyTorch leaves them
         wrapped = Replicated(
             module,
             device_ids=None if device.index is None else [device.index],

@@ -1,12 +1,15 @@
 """The command `fabric-core conformance`: what it takes, what it prints, and how it ends."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fabric_core import cli
+from fabric_core.cli import _conformance
 from fabric_core.conformance.rules import rules_for
 
 LAZY = "precision:proof.mutants.precision:Lazy"
@@ -62,6 +65,36 @@ def test_a_star_leaves_out_what_needs_options_and_says_so(conformance: Any) -> N
     assert "model_parallel" not in {one["plugin"]["name"] for one in json.loads(out)}
     assert "strategy model_parallel: not judged: option 'parallelize_fn'" in err
     assert "strategy:model_parallel:NAME=VALUE" in err
+
+
+def test_a_terminal_shows_how_far_it_is(
+    conformance: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one line of the error stream, which is cleared at the end; a file gets nothing of it."""
+    rules = ("--rule", "PRE-228", "--rule", "PRE-201")
+    assert conformance("precision:32-true", *rules)[2] == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    code, out, err = conformance("precision:32-true", *rules)
+    assert (code, "\r" in out) == (0, False)
+    assert [text.partition(",")[0] for text in err.split("\r") if text.strip()] == [
+        "precision 32-true: 1 of 2 rules", "precision 32-true: 2 of 2 rules",
+    ]  # fmt: skip
+    assert err.endswith("\r" + " " * 79 + "\r")
+
+
+def test_the_time_left_is_what_the_rules_took_so_far(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After 12 s for three of four rules: 4 s. A shorter line covers a longer one."""
+    clock = iter((100.0, 110.0, 112.0))
+    monkeypatch.setattr(_conformance, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    progress = _conformance._Progress("strategy ddp")
+    progress(SimpleNamespace(rule="STR-301"), 1, 4)
+    progress(SimpleNamespace(rule="STR-302"), 3, 4)
+    assert capsys.readouterr().err == (
+        f"\r{'strategy ddp: 1 of 4 rules, STR-301, some 30 s left':<79}"
+        f"\r{'strategy ddp: 3 of 4 rules, STR-302, some 4 s left':<79}"
+    )
 
 
 def test_nothing_checked_ends_with_one(conformance: Any) -> None:

@@ -221,3 +221,14 @@ def test_the_seed_is_rank_0_s() -> None:
     shard(DataLoader(DATA), 0, 2, agree)
     assert asked == [42, 43]
     assert shuffled.sampler.seed == owned.sampler.seed == 5
+
+
+def test_any_seed_and_epoch_will_do() -> None:
+    """PyTorch's seeds have 64 bits and epochs have no end; NumPy's take 32 bits."""
+    orders = []
+    for seed, epoch in ((2**62 - 1, 0), (2**62 - 1, 1), (7, 2**40)):
+        sampler: Any = parts(lambda: {"sampler": SAMPLERS["numpy"]()}, seed=seed)[0].sampler
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert list(sampler) == orders[-1]
+    assert len({tuple(one) for one in orders}) == 3

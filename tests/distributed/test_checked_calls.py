@@ -33,6 +33,22 @@ def _another_source(fabric: Fabric, first: bool) -> None:
     fabric.broadcast("word", src=int(first))
 
 
+def _another_type(fabric: Fabric, first: bool) -> None:
+    fabric.all_gather(torch.ones(1, dtype=torch.float32 if first else torch.float64))
+
+
+def _another_name(fabric: Fabric, first: bool) -> None:
+    fabric.barrier("before" if first else "after")
+
+
+def _another_optimizer(fabric: Fabric, first: bool) -> None:
+    model = nn.Linear(2, 1)
+    kind = torch.optim.SGD if first else torch.optim.Adagrad
+    wrapped, optimizer = fabric.setup(model, kind(model.parameters(), lr=0.1))
+    fabric.backward(wrapped(torch.ones(1, 2)).sum())
+    optimizer.step()
+
+
 def _another_collective(fabric: Fabric, first: bool) -> None:
     if first:
         fabric.all_gather(torch.ones(1))
@@ -87,6 +103,9 @@ _NAMED: dict[Callable[[Fabric, bool], None], tuple[str, str]] = {
     _another_shape: ("float32 [1]", "float32 [2]"),
     _another_operation: ("'sum'", "'mean'"),
     _another_source: ("src=1", "src=0"),
+    _another_type: ("all_gather(float32", "all_gather(float64"),
+    _another_name: ("barrier(before)", "barrier(after)"),
+    _another_optimizer: ("SGD.step", "Adagrad.step"),
     _another_collective: ("all_gather", "all_reduce"),
     _one_batch_more: ("forward of", "all_reduce"),
     _a_step_less: ("SGD.step", "forward of"),
@@ -106,6 +125,22 @@ def test_a_mismatch_is_named_on_every_rank(act: Any, strategy: str, two_ranks: R
         assert all(name in text for name in _NAMED[act])
         assert f"{__file__}:" in text
         assert seconds < 5
+
+
+def _evaluates_alone(fabric: Fabric, first: bool) -> None:
+    model = fabric.setup(nn.Linear(2, 1))
+    if first:
+        with torch.no_grad():
+            model(torch.ones(1, 2))
+    fabric.barrier()
+
+
+def test_one_rank_evaluates_alone_where_that_does_not_communicate(two_ranks: RankPool) -> None:
+    """Under sharding a pass without gradients gathers parameters, so all ranks must make it; else one may."""
+    assert [text for text, _ in two_ranks.run(_mismatched, _evaluates_alone, "ddp")] == ["", ""]
+    for text, _ in two_ranks.run(_mismatched, _evaluates_alone, "fsdp"):
+        assert "forward of" in text
+        assert "barrier" in text
 
 
 def _right(strategy: str) -> float:

@@ -94,6 +94,38 @@ def test_only_synchronous_strategies_are_held_to_it(two_ranks: RankPool) -> None
         assert "on gradients of Linear: weight, bias" in forgetful
 
 
+def _step_on_a_later_layer(case: str) -> str:
+    with Fabric(accelerator="cpu", strategy="ddp", devices=2) as fabric:
+        fabric.launch()
+        net = nn.Sequential(nn.Linear(2, 1))
+        model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        optimizer.step()
+        net.append(nn.Linear(1, 1).requires_grad_(case != "frozen"))
+        own: Any = torch.optim.SGD(net[1].parameters(), lr=0.1)
+        if case in {"added", "frozen"}:
+            optimizer.add_param_group({"params": list(net[1].parameters())})
+        fabric.backward(model(torch.ones(1, 2)).sum())
+        try:
+            (own if case == "directly" else optimizer).step()
+        except MisuseError as error:
+            return str(error)
+        return "stepped"
+
+
+def _steps_on_a_later_layer() -> list[str]:
+    return [_step_on_a_later_layer(case) for case in ("added", "directly", "frozen", "held by no optimizer")]
+
+
+def test_what_was_put_into_a_model_after_setup_is_not_trained(two_ranks: RankPool) -> None:
+    """DDP doesn't average it: a step on it is refused; what is frozen, or not stepped on, may be there."""
+    for added, directly, *others in two_ranks.run(_steps_on_a_later_layer):
+        for refused in (added, directly):
+            assert "parameters were put into the model after setup" in refused
+            assert "on Sequential" in refused
+            assert "1.weight, 1.bias" in refused
+        assert others == ["stepped", "stepped"]
+
+
 def _cost(count: int) -> float:
     """Give the microseconds that noting adds to a backward pass, at the best."""
     parameters = nn.ParameterList([nn.Parameter(torch.zeros(1)) for _ in range(count)])

@@ -62,6 +62,15 @@ def test_every_command_prints_json(name: str) -> None:
 
 
 @each_command
+def test_a_configuration_file_is_asked_for_alike_by_every_command(name: str) -> None:
+    """Where a command takes one, its help says of which formats; every command that is asked for a plan takes one."""
+    options = {opt: parameter for parameter in COMMANDS[name].params for opt in parameter.opts}
+    assert ("--config" in options) >= ("--strategy" in options)
+    if "--config" in options:
+        assert options["--config"].help == "A configuration file, TOML or YAML."
+
+
+@each_command
 def test_the_help_of_every_command_has_an_example_that_can_be_parsed(name: str) -> None:
     """The example begins with the command's own name, and its options and arguments are those that there are."""
     begin = f"Example: fabric-core {name}"

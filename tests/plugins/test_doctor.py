@@ -2,21 +2,32 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fabric_core.cli._facts import judge_facts, resolve_name
+from fabric_core.choosing.offers import Offer
+from fabric_core.choosing.registry import Registry
+from fabric_core.cli._doctor import examine
+from fabric_core.cli._facts import Fault, find_facts, judge_facts, resolve_name
 from fabric_core.cli._links import _rounds, _takes_long, judge_links
+from fabric_core.cli._meeting import Job
+from fabric_core.collectives import ProcessInfo
+
+
+def _name(name: str, *, error: str | None = None, seconds: float = 0.0) -> dict[str, Any]:
+    return {"name": name, "addresses": [], "error": error, "seconds": seconds}
 
 
 def _fact(rank: int, **own: Any) -> dict[str, Any]:
-    names: dict[str, Any] = {"own": {"name": f"host{rank // 2}", "addresses": [], "error": None, "seconds": 0.0}}
     base = {
         "rank": rank,
         "local_rank": rank % 2,
@@ -27,7 +38,7 @@ def _fact(rank: int, **own: Any) -> dict[str, Any]:
         "plugins": {"acme": "1.0"},
         "plan": "abc",
         "plan_error": None,
-        "names": names,
+        "names": {"own": _name(f"host{rank // 2}")},
         "free_bytes": {"temporary": 1 << 40, "shared": 1 << 40},
         "limits": {"open_files": 4096, "locked_memory": None},
         "late": 0.0,
@@ -57,12 +68,84 @@ def test_equal_ranks_are_sound() -> None:
         ({"free_bytes": {"temporary": 1 << 20}}, "node 1 (host1)", "temporary folder has 1 MiB free"),
         ({"free_bytes": {"shared": 64 << 20}}, "node 1 (host1)", "shared memory has 64 MiB free"),
         ({"limits": {"open_files": 256}}, "node 1 (host1)", "a process may open 256 files"),
+        (
+            {"names": {"main": _name("main", error="unknown")}},
+            "rank 2 on node 1 (host1)",
+            "the host name main does not",
+        ),
+        ({"names": {"own": _name("me", error="unknown")}}, "rank 2 on node 1 (host1)", "the host name me does not"),
+        ({"names": {"own": _name("me", seconds=2.0)}}, "rank 2 on node 1 (host1)", "the host name me took 2.0 s"),
     ],
 )
 def test_what_is_broken_is_named(own: dict[str, Any], where: str, what: str) -> None:
     """One rank of four differs or lacks something: that rank, or its node, and nothing else."""
     faults = judge_facts([_fact(0), _fact(1), _fact(2, **own), _fact(3)])
     assert [(one.where, one.what.startswith(what)) for one in faults] == [(where, True)]
+
+
+def test_what_a_rank_finds_is_of_its_own_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its place, the limits as they are, ``None`` for none, and the names that it needs: rank 0's only among others."""
+    limits = {resource.RLIMIT_NOFILE: (512, 4096), resource.RLIMIT_MEMLOCK: (resource.RLIM_INFINITY,) * 2}
+    monkeypatch.setattr("resource.getrlimit", limits.__getitem__)
+    among = ProcessInfo(global_rank=3, local_rank=1, node_rank=1, main_address="localhost", main_port=1234)
+    facts = find_facts(among, Registry(), None, "no such device")
+    assert (facts["rank"], facts["local_rank"], facts["node"], facts["host"]) == (3, 1, 1, socket.gethostname())
+    assert facts["limits"] == {"open_files": 512, "locked_memory": None}
+    assert (facts["plan"], facts["plan_error"]) == (None, "no such device")
+    assert {which: name["name"] for which, name in facts["names"].items()} == {
+        "own": socket.gethostname(), "main": "localhost",
+    }  # fmt: skip
+    assert facts["plugins"]["fabric-registry"] == version("fabric-registry")
+    assert set(find_facts(ProcessInfo(), Registry(), None, None)["names"]) == {"own"}
+
+
+def test_what_matters_not_here_is_not_broken() -> None:
+    """The own name on one host alone, folders as the second rank of a node sees them, and what has no limit."""
+    own = {"free_bytes": {"temporary": 0}, "limits": {"open_files": 1}}
+    assert judge_facts([_fact(0, names={"own": _name("me", error="unknown")}), _fact(1, **own)]) == []
+    assert judge_facts([_fact(0, limits={"open_files": None})]) == []
+
+
+def _job(*, as_json: bool, ranks: int, **found: Any) -> Job:
+    none: Any = None
+    return Job(
+        ProcessInfo(global_rank=0, world_size=2), time.monotonic() + 60, as_json, (5.0, 50.0), none,
+        ranks={rank: _fact(rank) for rank in reversed(range(ranks))}, **found,
+    )  # fmt: skip
+
+
+def test_all_that_was_found_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ranks, nodes, what was measured, plugins and faults, each fault once; the last line says whether it is sound."""
+    rows = [{"bytes": 8, "seconds": 0.001, "bytes_per_second": 8000.0},
+            {"bytes": 4 << 20, "seconds": 0.04, "bytes_per_second": 1e8}]  # fmt: skip
+    plugins = [{"name": name, "status": status, "note": "why"} for name, status in (("a", "ok"), ("b", "broken"))]
+    fault = Fault("rank 9", "it is silent", "look")
+    found = {"together": rows, "links": [{"ranks": [0, 1], "sizes": rows}], "plugins": {"node 0 (host0)": plugins}}
+    assert not _job(as_json=False, ranks=2, faults=[fault, fault], **found).say()
+    out = capsys.readouterr().out
+    table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    ranks = [[str(one), "0", "host0", "", "3.11.7", "2.13.0", "abc", "host0 0.0 ms", "+0.000 s"] for one in range(2)]
+    measured = ["1.00 ms, 0.0 MB/s", "40.00 ms, 100.0 MB/s"]
+    assert table == [
+        *ranks, ["node 0 (host0)", "1099.5", "1099.5", "4096", "unlimited"],
+        ["all-reduce", *measured], ["0 - 1", *measured],
+    ]  # fmt: skip
+    assert out[out.rindex("┘") + 2 :].splitlines() == [
+        "node 0 (host0): 2 plugins, 1 sound", "rank 9: it is silent", "  instead: look", "plugin b: broken: why",
+        "  instead: plugins doctor", "something is broken",
+    ]  # fmt: skip
+    assert _job(as_json=False, ranks=1).say()
+    assert capsys.readouterr().out.endswith("all is sound\n")
+
+
+def test_the_report_has_the_ranks_in_their_order(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever came first; a slow link is among what is broken."""
+    slow = [{"bytes": 8, "seconds": 0.001, "bytes_per_second": 8000.0}] * 2
+    assert not _job(as_json=True, ranks=2, links=[{"ranks": [0, 1], "sizes": slow}]).say()
+    report = json.loads(capsys.readouterr().out)
+    assert [one["rank"] for one in report["ranks"]] == [0, 1]
+    assert (report["sound"], report["seen_by"], report["world_size"], report["started_by"]) == (False, 0, 2, None)
+    assert [fault["what"] for fault in report["faults"]] == ["it is slow: 1.00 ms, 0.0 MB/s"]
 
 
 def test_a_name_is_resolved_in_time() -> None:
@@ -107,6 +190,39 @@ def test_a_large_message_is_left_out_over_a_slow_link() -> None:
     late = [{"bytes": 8, "seconds": 0.100}, {"bytes": 65536, "seconds": 0.101}]
     assert _takes_long(narrow, 4 << 20)
     assert not _takes_long(late, 4 << 20)
+
+
+def test_every_plugin_is_examined_whatever_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, with what came of it: one that raises, one that ends the process, one that hangs."""
+    sources = {
+        "fine": "from fabric_plugins.precisions.full import FullPrecision as Plugin\nprint('imported')",
+        "raises": "raise KeyError('key')",
+        "ends": "import os\nos._exit(7)",
+        "hangs": "import time\ntime.sleep(600)",
+    }
+    for name, source in sources.items():
+        (tmp_path / f"examined_{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    offers = {name: Offer("precision", name, name, "1.0", f"examined_{name}:Plugin") for name in (*sources, "off")}
+    twins = [offers["fine"], Offer("precision", "fine", "twin", "2.0", "examined_fine:Plugin")]
+    found = {}
+    # The first waits for PyTorch to be imported, which the others don't.
+    for names, timeout in ((twins, 100.0), ([offers["raises"], offers["ends"]], 30.0), ([offers["hangs"]], 1.0)):
+        for one in examine(Registry(names), timeout):
+            found[one.distribution] = (one.kind, one.name, one.status, one.note)
+    (off,) = examine(Registry([offers["off"]], disabled={"off"}), 1.0)
+    assert (off.status, off.seconds) == ("switched off", 0.0)
+    assert found["fine 1.0"] == (
+        "precision",
+        "fine",
+        "conflict",
+        'twin 2.0 offers the name too; choose with "fine/fine"',
+    )
+    assert found["twin 2.0"][3] == 'fine 1.0 offers the name too; choose with "twin/fine"'
+    assert found["raises 1.0"][:3] == ("precision", "raises", "quarantined")
+    assert "KeyError('key')" in found["raises 1.0"][3]
+    assert found["ends 1.0"][2:] == ("crashed", "importing it ended the process: exit code 7")
+    assert found["hangs 1.0"][2:] == ("hangs", "it took more than 1 s")
 
 
 @pytest.mark.slow

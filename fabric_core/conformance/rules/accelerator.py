@@ -401,30 +401,50 @@ def _unsupported_fails(bench: Bench) -> None:
         raise Broken(f"it computes in {', '.join(sorted(works))}, and says that it doesn't")
 
 
-def _stats(place: Place) -> tuple[dict[Any, Any], dict[str, float | None]]:
+def _peaks(place: Place) -> dict[str, float | None]:
     plugin = place.plugin()
     device = plugin.devices(plugin.parse_devices(1))[0]
     plugin.setup_device(device)
     peaks = {str(dtype): plugin.peak_flops(device, dtype) for dtype in (*_FLOATS, torch.int64)}
-    stats = dict(plugin.memory_stats(device))
     plugin.teardown()
-    return stats, peaks
+    return peaks
+
+
+def _stats(place: Place) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """Ask before a large tensor is made, and as long as it is there."""
+    plugin = place.plugin()
+    device = plugin.devices(plugin.parse_devices(1))[0]
+    plugin.setup_device(device)
+    before = dict(plugin.memory_stats(device))
+    held = torch.ones(_BYTES, dtype=torch.uint8, device=device)
+    after = dict(plugin.memory_stats(device))
+    del held
+    plugin.teardown()
+    return before, after
+
+
+_BYTES: Final = 2**27
 
 
 @TABLE.rule(
     "ACC-121",
-    "`memory_stats` gives bytes under `allocated`, `peak` and `total`, which agree with each other.",
-    reason="Users compare the numbers between kinds of hardware.",
-    advice="leave out what isn't known; give whole bytes",
+    "`memory_stats` gives bytes under `allocated`, `peak` and `total`, which agree with each other, and follow what is "
+    "allocated.",
+    reason="Users compare the numbers between kinds of hardware, and plan by them.",
+    advice="leave out what isn't known; give whole bytes, of the time of the call",
     needs=("available",),
+    inside=False,
 )
 def _memory(bench: Bench) -> None:
-    stats, _ = bench.run(_stats)[0]
+    before, stats = bench.run_apart(_stats)[0]
     if not set(stats) <= set(_MEMORY) or any(type(value) is not int or value < 0 for value in stats.values()):
         raise Broken(f"it gives {stats!r}")
     known = [stats[name] for name in _MEMORY if name in stats]
     if known != sorted(known):
         raise Broken(f"they contradict each other: {stats!r}")
+    for name in ("allocated", "peak"):
+        if name in stats and stats[name] - before.get(name, 0) < _BYTES // 2:
+            raise Broken(f"after {_BYTES} bytes more {name} goes from {before.get(name)} to {stats[name]}")
 
 
 @TABLE.rule(
@@ -435,7 +455,7 @@ def _memory(bench: Bench) -> None:
     needs=("available",),
 )
 def _flops(bench: Bench) -> None:
-    _, peaks = bench.run(_stats)[0]
+    peaks = bench.run(_peaks)[0]
     wrong = {name: peak for name, peak in peaks.items() if peak is not None and not (peak > 0 and peak < float("inf"))}
     if wrong:
         raise Broken(f"it gives {wrong!r}")

@@ -3,10 +3,12 @@
 import contextlib
 import io
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fabric_core._torch import tree_flatten, tree_map_only
 from fabric_core.conformance import cases, snapshot
@@ -318,10 +320,11 @@ def _leaves_nothing_on_errors(bench: Bench) -> None:
         raise Broken(f"after an exception {', '.join(left)} is changed")
 
 
-def _nest(place: Place, device_type: str) -> list[str]:
+def _nest(place: Place, which: str) -> list[str]:
     plugin = place.plugin()
+    make = plugin.backward_context if which == "backward" else partial(plugin.forward_context, which)
     before = snapshot.take()
-    first, second = plugin.forward_context(device_type), plugin.forward_context(device_type)
+    first, second = make(), make()
     if (first is None) != (second is None):
         return ["None only sometimes"]
     if first is None:
@@ -339,14 +342,15 @@ def _nest(place: Place, device_type: str) -> list[str]:
 
 @TABLE.rule(
     "PRE-217",
-    "`forward_context` gives a new context each time, always or never, and contexts nest.",
+    "`forward_context` and `backward_context` give a new context each time, always or never, and contexts nest.",
     reason="A model calls another one; both were set up.",
-    advice="make the context in forward_context, and keep nothing on self",
+    advice="make the context in forward_context, or backward_context, and keep nothing on self",
 )
 def _contexts_nest(bench: Bench) -> None:
-    faults = bench.run(_nest, "cpu")[0]
-    if faults:
-        raise Broken(", ".join(faults))
+    for which in ("cpu", "backward"):
+        faults = bench.run(_nest, which)[0]
+        if faults:
+            raise Broken(", ".join(faults))
 
 
 def _autocast(place: Place) -> tuple[bool, torch.dtype, list[str]]:
@@ -1125,6 +1129,7 @@ def _performed_alone(script: cases.Script) -> tuple[list[cases.Weights], float]:
         cases.Script(1, ("pass 0", "clip 0", "pass 0", "step 0")),
         cases.Script(2, ("pass 0", "spoil 0", "step 0", "pass 0", "pass 1", "load", "pass 0", "step 0", "step 1")),
         cases.Script(3, ("pass 0", "step 1", "spoil 0", "clamp 0", "pass 0", "step 0", "step 0", "pass 0", "step 0")),
+        cases.Script(3, ("pass 0", "pass 1", "clip 0", "step 1", "pass 0", "step 0")),
         cases.Script(4, ("pass 0", "spoil 0", "clip 0", "clear 0", "pass 1", "step 1", "pass 0", "step 0")),
     ),
 )
@@ -1203,3 +1208,41 @@ def _closures_again(bench: Bench) -> None:
         off = max(abs(one - other) / max(abs(other), 1e-6) for one, other in zip(ones, others, strict=True))
         if not off <= allowed:
             raise Broken(f"a {what} within a step is off by {off:.2g} of its size")
+
+
+class _Recomputed(nn.Module):
+    """A layer whose activations may be computed again in backward; it makes a tensor without saying of which type."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.layer, _ = _model_and_inputs(0, 0, 0)
+        self._again = again
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """Run it."""
+        return checkpoint(self._run, x, use_reentrant=False) if self._again else self._run(x)
+
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.layer(x)) * torch.full((2,), 0.5)
+
+
+def _recomputed(place: Place, again: bool) -> list[torch.Tensor]:
+    with place.fabric() as fabric:
+        model = _Recomputed(again)
+        wrapped = fabric.setup(model)
+        _, inputs = _model_and_inputs(0, 0, 1)
+        with torch.device(fabric.device):
+            fabric.backward(_small(wrapped(inputs[0].to(fabric.device))))
+        return [one.grad.double().cpu() for one in model.parameters() if one.grad is not None]
+
+
+@TABLE.rule(
+    "PRE-244",
+    "Activations that a backward pass computes again are those of forward.",
+    reason="Activation checkpointing runs parts of forward in backward, where types must be the same.",
+    advice="let backward_context do what forward_context does to PyTorch's defaults; autocast PyTorch restores itself",
+)
+def _computes_again(bench: Bench) -> None:
+    expected, got = (bench.run(_recomputed, again)[0] for again in (False, True))
+    if len(got) != len(expected) or not _off(got, expected) <= _tolerance(bench.plugin().policy):
+        raise Broken("the gradients are other ones")

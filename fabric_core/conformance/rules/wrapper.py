@@ -198,6 +198,10 @@ def _optimizers(bench: Bench) -> None:
         raise Broken("a step goes elsewhere")
 
 
+def _backwards(rows: list[Any]) -> tuple[torch.Tensor]:
+    return (torch.stack([one for (one,) in reversed(rows)]),)
+
+
 @TABLE.rule(
     "WRA-410",
     "A loader that it wraps gives the same batches in the same order, as many as its length says, and again in the "
@@ -206,13 +210,16 @@ def _optimizers(bench: Bench) -> None:
     advice="iterate over the loader anew in __iter__, and give its __len__",
 )
 def _loaders(bench: Bench) -> None:
-    loader: DataLoader[Any] = DataLoader(TensorDataset(torch.arange(5)), batch_size=2)
-    expected = [one.tolist() for (one,) in loader]
-    wrapped = bench.plugin().wrap_dataloader(loader)
-    for epoch in range(2):
-        seen = [one.tolist() for (one,) in wrapped]
-        if seen != expected or len(wrapped) != len(expected):
-            raise Broken(f"epoch {epoch} gives {seen}, and the length is {len(wrapped)}")
+    numbers = TensorDataset(torch.arange(5))
+    plain: DataLoader[Any] = DataLoader(numbers, batch_size=2)
+    collated: DataLoader[Any] = DataLoader(numbers, batch_size=2, drop_last=True, collate_fn=_backwards)
+    for loader in (plain, collated):
+        expected = [one.tolist() for (one,) in loader]
+        wrapped = bench.plugin().wrap_dataloader(loader)
+        for epoch in range(2):
+            seen = [one.tolist() for (one,) in wrapped]
+            if seen != expected or len(wrapped) != len(expected):
+                raise Broken(f"epoch {epoch} gives {seen}, not {expected}, and the length is {len(wrapped)}")
 
 
 def _leaves(place: Place) -> list[str]:

@@ -12,6 +12,8 @@ _HOST: Final = "fabric_core.conformance.references.Host."
 _TRUE: Final = "fabric_plugins.precisions.true."
 _REFERENCES: Final = "fabric_core.conformance.references."
 _CHECKPOINTING: Final = "fabric_plugins.wrappers.activation_checkpointing.ActivationCheckpointing"
+_AVERAGING: Final = "fabric_core.conformance.reference_strategies."
+_FSDP: Final = "fabric_plugins.strategies.fsdp.FSDPStrategy."
 _CPU: Final = "fabric_plugins.accelerators.cpu.CPUAccelerator."
 
 _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -20,6 +22,9 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
         f"{_MIXED}Float16MixedOptions: 2000 -> 2001",
         f"{_MIXED}Float16MixedOptions: Field(default=0.5, gt=0, lt=1) -> Field(default=0.5, lt=1)",
         f"{_MIXED}Float16MixedOptions: Field(default=2.0, gt=1) -> Field(default=2.0)",
+        f"{_MIXED}Float16MixedOptions: 16 -> 17",
+        f"{_MIXED}Float16MixedOptions: 1 -> 2 #3",
+        f"{_MIXED}Float16MixedOptions: Field(default=2000, ge=1) -> Field(default=2000)",
         f"{_MIXED}Float16MixedOptions: Field(default=2.0 ** 16, gt=0) -> Field(default=2.0 ** 16)",
         f"{_MIXED}Float16MixedOptions: Field(default=2000, ge=1) -> Field(ge=1)",
         f"{_MIXED}Float16MixedOptions: Field(default=0.5, gt=0, lt=1) -> Field(default=0.5, gt=0)",
@@ -54,6 +59,21 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
         f"{_SCALER}_count: tracker.add_(self._uncounted) -> pass",
         f"{_SCALER}skips_update: False -> True",
         f"{_SCALER}skips_update: True -> False",
+        f"{_SCALED}optimizer_step: self._overflowed = None -> pass",
+        f"{_SCALED}optimizer_step: self._overflowed = bool(self._overflowed) -> pass",
+        (
+            f"{_SCALED}optimizer_step: try: return step(evaluated) finally: self._overflowed = bool(self._overflowed) "
+            "-> try: return step(evaluated) finally: pass"
+        ),
+        f"{_SCALER}skips_update: self._before_growth <= 1 -> self._before_growth < 1",
+        f"{_SCALER}skips_update: self._before_growth -= 1 -> pass",
+        f"{_SCALER}skips_update: self._before_growth -= 1 -> self._before_growth += 1",
+        f"{_SCALER}skips_update: self._uncounted += 1 -> self._uncounted -= 1",
+        (
+            f"{_SCALER}_count: if tracker is not None: tracker.add_(self._uncounted) -> if not tracker is not None: "
+            "tracker.add_(self._uncounted)"
+        ),
+        f"{_MIXED}_Scaler: 0 -> 1",
         f"{_SCALER}skips_update: 1 -> 2",
         f"{_SCALER}skips_update: 1 -> 2 #2",
         (
@@ -73,6 +93,24 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
             "smaller init_scale') -> if not not self._may_step(optimizer): raise MisuseError('gra ... smaller "
             "init_scale')"
         ),
+        f"{_SCALED}optimizer_step.evaluated: not self._may_step(optimizer) -> self._may_step(optimizer)",
+    ),
+    "it is an invariant that holds, and the error that would say otherwise never comes": (
+        f"{_SCALED}_may_step: raise AssertionError('gradients were unscaled, and nobody looked at them') -> pass",
+        f"{_SCALER}_scale_tensor: raise AssertionError('no loss was scaled yet') -> pass",
+    ),
+    "PyTorch's scaler takes what it knows from a state, and leaves the rest": (
+        (
+            f"{_SCALED}load_state_dict: self.options.model_dump(include={{'growth_factor', 'backoff_factor', "
+            "'growth_interval'}) -> self.options.model_dump()"
+        ),
+    ),
+    "what does not pass through the gate the core itself refuses to step on": (
+        (
+            f"{_AVERAGING}Routed.gradients_averaged: known and isinstance(module, _Gate) and module.averaged -> known "
+            "or isinstance(module, _Gate) or module.averaged"
+        ),
+        f"{_AVERAGING}_Gate.__init__: False -> True",
     ),
     "there is a scale wherever gradients wait that were scaled by it": (
         f"{_SCALED}_rescale: before is not None and after is not None -> before is not None or after is not None",
@@ -165,6 +203,11 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
             "dtype=torch.float32) -> PrecisionPolicy(param_dtype=self.dtype, compute_dtype=self.dtype, "
             "input_dtype=self.dtype)"
         ),
+        (
+            f"{_TRUE}_TruePrecision.policy: PrecisionPolicy(param_dtype=self.dtype, compute_dtype=self.d ... "
+            "dtype=torch.float32) -> PrecisionPolicy(param_dtype=self.dtype, input_dtype=self.dty ... "
+            "dtype=torch.float32)"
+        ),
     ),
     "the memory of a machine stays what it is": (
         (
@@ -187,10 +230,6 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
     "it is PyTorch's default": (
         ("fabric_plugins.checkpoints._plain._comes_back: torch.load(memory, weights_only=True) -> torch.load(memory)"),
         ("fabric_core.conformance.references._comes_back: torch.load(memory, weights_only=True) -> torch.load(memory)"),
-        (
-            f"{_REFERENCES}OneFile.read: torch.load(path, map_location='cpu', weights_only=True) -> torch.load(path, "
-            "map_location='cpu')"
-        ),
         (
             "fabric_plugins.checkpoints.distributed._load_outline: torch.load(io.BytesIO(data), weights_only=True) -> "
             "torch.load(io.BytesIO(data))"
@@ -215,6 +254,12 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
             "weights_only=weights_only, mmap=True) -> torch.load(local, weights_only=weights_only, mmap=True)"
         ),
     ),
+    "in a manifest that somebody forged, a truth value in the place of a number is a number": (
+        "fabric_plugins.checkpoints._manifest.field: kind is int -> kind is not int",
+    ),
+    "what is filled is detached where it is filled": (
+        "fabric_plugins.checkpoints.distributed._Opened.targets: own.detach() -> own",
+    ),
     "it costs time or memory, and changes no result": (
         "fabric_plugins.checkpoints.single_file.SingleFileCheckpoint.outline: False -> True",
         "fabric_plugins.checkpoints.single_file.SingleFileCheckpoint.read_trusted: False -> True #2",
@@ -230,6 +275,18 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
             "len(os.sched_getaffinity(0)) // info.local_world_size)) -> pass"
         ),
         f"{_SCALER}update_scale: self._before_growth = None -> pass",
+        f"{_SCALED}_rescale: False -> True #3",
+        f"{_SCALED}_rescale: self._unscaled = False -> pass",
+        "fabric_plugins.strategies._sharding.units._stands_alone: 1 -> 2",
+        (
+            f"{_FSDP}setup_module: for block in choose_modules(user, self.options.auto_wrap_pol ... xed(None), "
+            "**shared) -> pass"
+        ),
+        (
+            f"{_FSDP}connect: self._mesh = init_device_mesh(world.device.type, (replicate, ... eplicate', 'shard')) "
+            "-> pass"
+        ),
+        f"{_FSDP}_sizes: info.world_size -> info.local_world_size",
         (
             "fabric_plugins.wrappers._blocks.find_blocks: [one for one in module.modules() if type(one).__name__ in "
             "names] -> [one for one in module.modules()]"
@@ -297,6 +354,14 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "another error is raised in its place": (
         (
+            "fabric_plugins.checkpoints._manifest.field: not isinstance(value, kind) or (isinstance(value, bool) and "
+            "kind is int) -> not isinstance(value, kind) and (isinstance(value, bool) and kind is int)"
+        ),
+        (
+            "fabric_plugins.checkpoints._manifest.field: raise CheckpointError('the manifest is damaged', where=f'{wh "
+            "... ot=repr(value)[:80]) -> pass"
+        ),
+        (
             "fabric_plugins.checkpoints._manifest.decode: raise CheckpointError('the checkpoint is of another format', "
             "... mat'], instead=kind) -> pass"
         ),
@@ -305,8 +370,27 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
             "can't be written\", path, 'a pa ...  place.abort() raise -> if True: place: Writing | None = None try: "
             "writer, keys, out ...  place.abort() raise"
         ),
-        "fabric_core.conformance.reference_strategies.Averaging.world: raise MisuseError('not connected') -> pass",
+        f"{_AVERAGING}Averaging.world: raise MisuseError('not connected') -> pass",
+        f"{_FSDP}setup_module: self._check_undivided(user) -> pass",
     ),
+    "after a teardown the core calls the strategy no more": (
+        "fabric_plugins.strategies.ddp.DDPStrategy.teardown: super().teardown() -> pass",
+    ),
+    "what is frozen, a whole model or a parameter, has no gradients to average or to ask for": (
+        "fabric_plugins.strategies.ddp._always: True -> False",
+        (
+            f"{_AVERAGING}Averaging.backward: [parameter for parameter in one.parameters() if parameter.requires_grad] "
+            "-> [parameter for parameter in one.parameters()]"
+        ),
+    ),
+    "keys were compared before, and of a whole state PyTorch takes what is missing from the model itself": (
+        f"{_AVERAGING}Sharding.load_module_state: False -> True",
+        (
+            f"{_AVERAGING}Sharding.load_module_state: StateDictOptions(full_state_dict=True, strict=False) -> "
+            "StateDictOptions(full_state_dict=True)"
+        ),
+    ),
+    "a thousandth of a number that no two measurements agree in": (f"{_CPU}memory_stats: 1024 -> 1025",),
     "the words of an error": (
         (
             "fabric_plugins.checkpoints.distributed._check_same: other.get(key) != one[key] -> "

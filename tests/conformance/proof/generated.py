@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -58,6 +58,8 @@ class Target:
         changed: The modules that are changed.
         within: The names at the top level of the modules that are changed; ``None`` is all.
         options: The options that it is made with.
+        also: Further options, under which its kind's rules are asked too, as much of a source lies behind an option;
+            each with the rules that PyTorch breaks under them.
         beside: Modules that are copied unchanged, because they import the changed ones.
     """
 
@@ -66,6 +68,7 @@ class Target:
     changed: tuple[str, ...]
     within: frozenset[str] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    also: tuple[tuple[dict[str, Any], frozenset[str]], ...] = ()
     beside: tuple[str, ...] = ()
 
     @property
@@ -103,15 +106,22 @@ TARGETS: Final[tuple[Target, ...]] = (
     Target("precision", "fabric_plugins.precisions.mixed:Float16MixedPrecision", ("fabric_plugins.precisions.mixed",),
            frozenset({"MixedOptions", "_MixedPrecision", "Float16MixedOptions", "Float16MixedPrecision",
                       "_OptimizerState", "_Scaler"}),
-           options={"init_scale": 16.0, "growth_interval": 2}),
+           options={"init_scale": 16.0, "growth_interval": 2},
+           also=(({"init_scale": 16.0, "growth_interval": 2, "cast_inputs": False}, frozenset()),)),
     Target("precision", "fabric_plugins.precisions.true:DoublePrecision", ("fabric_plugins.precisions.true",),
-           frozenset({"TrueOptions", "_TruePrecision", "DoublePrecision"})),
+           frozenset({"TrueOptions", "_TruePrecision", "DoublePrecision"}),
+           also=(({"default_dtype_in_forward": True}, frozenset()),)),
     Target("precision", "fabric_plugins.precisions.full:FullPrecision", ("fabric_plugins.precisions.full",)),
     Target("strategy", f"{_STRATEGIES}.ddp:DDPStrategy",
-           (f"{_STRATEGIES}.ddp", f"{_STRATEGIES}._distributed", f"{_STRATEGIES}._replicated")),
+           (f"{_STRATEGIES}.ddp", f"{_STRATEGIES}._distributed", f"{_STRATEGIES}._replicated"),
+           also=(({"find_unused_parameters": True, "broadcast_buffers": False, "gradient_as_bucket_view": False,
+                   "bucket_cap_mb": 0.0001}, frozenset()),
+                 ({"static_graph": True}, frozenset({"STR-305", "STR-306", "STR-365", "STR-383", "STR-396"})))),
     Target("strategy", f"{_STRATEGIES}.single_device:SingleDeviceStrategy", (f"{_STRATEGIES}.single_device",)),
     Target("strategy", f"{_STRATEGIES}.fsdp:FSDPStrategy",
-           (f"{_STRATEGIES}.fsdp", *_SHARDING), beside=(f"{_STRATEGIES}._distributed",)),
+           (f"{_STRATEGIES}.fsdp", *_SHARDING), beside=(f"{_STRATEGIES}._distributed",),
+           also=(({"sharding_strategy": "HYBRID_SHARD", "use_orig_params": True, "auto_wrap_policy": ["Linear"],
+                   "cpu_offload": True, "state_dict_type": "sharded", "reshard_after_forward": False}, frozenset()),)),
     Target("checkpoint", "fabric_plugins.checkpoints.single_file:SingleFileCheckpoint",
            ("fabric_plugins.checkpoints.single_file", "fabric_plugins.checkpoints._plain")),
     Target("checkpoint", "fabric_plugins.checkpoints.distributed:DistributedCheckpoint",
@@ -241,14 +251,20 @@ def judged(one: Generated, folder: Path, excused: frozenset[str] = frozenset()) 
     """
     begin = time.perf_counter()
     subject = one.write(folder)
+    rules = [rule for rule in _ordered(subject.kind) if rule.id not in excused]
+    found = _first_broken(subject, rules)
+    for options, broken in one.target.also:
+        asked = [rule for rule in rules if rule.kind != "any" and rule.id not in broken]
+        found = found or _first_broken(replace(subject, options=options), asked)
+    return found, time.perf_counter() - begin
+
+
+def _first_broken(subject: Subject, rules: Sequence[Rule]) -> str | None:
     bench = Bench(subject, timeout=_TIMEOUT)
     try:
-        for rule in _ordered(subject.kind):
-            if rule.id not in excused and judge(rule, bench, shrink=False).failed:
-                return rule.id, time.perf_counter() - begin
+        return next((rule.id for rule in rules if judge(rule, bench, shrink=False).failed), None)
     finally:
         bench.close()
-    return None, time.perf_counter() - begin
 
 
 _EXCUSED: Final = frozenset({"WRA-408", "REG-018", "REG-004"})

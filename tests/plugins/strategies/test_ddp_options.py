@@ -99,3 +99,39 @@ def _late() -> bool:
 def test_a_collective_waits_as_long_as_the_timeout(two_ranks: RankPool) -> None:
     """A rank that waits in vain gives up after the time of the option, and not after half an hour."""
     assert two_ranks.run(_late) == [True, True]
+
+
+class _Counting(nn.Module):
+    """Counts its runs in a buffer."""
+
+    count: torch.Tensor
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.register_buffer("count", torch.tensor(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1 + int(x.item())
+        y: torch.Tensor = self.layer(x)
+        return y
+
+
+def _counts(options: str) -> tuple[int, int]:
+    with Fabric(accelerator="cpu", strategy=f"ddp:{options}", devices=2) as fabric:
+        fabric.launch()
+        raw = _Counting(10 * (1 + fabric.global_rank))
+        model = fabric.setup(raw)
+        start = raw.count.item()
+        for _ in range(2):
+            model(torch.tensor([float(fabric.global_rank)]))
+        return int(start), int(raw.count.item())
+
+
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [("broadcast_buffers=true", [(10, 12), (10, 13)]), ("broadcast_buffers=false", [(10, 12), (10, 14)])],
+)
+def test_buffers(options: str, counts: list[tuple[int, int]], two_ranks: RankPool) -> None:
+    """Buffers start as rank 0's; each ``forward`` begins with rank 0's, or they go their own ways from then on."""
+    assert two_ranks.run(_counts, options) == counts

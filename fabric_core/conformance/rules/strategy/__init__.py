@@ -17,6 +17,7 @@ from fabric_core.conformance.rules.strategy import (
     sequences,
     state,
     types,
+    unfilled,
     unsynchronized,
 )
 
@@ -36,6 +37,7 @@ _PARTS: Final = (
     sequences,
     scripts,
     asynchronous,
+    unfilled,
     unsynchronized,
 )
 

@@ -3,6 +3,8 @@
 import gc
 import os
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -112,19 +114,31 @@ def _works_again(bench: Bench) -> None:
         raise Broken(f"the second training differs by {off:.3g}")
 
 
-def _others_group(place: Place) -> tuple[bool, float]:
+@contextmanager
+def _scripts_group(place: Place) -> Iterator[None]:
+    """Let the script have a process group, of its own making."""
     import torch.distributed as dist
 
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
     own = dist.PrefixStore("the user's", store)
     dist.init_process_group("gloo", store=own, rank=place.rank, world_size=place.world_size)
-    train(place, Training(steps=1), How())
-    alive = dist.is_initialized()
-    total = torch.ones(1)
-    if alive:
-        dist.all_reduce(total)
-        dist.destroy_process_group()
-    return alive, total.item()
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _others_group(place: Place) -> tuple[bool, float]:
+    import torch.distributed as dist
+
+    with _scripts_group(place):
+        train(place, Training(steps=1), How())
+        alive = dist.is_initialized()
+        total = torch.ones(1)
+        if alive:
+            dist.all_reduce(total)
+        return alive, total.item()
 
 
 @TABLE.rule(
@@ -139,6 +153,33 @@ def _leaves_others(bench: Bench) -> None:
     for rank, (alive, total) in enumerate(bench.run(_others_group)):
         if not alive or total != bench.world_size:
             raise Broken(f"rank {rank}: the group is {'gone' if not alive else 'broken'}")
+
+
+def _called_after(place: Place) -> str:
+    """Call what a Fabric's ranks spoke through once it has ended, beside a process group that goes on."""
+    with _scripts_group(place):
+        with place.fabric() as fabric:
+            collectives = fabric.strategy.collectives
+            collectives.barrier(None)
+        try:
+            collectives.all_reduce(torch.ones(1), None, "sum")
+        except Exception as error:  # noqa: BLE001 - backends have errors of their own, and any is no silence
+            return type(error).__name__
+        return "none"
+
+
+@TABLE.rule(
+    "STR-401",
+    "Collectives that were closed refuse to be called, also where another process group goes on.",
+    reason="What is sent through somebody else's group meets other messages, and hangs or mixes them.",
+    advice="forget the group in close, and raise where there is none",
+    needs=("distributed",),
+    world_sizes=SEVERAL,
+)
+def _closed(bench: Bench) -> None:
+    for rank, error in enumerate(bench.run(_called_after)):
+        if error == "none":
+            raise Broken(f"rank {rank} reduced after the teardown")
 
 
 def _one_fails(place: Place, which: int) -> str:

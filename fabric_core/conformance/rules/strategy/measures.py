@@ -170,11 +170,21 @@ def one_pass(place: Place, mode: str) -> tuple[dict[str, Any], dict[str, Any], d
         got = local(model) if mode == "apart" else stepped(fabric, model, stepper, before)
     if mode == "scaled":
         got = {name: None if one is None else one / SCALE for name, one in got.items()}
-    return (
-        got,
-        plain_gradients(case, part(x, shard), part(y, shard), before),
-        plain_gradients(case, x, y, before),
-    )
+    mean = plain_gradients(case, x, y, before)
+    if mode == "apart":
+        mean = {name: one if one is None else _part_like(one, model.get_parameter(name)) for name, one in mean.items()}
+    return got, plain_gradients(case, part(x, shard), part(y, shard), before), mean
+
+
+def _part_like(whole: torch.Tensor, parameter: Any) -> torch.Tensor:
+    """Give this rank's part of a whole tensor, where the parameter is a DTensor."""
+    if not is_dtensor(parameter):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    own: torch.Tensor = distribute_tensor(whole.to(parameter.device), mesh, placements, src_data_rank=None).to_local()
+    return own.cpu()
 
 
 def stepped(fabric: Any, model: nn.Module, stepper: Any, before: Weights) -> dict[str, Any]:

@@ -306,28 +306,3 @@ def _several_models(bench: Bench) -> None:
         off = max(distance(one, other) for one, other in zip(got, expected, strict=True))
         if not off <= exact():
             raise Broken(f"rank {rank}'s parameters differ by {off:.3g}")
-
-
-def _from_meta(place: Place) -> float:
-    case = Training(seed=5)
-    expected = cases.copied(cases.build(case))
-    with place.fabric() as fabric:
-        with torch.device("meta"):
-            model = cases.build(case)
-        set_up_module(fabric, model)
-        fabric.strategy.load_module_state(model, expected, True, True)
-        return distance(whole(fabric, model), expected)
-
-
-@TABLE.rule(
-    "STR-334",
-    "Who declares handles_device_placement: a model on the meta device is set up, and takes a state.",
-    reason="The core moves no such model; it may never fit on one device.",
-    advice="make room on the device as you shard, or take handles_device_placement out of the capabilities",
-    needs=("handles_device_placement",),
-    world_sizes=ALWAYS,
-)
-def _takes_meta(bench: Bench) -> None:
-    for rank, off in enumerate(bench.run(_from_meta)):
-        if off != 0:
-            raise Broken(f"rank {rank}'s parameters are off the state by {off:.3g}")

@@ -145,38 +145,42 @@ def _continues(bench: Bench, case: Training) -> None:
                 raise Broken(f"rank {rank}'s parameters differ by {off:.3g}")
 
 
-def _load(place: Place, change: str, strict: bool) -> dict[str, Any]:
-    """Load a plain state that was changed."""
+def _load(place: Place, change: str, strict: bool, parts: bool) -> dict[str, Any]:
+    """Load a plain state that was changed, or the rank's own parts."""
     case = Training(seed=5, buffers=True)
-    state = cases.copied(cases.build(case))
-    if change == "missing":
-        del state["outer.bias"]
-    elif change == "additional":
-        state["no.such.key"] = torch.zeros(1)
-    elif change == "shape":
-        state["outer.weight"] = state["outer.weight"][:, :-1]
+    state: dict[str, Any] = dict(cases.copied(cases.build(case)))
     with place.fabric() as fabric:
-        model, _, _ = set_up(fabric, replace(case, seed=6), How())
+        model, _, _ = set_up(fabric, replace(case, seed=5 if parts else 6), How())
+        if parts:
+            state = {name: one.detach().clone() for name, one in fabric.strategy.module_state(model, False).items()}
+            other = cases.copied(cases.build(replace(case, seed=6)))
+            fabric.strategy.load_module_state(model, other, True, True)
+        if change == "missing":
+            del state["outer.bias"]
+        elif change == "additional":
+            state["no.such.key"] = torch.zeros(1)
+        elif change == "shape":
+            state["outer.weight"] = state["outer.weight"][:, :-1]
         try:
-            fabric.strategy.load_module_state(model, state, True, strict)
+            fabric.strategy.load_module_state(model, state, not parts, strict)
         except RuntimeError as error:
             return {"raised": str(error)}
         return {"raised": None, "whole": whole(fabric, model)}
 
 
-def _check_loaded(bench: Bench, change: str, *, strict: bool) -> None:
+def _check_loaded(bench: Bench, change: str, *, strict: bool, parts: bool = False) -> None:
     expected = cases.copied(cases.build(Training(seed=5, buffers=True)))
     if change == "missing":
         expected["outer.bias"] = cases.copied(cases.build(Training(seed=6, buffers=True)))["outer.bias"]
-    for rank, seen in enumerate(bench.run(_load, change, strict)):
+    for rank, seen in enumerate(bench.run(_load, change, strict, parts)):
         if seen["raised"] is not None or distance(seen["whole"], expected) != 0:
             raise Broken(f"rank {rank}: {seen['raised'] or 'other values are there'}")
 
 
-def _check_refuses(bench: Bench, change: str, *, strict: bool) -> None:
-    for rank, seen in enumerate(bench.run(_load, change, strict)):
+def _check_refuses(bench: Bench, change: str, *, strict: bool, parts: bool = False) -> None:
+    for rank, seen in enumerate(bench.run(_load, change, strict, parts)):
         if seen["raised"] is None:
-            raise Broken(f"rank {rank} loaded it")
+            raise Broken(f"rank {rank} loaded it{', from its own parts' if parts else ''}")
 
 
 @TABLE.rule(
@@ -192,36 +196,39 @@ def _loads(bench: Bench) -> None:
 
 @TABLE.rule(
     "STR-375",
-    "Strict loading refuses a state that lacks a key, on every rank.",
+    "Strict loading refuses a state, or own parts, that lacks a key, on every rank.",
     reason="A layer that keeps its random start ruins a result in silence.",
     advice="compare the keys, and raise RuntimeError",
     world_sizes=ALWAYS,
 )
 def _missing(bench: Bench) -> None:
     _check_refuses(bench, "missing", strict=True)
+    _check_refuses(bench, "missing", strict=True, parts=True)
 
 
 @TABLE.rule(
     "STR-376",
-    "Strict loading refuses a state that has a key too many, on every rank.",
+    "Strict loading refuses a state, or own parts, that has a key too many, on every rank.",
     reason="It is another model's.",
     advice="compare the keys, and raise RuntimeError",
     world_sizes=ALWAYS,
 )
 def _additional(bench: Bench) -> None:
     _check_refuses(bench, "additional", strict=True)
+    _check_refuses(bench, "additional", strict=True, parts=True)
 
 
 @TABLE.rule(
     "STR-377",
-    "Loading that isn't strict takes what fits, and leaves the rest.",
+    "Loading that isn't strict takes what fits, from a whole state or own parts, and leaves the rest.",
     reason="Fine-tuning replaces a head.",
     advice="pass strict on",
     world_sizes=ALWAYS,
 )
 def _not_strict(bench: Bench) -> None:
-    _check_loaded(bench, "missing", strict=False)
-    _check_loaded(bench, "additional", strict=False)
+    for parts in (False, True):
+        _check_loaded(bench, "missing", strict=False, parts=parts)
+        _check_loaded(bench, "additional", strict=False, parts=parts)
 
 
 @TABLE.rule(

@@ -116,6 +116,13 @@ def _raw_part_after_forward(run: _Run) -> None:
     optimizer.step()
 
 
+def _raw_part_after_pass(run: _Run) -> None:
+    model, called, optimizer = run.set_up()
+    run.backward(run.loss(called))
+    run.backward(run.loss(model.outer, of_part=True))
+    optimizer.step()
+
+
 def _raw_closure(run: _Run) -> None:
     model, _, optimizer = run.set_up()
 
@@ -163,6 +170,7 @@ _SCRIPTS: Final[Mapping[str, Callable[[_Run], None]]] = {
     "a pass of the user's own module": _raw_model,
     "a pass of a part of the user's module": _raw_part,
     "a pass of a part of the user's module, after a forward pass that isn't used": _raw_part_after_forward,
+    "a pass of the whole model, then one of a part of the user's module": _raw_part_after_pass,
     "a closure that runs the user's own module": _raw_closure,
     "two models, one of them inside no_backward_sync": _one_of_two_apart,
     "two models, the user's own module in the place of one": _one_of_two_raw,
@@ -225,7 +233,7 @@ def _refuses_apart(bench: Bench) -> None:
     world_sizes=SEVERAL,
 )
 def _refuses_raw(bench: Bench) -> None:
-    _check(bench, (_raw_model, _raw_part, _raw_part_after_forward, _raw_closure))
+    _check(bench, (_raw_model, _raw_part, _raw_part_after_forward, _raw_part_after_pass, _raw_closure))
 
 
 @TABLE.rule(

@@ -1,6 +1,7 @@
 """Wrong accelerators."""
 
 from collections.abc import Mapping, Sequence
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import torch
@@ -160,6 +161,13 @@ class Modest(Host):
 class Rounding(Host):
     def memory_stats(self, device: torch.device) -> Mapping[str, int]:
         return {"total": 1.5}  # type: ignore[dict-item]
+
+
+@mutant("gives the peak of its first call for ever", "ACC-121")
+class Still(Host):
+    def memory_stats(self, device: torch.device) -> Mapping[str, int]:
+        peak = self.__dict__.setdefault("first", getrusage(RUSAGE_SELF).ru_maxrss * 1024)
+        return {**super().memory_stats(device), "peak": peak}
 
 
 @mutant("has used more memory than there is", "ACC-121")

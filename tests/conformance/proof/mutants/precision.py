@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_core.conformance.references import Doubled, Full, Mixed, Scaled
-from fabric_core.contracts import PrecisionPolicy, map_tensors
+from fabric_core.contracts import DefaultDtype, PrecisionPolicy, map_tensors
 from proof.mutants import Mutants
 
 MUTANTS = Mutants()
@@ -326,6 +326,12 @@ class Mixing(Scaled):
         for optimizer in self.at:
             self.at[optimizer] = self.scale
         return loss * self.scale
+
+
+@mutant("makes tensors in another type in forward than in backward", "PRE-244")
+class Halfway(Full):
+    def forward_context(self, device_type: str) -> AbstractContextManager[Any] | None:
+        return DefaultDtype(torch.float64)
 
 
 @mutant("takes a step whose infinity clipping by value has hidden", "PRE-242")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -23,6 +24,7 @@ from fabric_core.conformance.references import (
     Surroundings,
 )
 from fabric_core.contracts import MemoryEstimate, PrecisionPolicy, ProcessInfo, World
+from fabric_plugins.strategies import FSDPStrategy
 from proof.mutants import Mutants
 
 MUTANTS = Mutants()
@@ -68,6 +70,40 @@ class Devouring(Averaging):
         super().load_optimizer_state(optimizer, state, full)
         if isinstance(state, dict):
             state.pop("param_groups")
+
+
+class _Default(ProcessGroup):
+    @property
+    def group(self) -> Any:
+        return dist.group.WORLD if self._group is None else self._group
+
+
+@mutant("goes on through the default group once it was closed", "STR-401")
+class Lingering(Averaging):
+    group_class = _Default
+
+
+@mutant("scales what it has filled", "STR-400")
+class Inflating(FSDPStrategy):
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        empty = any(one.is_meta for one in module.parameters())
+        made = super().setup_module(module)
+        for one in module.parameters() if empty else ():
+            one.detach().mul_(2)
+        return made
+
+
+@mutant("reduces gradients into shards inside no_backward_sync", "STR-306")
+class Eager(Sharding):
+    @contextmanager
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
+        yield
+
+
+@mutant("loads own parts without asking which keys there are", "STR-375", "STR-376")
+class Unasked(Averaging):
+    def load_module_state(self, module: nn.Module, state: Mapping[str, Any], full: bool, strict: bool) -> None:
+        super().load_module_state(module, state, full, strict and full)
 
 
 @mutant("waits for ever, whatever the world says", "STR-367")
