@@ -112,13 +112,9 @@ class Float16MixedPrecision(_MixedPrecision):
 
     def __init__(self, options: PluginOptions | None = None, /, **given: Any) -> None:
         super().__init__(options, **given)
-        self._scaler = _Scaler(
-            "cpu",  # whatever it is told here, it keeps its numbers where the first loss is
-            init_scale=self.options.init_scale,
-            growth_factor=self.options.growth_factor,
-            backoff_factor=self.options.backoff_factor,
-            growth_interval=self.options.growth_interval,
-        )
+        # Whatever device it is told here, it keeps its numbers where the first loss is.
+        scaling = {"init_scale", "growth_factor", "backoff_factor", "growth_interval"}
+        self._scaler = _Scaler("cpu", **self.options.model_dump(include=scaling))
         self._collectives: Collectives | None = None
         self._losses = 0
         """How many losses were scaled."""

@@ -279,6 +279,10 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
         f"{_SCALED}_rescale: self._unscaled = False -> pass",
         "fabric_plugins.strategies._sharding.units._stands_alone: 1 -> 2",
         (
+            "fabric_plugins.strategies._sharding.units.choose_modules: users.get(parameter, 0) + 1 -> "
+            "users.get(parameter, 0) - 1"
+        ),
+        (
             f"{_FSDP}setup_module: for block in choose_modules(user, self.options.auto_wrap_pol ... xed(None), "
             "**shared) -> pass"
         ),
