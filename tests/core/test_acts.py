@@ -153,6 +153,16 @@ def test_a_listener_hears_the_whole_life(in_memory: dict[str, Any], tmp_path: Pa
     ]  # fmt: skip
 
 
+def test_a_listener_hears_of_what_is_set_up_by_itself(in_memory: dict[str, Any]) -> None:
+    """``setup_module`` and ``setup_optimizers`` tell as ``setup`` does, of each optimizer."""
+    diary = Diary()
+    fabric = Fabric(**{**in_memory, "plugins": [*in_memory["plugins"], diary]})
+    first, second = nn.Linear(2, 1), nn.Linear(2, 1)
+    fabric.setup_module(nn.ModuleList([first, second]))
+    fabric.setup_optimizers(torch.optim.SGD(first.parameters()), torch.optim.Adagrad(second.parameters()))
+    assert diary.lines == ["configured", "launched", "module", "FabricSGD", "FabricAdagrad"]
+
+
 @pytest.mark.parametrize(
     ("end", "heard"),
     [

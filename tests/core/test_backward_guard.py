@@ -152,6 +152,20 @@ def test_another_models_backward_is_not_disturbed(guarded: tuple[Fabric, FabricM
     assert bare.weight.grad is not None
 
 
+def test_what_is_frozen_at_setup_is_watched_when_it_is_trained(guarded: tuple[Fabric, FabricModule]) -> None:
+    """Setup leaves it frozen; once it is thawed, a raw backward is refused before it has a gradient."""
+    fabric, _ = guarded
+    net = nn.Linear(3, 1)
+    net.weight.requires_grad_(False)
+    model = fabric.setup(net)
+    assert [one.requires_grad for one in net.parameters()] == [False, True]
+    net.requires_grad_(False)
+    net.weight.requires_grad_(True)
+    with pytest.raises(MisuseError):
+        model(X).sum().backward()
+    assert gradients(model) == [None, None]
+
+
 def test_another_threads_backward_is_not_disturbed(guarded: tuple[Fabric, FabricModule]) -> None:
     """While this thread holds a graph of a watched model, another thread trains a bare one."""
     _, model = guarded

@@ -286,6 +286,24 @@ def test_a_clash_names_the_declarations_and_the_nearest_requests_that_work(
         Fabric(**changed)
 
 
+def test_a_proposal_names_nothing_that_was_left_to_the_automatic_choice() -> None:
+    """An accelerator that only its name chooses would serve the strategy, but the user has named none."""
+
+    class Aside(Host):
+        @property
+        def device_type(self) -> str:
+            return "aside"
+
+    class Only(_Strategy):
+        capabilities = StrategyCapabilities(device_types=frozenset({"aside"}))
+
+    with registered("strategy", "only", Only), registered("accelerator", "aside", Aside):
+        with pytest.raises(PlanError) as caught:
+            Fabric(strategy="only", devices=1)
+        assert caught.value.instead == 'strategy="alone" or strategy="copies"'
+        Fabric(accelerator="aside", strategy="only", devices=1).teardown()
+
+
 def test_forking_after_the_device_started_is_refused_at_construction_and_at_launch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

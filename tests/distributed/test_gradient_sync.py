@@ -92,6 +92,65 @@ def test_only_synchronous_strategies_are_held_to_it(two_ranks: RankPool) -> None
         assert local == averaging == "stepped"
         assert "gradients were not averaged over the ranks" in forgetful
         assert "on gradients of Linear: weight, bias" in forgetful
+        assert "the strategy averaged nothing" in forgetful
+
+
+def _raw(fabric: Fabric, model: Any) -> None:
+    model(torch.ones(1, 2)).sum().backward()
+
+
+def _raw_penalty(fabric: Fabric, model: Any) -> None:
+    model.weight.square().sum().backward()
+
+
+def _raw_after_a_failed_one(fabric: Fabric, model: Any) -> None:
+    def fail(_gradient: torch.Tensor) -> None:
+        raise LookupError
+
+    x = torch.ones(1, 2, requires_grad=True) * 1
+    x.register_hook(fail)
+    with fabric.no_backward_sync(model):
+        with pytest.raises(LookupError):
+            model(x).sum().backward()
+        assert model.weight.grad is not None
+        model.zero_grad()
+        _raw(fabric, model)
+
+
+def _a_part(fabric: Fabric, model: Any) -> None:
+    model.bias.requires_grad_(False)
+    fabric.backward(model(torch.ones(1, 2)).sum())
+
+
+def _step_after(act: Any, strategy: Any) -> str:
+    with Fabric(accelerator="cpu", strategy=strategy, devices=2) as fabric:
+        fabric.launch()
+        net = nn.Linear(2, 1)
+        model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        act(fabric, model)
+        try:
+            optimizer.step()
+        except MisuseError as error:
+            return str(error)
+        return "stepped"
+
+
+def _steps_after() -> list[str]:
+    return [
+        _step_after(_raw, "ddp"),
+        _step_after(_raw_penalty, Averaging()),
+        _step_after(_raw_after_a_failed_one, "ddp"),
+        _step_after(_a_part, "ddp"),
+    ]
+
+
+def test_a_raw_backward_steps_where_it_was_averaged(two_ranks: RankPool) -> None:
+    """By DDP's hooks it was; not by a strategy that averages afterwards, nor without synchronization, nor in part."""
+    for raw, penalty, failed, part in two_ranks.run(_steps_after):
+        assert raw == "stepped"
+        assert "loss.backward() was called directly, and the strategy averages in fabric.backward(loss)" in penalty
+        assert "the backward pass followed no forward pass of the model that fabric.setup returned" in failed
+        assert "the strategy waits for gradients of bias" in part
 
 
 def _step_on_a_later_layer(case: str) -> str:

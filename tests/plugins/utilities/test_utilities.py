@@ -83,7 +83,7 @@ class _Taking:
 
 
 def test_a_monitor_logs() -> None:
-    """Under its own count of calls, or the step that it is given."""
+    """Under its own count of calls, or the step that it is given; reset, it begins anew."""
     logger = _Taking()
     fabric = Fabric(accelerator="cpu", devices=1, loggers=logger)
     monitor = ThroughputMonitor(fabric, window_size=2)
@@ -94,6 +94,8 @@ def test_a_monitor_logs() -> None:
     assert [step for step, _ in logger.rows] == [0, 9]
     assert monitor.available_flops is None
     monitor.reset()
+    monitor.update(time=1.0, batches=1, samples=2)  # less than before
+    assert monitor.compute() == {"time": 1.0, "batches": 1, "samples": 2}
     fabric.teardown()
 
 
