@@ -276,7 +276,7 @@ class Surroundings(Launcher):
         if "RANK" not in environment:
             return None
         try:
-            return ProcessInfo(
+            found = ProcessInfo(
                 global_rank=int(environment["RANK"]),
                 local_rank=int(environment["LOCAL_RANK"]),
                 node_rank=int(environment["GROUP_RANK"]),
@@ -290,11 +290,17 @@ class Surroundings(Launcher):
             )
         except (KeyError, ValueError) as error:
             raise LaunchError("the environment is incomplete", got=repr(error)) from error
+        nodes = found.world_size // max(1, found.local_world_size)
+        places = (found.global_rank, found.world_size), (found.local_rank, found.local_world_size)
+        for rank, count in (*places, (found.node_rank, nodes), (found.main_port - 1, 65_535)):
+            if not 0 <= rank < count:
+                raise LaunchError("the environment contradicts itself", got=repr(found))
+        return found
 
     def start(self, order: LaunchOrder) -> Any:
         """Run the function here."""
-        if order.function is None or order.processes > 1:
-            raise LaunchError("only one process, and only a function")
+        if order.function is None or order.processes > 1 or order.nodes > 1 or order.start_method is not None:
+            raise LaunchError("only one process, this one, and only a function")
         return order.function(*order.args)
 
 

@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from typing import Any, Final
 
 import numpy as np
@@ -107,10 +108,21 @@ def _interpreter() -> dict[str, Any]:
         "standard streams": (sys.stdout, sys.stderr, sys.stdin),
         "sys.path": (sys.path[:], sys.argv[:]),
         "the start method of processes": multiprocessing.get_start_method(allow_none=True),
+        "the settings of multiprocessing": _multiprocessing(),
         "the garbage collector": (gc.isenabled(), gc.get_threshold()),
         "limits of the interpreter": (sys.getrecursionlimit(), sys.getswitchinterval()),
         "the processors to run on": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [],
     }
+
+
+def _multiprocessing() -> tuple[Any, ...]:
+    """Give what only private names tell: what semaphores are named after, and what a fork server imports.
+
+    The temporary folder is no setting: whatever needs it first makes it.
+    """
+    process: Any = multiprocessing.current_process()
+    server: Any = forkserver._forkserver  # noqa: SLF001 - as said
+    return process._config.get("semprefix"), list(server._preload_modules)  # noqa: SLF001 - as said
 
 
 def _by_torch(hook: Any) -> Any:

@@ -1,6 +1,7 @@
 """A rank that ends with its agent, even where the agent was killed and could end nothing."""
 
 import contextlib
+import ctypes
 import os
 import select
 import shutil
@@ -13,6 +14,7 @@ from typing import Final
 
 __all__ = ["end_with"]
 
+_PARENT_DEATH_SIGNAL: Final = 1
 _THREAD: Final = "fabric-agent"
 _LAST: Final = 10.0
 """How many seconds a script that takes SIGTERM itself has for a last checkpoint."""
@@ -37,6 +39,8 @@ def end_with(agent: int, folder: Path | None) -> None:
     except ProcessLookupError:
         raise SystemExit(128 + signal.SIGTERM) from None
     threading.Thread(target=_watch, args=(descriptor, folder), daemon=True, name=_THREAD).start()
+    # PyTorch lets the system send SIGINT to what it started: a rank that it ends so leaves what it started itself.
+    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, 0)
 
 
 def _watch(agent: int, folder: Path | None) -> None:

@@ -36,7 +36,7 @@ RIGHT: list[tuple[str, str, dict[str, object]]] = [
     ),
     *(("precision", f"{HOME}:{name}", {}) for name in ("StaticScale", "ByPolicyAlone", "Halved", "Tripling", "Plain")),
     *(("checkpoint", f"{HOME}:{name}", {}) for name in ("Npz", "LikeSafetensors", "Compressed")),
-    ("launcher", f"{HOME}:Forking", {}),
+    ("launcher", "proof.forking:Forking", {}),
     *(("wrapper", f"{HOME}:{name}", {}) for name in ("Quiet", "Hooking")),
     ("logger", f"{HOME}:Lines", {}),
     ("accelerator", f"{HOME}:ManyHosts", {}),

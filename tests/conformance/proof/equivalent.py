@@ -9,6 +9,8 @@ _MIXED: Final = "fabric_plugins.precisions.mixed."
 _SCALER: Final = f"{_MIXED}_Scaler."
 _SCALED: Final = f"{_MIXED}Float16MixedPrecision."
 _HOST: Final = "fabric_core.conformance.references.Host."
+_ELASTIC: Final = "fabric_plugins.launchers.elastic."
+_LAUNCHER: Final = f"{_ELASTIC}ElasticLauncher."
 _TRUE: Final = "fabric_plugins.precisions.true."
 _REFERENCES: Final = "fabric_core.conformance.references."
 _CHECKPOINTING: Final = "fabric_plugins.wrappers.activation_checkpointing.ActivationCheckpointing"
@@ -45,6 +47,7 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
             "-> {'context_fn': _selective()} if not self.options.selective else {}"
         ),
         "fabric_plugins.wrappers.compile.CompileOptions: False -> True",
+        f"{_ELASTIC}ElasticOptions: 10 -> 11",
     ),
     "when a scale grows or shrinks is the precision's own; one that stays is right too": (
         f"{_SCALED}_end_iteration: not overflowed -> overflowed",
@@ -269,10 +272,12 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
             "weights_only=weights_only)"
         ),
         "fabric_plugins.checkpoints.single_file._read: True -> False",
-        "fabric_plugins.launchers.elastic.ElasticLauncher._start_command: gc.freeze() -> pass",
+        f"{_LAUNCHER}_start_command: gc.freeze() -> pass",
+        f"{_ELASTIC}_run_rank: gc.freeze() -> pass",
+        f"{_ELASTIC}_preloaded: multiprocessing.set_forkserver_preload([*before, *_PRELOADED]) -> pass",
         (
-            "fabric_plugins.launchers.elastic.ElasticLauncher.setup_process: torch.set_num_threads(max(1, "
-            "len(os.sched_getaffinity(0)) // info.local_world_size)) -> pass"
+            f"{_LAUNCHER}_run: _preloaded() if start_method == 'forkserver' else contextlib.nullcontext() -> "
+            "_preloaded() if not start_method == 'forkserver' else contextlib.nullcontext()"
         ),
         f"{_SCALER}update_scale: self._before_growth = None -> pass",
         f"{_SCALED}_rescale: False -> True #3",
@@ -291,6 +296,18 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
             "-> pass"
         ),
         f"{_FSDP}_sizes: info.world_size -> info.local_world_size",
+        f"{_LAUNCHER}_run: start_method == 'forkserver' -> start_method != 'forkserver'",
+        (
+            f"{_LAUNCHER}setup_process: torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // "
+            "info.local_world_size)) -> pass"
+        ),
+        (
+            f"{_LAUNCHER}setup_process: len(os.sched_getaffinity(0)) // info.local_world_size -> "
+            "len(os.sched_getaffinity(0)) * info.local_world_size"
+        ),
+        f"{_LAUNCHER}setup_process: 0 -> 1",
+        f"{_LAUNCHER}setup_process: 1 -> 2",
+        f"{_LAUNCHER}setup_process: info.local_world_size -> info.world_size",
         (
             "fabric_plugins.wrappers._blocks.find_blocks: [one for one in module.modules() if type(one).__name__ in "
             "names] -> [one for one in module.modules()]"
@@ -355,6 +372,23 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
         ),
         "fabric_plugins.checkpoints.distributed.DistributedCheckpoint: True -> False",
         "fabric_plugins.checkpoints.distributed.DistributedCheckpoint: True -> False #2",
+        f"{_ELASTIC}ElasticLauncher: LauncherCapabilities(multi_node=True) -> LauncherCapabilities()",
+        f"{_ELASTIC}ElasticLauncher: True -> False",
+    ),
+    "what never returns is never given again": (
+        (
+            f"{_LAUNCHER}start: return self._start_command(order) -> "
+            "return self.__dict__.setdefault('_stale_start', self._start_command(order))"
+        ),
+    ),
+    "a rank fails once": (
+        (
+            f"{_LAUNCHER}report_failure: return write_report(error, rank) -> "
+            "return self.__dict__.setdefault('_stale_report_failure', write_report(error, rank))"
+        ),
+    ),
+    "in between, no variable is changed that was there before": (
+        f"{_ELASTIC}_restored: os.environ.update(environment) -> pass",
     ),
     "another error is raised in its place": (
         (
@@ -411,9 +445,10 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
         ),
         "fabric_plugins.checkpoints._manifest._line: 200 -> 201",
         (
-            "fabric_plugins.launchers.elastic.ElasticLauncher._run: 'command' if order.function is None else "
-            "'function' -> 'command' if not order.function is None else 'function'"
+            f"{_LAUNCHER}_run: 'command' if order.function is None else 'function' -> "
+            "'command' if not order.function is None else 'function'"
         ),
+        f"{_LAUNCHER}_run: order.function is None -> order.function is not None",
         (
             "fabric_plugins.wrappers._blocks.find_blocks: '' if found else 'repeated blocks' -> '' if not found else "
             "'repeated blocks'"

@@ -232,7 +232,8 @@ def unchanged(target: Target) -> Generated:
 
 
 _FIRST: Final = ("STR-301", "STR-310", "STR-350", "STR-373", "STR-340", "STR-396", "PRE-233", "PRE-231", "PRE-229",
-                 "PRE-232", "CHK-601", "CHK-603", "LAU-503", "LAU-505", "ACC-110", "WRA-403", "WRA-410")  # fmt: skip
+                 "PRE-232", "CHK-601", "CHK-603", "LAU-503", "LAU-505", "LAU-516", "LAU-520", "ACC-110", "WRA-403",
+                 "WRA-410")  # fmt: skip
 """The rules that notice most, which are asked first."""
 
 

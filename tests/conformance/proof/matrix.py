@@ -22,13 +22,25 @@ from fabric_core.conformance.rule import Level
 from fabric_core.conformance.rules import RULES
 from fabric_core.conformance.session import run_rules
 from fabric_core.conformance.subject import Subject
-from proof.mutants import ROWS, Mutant, accelerator, others, parting, precision, registration, rows, second, strategy
+from proof.mutants import (
+    ROWS,
+    Mutant,
+    accelerator,
+    launcher,
+    others,
+    parting,
+    precision,
+    registration,
+    rows,
+    second,
+    strategy,
+)
 
 __all__ = ["MUTANTS", "REFERENCES", "failing", "unproven"]
 
 MUTANTS: Final[tuple[Mutant, ...]] = tuple(
     mutant
-    for module in (registration, accelerator, precision, strategy, others, second, parting)
+    for module in (registration, accelerator, precision, strategy, others, second, launcher, parting)
     for mutant in module.MUTANTS.found
 )
 """All mutants."""

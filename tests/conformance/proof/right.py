@@ -2,7 +2,6 @@
 
 import io
 import json
-import multiprocessing
 import struct
 import zipfile
 import zlib
@@ -24,14 +23,12 @@ from fabric_core.conformance.references import (
     OneFile,
     Remembering,
     Scaled,
-    Surroundings,
     Tagging,
 )
 from fabric_core.contracts import (
     Checkpoint,
     Collectives,
     DeviceSpec,
-    LaunchOrder,
     PluginOptions,
     Precision,
     PrecisionPolicy,
@@ -42,7 +39,7 @@ from fabric_core.contracts import (
     Wrapper,
     parse_device_indices,
 )
-from fabric_core.errors import CheckpointError, RankFailedError
+from fabric_core.errors import CheckpointError
 
 # Strategies
 
@@ -560,61 +557,6 @@ class LikeSafetensors(_Aside):
             at += length
         tree: dict[str, Any] = _tree(flat, tensors)
         return tree
-
-
-# Launchers
-
-
-def _child(order: LaunchOrder, rank: int, answers: Any) -> None:
-    assert order.function is not None
-    try:
-        answers.put((rank, True, order.function(*order.args)))
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent wants to know
-        answers.put((rank, False, repr(error)))
-
-
-class Forking(Surroundings):
-    """Starts each rank by ``multiprocessing``, with the variables that it reads itself."""
-
-    def start(self, order: LaunchOrder) -> Any:
-        """Start, wait, and give rank 0's answer."""
-        context: Any = multiprocessing.get_context(order.start_method or "spawn")
-        answers = context.Queue()
-        children = []
-        for rank in range(order.processes):
-            child = context.Process(target=_run_as, args=(rank, order, answers))
-            child.start()
-            children.append(child)
-        found: dict[int, Any] = {}
-        failure = None
-        while len(found) < order.processes and failure is None:
-            rank, good, value = answers.get()
-            found[rank] = value
-            failure = None if good else value
-        for child in children:
-            if failure is not None:
-                child.terminate()
-            child.join()
-        answers.close()
-        answers.join_thread()
-        if failure is not None:
-            raise RankFailedError("a rank failed", got=failure)
-        return found[0]
-
-
-def _run_as(rank: int, order: LaunchOrder, answers: Any) -> None:
-    import os
-
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        GROUP_RANK="0",
-        WORLD_SIZE=str(order.processes),
-        LOCAL_WORLD_SIZE=str(order.processes),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT="29511",
-    )
-    _child(order, rank, answers)
 
 
 # Wrappers, loggers, accelerators

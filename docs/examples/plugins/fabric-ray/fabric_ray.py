@@ -24,6 +24,9 @@ from fabric_core.errors import LaunchError, RankFailedError
 _PLACE: Final = "RAY_FABRIC_PLACE"
 """The variable in which a rank finds its place, as JSON."""
 
+_FOLDER = str(Path.cwd())
+"""Where the command was typed, which a script may leave later."""
+
 
 class RayOptions(PluginOptions):
     """The options of the launcher ``ray``."""
@@ -78,8 +81,14 @@ class RayLauncher(Launcher):
 
         Raises:
             RankFailedError: A rank failed; every rank has ended.
-            LaunchError: The cluster has no room, or can't be reached.
+            LaunchError: The cluster has no room, or can't be reached; or there is no command to run again.
         """
+        if order.function is None and (sys.orig_argv[1:2] in ([], ["-"]) or hasattr(sys, "ps1")):
+            raise LaunchError(
+                "no script was started, which could be run again",
+                where="fabric.launch()",
+                instead="fabric.launch(function)",
+            )
         with _as_it_was(), ExitStack() as stack:
             import ray
 
@@ -168,9 +177,7 @@ class RayLauncher(Launcher):
                 main_port=port,
                 owner="ray",
             )
-            tasks.append(
-                actor.run.remote(json.dumps(asdict(place)), order.function, order.args, command, str(Path.cwd()))
-            )
+            tasks.append(actor.run.remote(json.dumps(asdict(place)), order.function, order.args, command, _FOLDER))
         waiting = list(tasks)
         while waiting:
             done, waiting = ray.wait(waiting)

@@ -18,7 +18,9 @@ from fabric_core import Fabric  # noqa: E402
 from fabric_core.conformance import suite  # noqa: E402
 from fabric_core.errors import LaunchError, RankFailedError  # noqa: E402
 
-test_rules = suite("launcher", "ray")
+test_rules = suite(
+    "launcher", "ray", xfail={"LAU-516": "ranks are Ray's actors: Ray starts them, and handles SIGTERM in them"}
+)
 
 
 @pytest.fixture(scope="module")
