@@ -100,7 +100,7 @@ def test_asking_starts_no_device(accelerator: Accelerator) -> None:
 def test_what_is_asked_of_a_device(
     accelerator: Accelerator, module: Any, current: str, choose: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is made current and waited for, its memory is read, and at the end the one is current that was before."""
+    """How many there are, each time anew; to make one current, to wait for it, what its memory has; the one before."""
     now: list[Any] = [2]
     asked: list[tuple[str, torch.device]] = []
 
@@ -120,6 +120,11 @@ def test_what_is_asked_of_a_device(
     if total:
         answers("mem_get_info", (5, 30))
     device = torch.device(accelerator.device_type, 3)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(device.type))
+    for count in (2, 0, 4):
+        monkeypatch.setattr(module, "device_count", lambda count=count: count)
+        assert accelerator.device_count() == count
+        assert accelerator.is_available() == (count > 0)
     accelerator.setup_device(device)
     assert now == [2, device]
     accelerator.synchronize(device)

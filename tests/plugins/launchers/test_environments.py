@@ -113,6 +113,32 @@ def test_what_is_no_step_of_several_tasks_is_like_a_shell(change: dict[str, str]
     assert SlurmLauncher().detect({**_SLURM, **change}) is None
 
 
+@pytest.mark.parametrize(
+    ("launcher", "two", "size"),
+    [
+        (
+            SlurmLauncher,
+            {**_SLURM, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_PROCID": "0",
+             "SLURM_LOCALID": "0"},
+            "SLURM_STEP_NUM_TASKS",
+        ),
+        (
+            MPILauncher,
+            {**_OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"},
+            "OMPI_COMM_WORLD_SIZE",
+        ),
+        (MPILauncher, _MPICH, "PMI_SIZE"),
+        (LSFLauncher, {**_LSF, "JSM_NAMESPACE_SIZE": "2", "JSM_NAMESPACE_RANK": "0"}, "JSM_NAMESPACE_SIZE"),
+        (EnvironmentLauncher, {**_KUBEFLOW, "RANK": "0"}, "WORLD_SIZE"),
+    ],
+    ids=["slurm", "open-mpi", "mpich", "lsf", "kubeflow"],
+)  # fmt: skip
+def test_a_job_begins_with_two_processes(launcher: type[Launcher], two: dict[str, str], size: str) -> None:
+    """Two are a job, and one alone is like a shell, which may start others."""
+    assert _found(launcher, two).world_size == 2
+    assert launcher().detect({**two, size: "1"}) is None
+
+
 _UNEVEN = {**_SLURM, "SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "3,2", "SLURM_NTASKS_PER_NODE": "4"}
 
 

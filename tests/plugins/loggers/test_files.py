@@ -153,6 +153,28 @@ def test_rows_stay_as_they_were_written(tmp_path: Path) -> None:
     assert rows(first.parent)[-1] == {"step": 4, "accuracy": 0.75}
 
 
+@pytest.mark.parametrize("cls", [CSVLogger, JSONLLogger])
+def test_rows_are_brought_to_the_disk_every_few_steps(
+    cls: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After as many as the option says, counted from the last time; and at once by ``save`` and at the end."""
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    logger = cls(tmp_path, flush_logs_every_n_steps=3)
+    logger.log_metrics({"loss": 0.5}, 0)
+    counts = []
+    for rows_until_save in (5, 2, 4):
+        logger.save()
+        for step in range(rows_until_save):
+            before = len(flushed)
+            logger.log_metrics({"loss": 0.5}, step)
+            counts.append(len(flushed) - before)
+    assert counts == [0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0]
+    assert len(flushed) == 5
+    logger.finalize("success")
+    assert len(flushed) == 6
+
+
 _ENDLESS = """
 import itertools, sys
 from fabric_core import Fabric

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from fabric_core import Fabric
 from fabric_core.conformance.pool import RankPool
 from fabric_core.errors import CheckpointError, MisuseError, OptionError
-from fabric_plugins.precisions import Float16MixedPrecision
+from fabric_plugins.precisions import BFloat16MixedPrecision, Float16MixedPrecision, MixedPrecision
 from fabric_plugins.strategies import ModelParallelStrategy
 
 
@@ -334,3 +334,16 @@ def test_options_that_would_never_work_are_refused(text: str) -> None:
     """A scale of zero, or factors the wrong way round."""
     with pytest.raises(OptionError):
         Fabric(accelerator="cpu", devices=1, precision=text)
+
+
+def test_lightnings_class_takes_a_scalers_numbers_and_refuses_what_it_has_no_use_for() -> None:
+    """All four numbers of the scaler; it is refused with bfloat16, as is every other name."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_factor=3.0, backoff_factor=0.25, growth_interval=7)
+    taken = MixedPrecision("16-mixed", "cpu", scaler)
+    numbers = {"init_scale": 8.0, "growth_factor": 3.0, "backoff_factor": 0.25, "growth_interval": 7}
+    assert taken.options.model_dump(exclude={"cast_inputs"}) == numbers
+    assert MixedPrecision("16-mixed", "cpu").options == Float16MixedPrecision().options
+    assert isinstance(MixedPrecision("bf16-mixed", "cpu"), BFloat16MixedPrecision)
+    for name, given in (("bf16-mixed", scaler), ("32-true", None)):
+        with pytest.raises(ValueError, match=f"takes 16-mixed, or bf16-mixed without a scaler, and got '{name}'"):
+            MixedPrecision(name, "cpu", given)

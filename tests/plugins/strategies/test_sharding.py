@@ -129,8 +129,14 @@ def _ages(strategy: str, age: str) -> Any:
         return _full(fabric, model)
 
 
+def leave(_model: nn.Module, _mesh: Any) -> None:
+    """Leave all of it to the strategy."""
+
+
 @pytest.mark.parametrize("age", ["with state", "set up before the model", "made after an evaluation"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "fsdp", f"model_parallel:parallelize_fn={__name__}:leave,tensor_parallel_size=1"]
+)
 def test_optimizers_of_every_age_train(strategy: str, age: str, two_ranks: RankPool) -> None:
     """Whenever an optimizer was made, it trains what the model computes with, and its momentum is kept."""
     model = _made("plain")
