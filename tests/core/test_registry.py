@@ -137,6 +137,17 @@ def test_registering_checks_and_refuses_a_second_time_unless_overriding() -> Non
         register("strategy", "mine", int)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("options", [int, PluginOptions(), None])
+def test_options_that_are_no_model_are_refused(options: Any) -> None:
+    """What describes the options is a subclass of ``PluginOptions``: no other class, and no object."""
+
+    class Loose(Fast):
+        Options = options
+
+    with pytest.raises(QuarantinedError, match=r"Loose\.Options is .*, which is no subclass of PluginOptions"):
+        register("strategy", "loose", Loose)
+
+
 def test_one_registered_here_hides_the_installed_one() -> None:
     """So that a test or a notebook can stand in for an installed plugin."""
     with registered("strategy", "fast", Fast):

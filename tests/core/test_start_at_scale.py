@@ -1,5 +1,6 @@
 """What a rank asks of the store at its start does not grow with the number of ranks."""
 
+import socket
 import threading
 from collections import Counter
 from datetime import timedelta
@@ -12,8 +13,10 @@ from torch.distributed import HashStore
 
 from fabric_core.collectives import World
 from fabric_core.collectives.process_group import wait_until_connected
+from fabric_core.contracts import ProcessInfo
 from fabric_core.errors import LaunchError
 from fabric_core.running.launching import agree
+from fabric_core.running.meeting import meet
 
 
 class Counted:
@@ -85,3 +88,14 @@ def test_a_rank_that_came_and_ended_is_not_called_late() -> None:
     store.set("came", "1,")
     with pytest.raises(LaunchError, match=r"waited \d s for a rank that called fabric.launch\(\) and went no further"):
         _agree(0, 2, store, timedelta(seconds=0.3))
+
+
+@pytest.mark.parametrize("job", ["", "job-1"])
+def test_whoever_makes_the_store_waits_for_nobody_there(job: str) -> None:
+    """So that rank 0 can say who doesn't come."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    place = ProcessInfo(world_size=2, local_world_size=2, main_port=port, job_id=job)
+    store = meet(place, timedelta(seconds=1))
+    with pytest.raises(LaunchError, match=r"rank 0 has waited \d+ s for rank 1 to call fabric.launch\(\)"):
+        _agree(0, 2, store, timedelta(seconds=1))

@@ -153,6 +153,29 @@ def test_a_raw_backward_steps_where_it_was_averaged(two_ranks: RankPool) -> None
         assert "the strategy waits for gradients of bias" in part
 
 
+def _cleared() -> list[list[float]]:
+    weights = []
+    for of_the_model in (False, True):
+        with Fabric(accelerator="cpu", strategy="fsdp", devices=2) as fabric:
+            fabric.launch()
+            net = nn.Linear(2, 2, bias=False)
+            nn.init.zeros_(net.weight)
+            model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=1.0))
+            with fabric.no_backward_sync(model):
+                fabric.backward(model(torch.full((1, 2), 5.0)).sum())
+            (model if of_the_model else optimizer).zero_grad()
+            fabric.backward(model(torch.ones(1, 2)).sum())
+            optimizer.step()
+            whole: Any = model.weight
+            weights.append(whole.full_tensor().flatten().tolist())
+    return weights
+
+
+def test_what_a_sharded_model_keeps_back_is_cleared_too(two_ranks: RankPool) -> None:
+    """Gradients that weren't synchronized are no attribute under FSDP2; ``zero_grad`` clears them all the same."""
+    assert two_ranks.run(_cleared) == [[[-1.0] * 4] * 2] * 2
+
+
 def _step_on_a_later_layer(case: str) -> str:
     with Fabric(accelerator="cpu", strategy="ddp", devices=2) as fabric:
         fabric.launch()

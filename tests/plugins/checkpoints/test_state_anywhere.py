@@ -212,6 +212,31 @@ class _Held:
         self.value = state["value"]
 
 
+def _own_values(path: Path) -> list[Any]:
+    values: list[list[Any]] = [
+        [7, torch.tensor(7)],
+        [torch.tensor(1), torch.tensor(1.0)],
+        [[1, 2], [1, 3]],
+        [{"a": 1}, {"b": 1}],
+    ]
+    with Fabric(accelerator="cpu", strategy="ddp", devices=2) as fabric:
+        fabric.launch()
+        state: dict[str, Any] = {f"{i}": _Held(pair[fabric.global_rank]) for i, pair in enumerate(values)}
+        fabric.save(path, state)
+        for one in state.values():
+            one.value = None
+        fabric.load(path, state)
+        return [one.value for one in state.values()]
+
+
+def test_each_rank_gets_its_own_values_back(two_ranks: RankPool, tmp_path: Path) -> None:
+    """Where an object's state differs between the ranks, if only in its type."""
+    first, second = two_ranks.run(_own_values, tmp_path / "state")
+    assert [type(one) for one in (first[0], second[0])] == [int, torch.Tensor]
+    assert [one.dtype for one in (first[1], second[1])] == [torch.int64, torch.float32]
+    assert (first[2:], second[2:]) == ([[1, 2], {"a": 1}], [[1, 3], {"b": 1}])
+
+
 @pytest.mark.parametrize("form", ["single_file", "distributed"])
 def test_what_was_loaded_before_a_failure_goes_back(form: str, tmp_path: Path) -> None:
     """An object whose own code refuses: those before it, the optimizer and the model are as they were."""
