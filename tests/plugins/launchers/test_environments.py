@@ -1,7 +1,9 @@
 """The launchers read the environments of their schedulers, and name what is wrong in a malformed one."""
 
+import socket
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from fabric_core.contracts import Launcher, ProcessInfo
 from fabric_core.errors import LaunchError
-from fabric_plugins.launchers import ElasticLauncher, EnvironmentLauncher, LSFLauncher, MPILauncher, SlurmLauncher
+from fabric_plugins.launchers import ElasticLauncher, EnvironmentLauncher, LSFLauncher, MPILauncher, SlurmLauncher, mpi
 from fabric_plugins.launchers._variables import first_host
 
 _SLURM = {
@@ -224,6 +226,55 @@ def test_one_of_several_processes_that_nobody_recognises_is_an_error(environment
 def test_one_process_is_like_a_shell(environment: dict[str, str]) -> None:
     """Where the variables say that there is one process, it may start others."""
     assert EnvironmentLauncher().detect(environment) is None
+
+
+_MANAGER = {
+    "init": "cmd=response_to_init rc=0 pmi_version=1 pmi_subversion=1",
+    "get_my_kvsname": "cmd=my_kvsname kvsname=job-7",
+    "put": "cmd=put_result rc=0",
+    "barrier_in": "cmd=barrier_out",
+    "get": "cmd=get_result rc=0 value=node0",
+}
+_JOB = ["init", "get_my_kvsname"]
+
+
+@pytest.mark.parametrize(
+    ("given_too", "nodes", "asked", "address"),
+    [
+        ({"MASTER_ADDR": "mine", "MASTER_PORT": "7"}, 2, [], "mine"),
+        ({"MASTER_PORT": "7"}, 1, [], "127.0.0.1"),
+        ({"MASTER_PORT": "7"}, 2, [*_JOB, "barrier_in", "get"], "node0"),
+        ({"MASTER_ADDR": "mine"}, 2, _JOB, "mine"),
+        ({}, 2, [*_JOB, "barrier_in", "get"], "node0"),
+        ({}, 1, _JOB, "127.0.0.1"),
+    ],
+    ids=["both, two nodes", "port", "port, two nodes", "address, two nodes", "nothing, two nodes", "nothing"],
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_mpich_is_asked_for_what_nobody_gave(
+    given_too: dict[str, str], nodes: int, asked: list[str], address: str, rank: int
+) -> None:
+    """Its process manager knows the job, and on several nodes the host of rank 0, which rank 0 tells it."""
+    ours, theirs = socket.socketpair()
+    seen: list[str] = []
+
+    def answer() -> None:
+        for line in theirs.makefile():
+            seen.append(line.split()[0].removeprefix("cmd="))
+            theirs.sendall(f"{_MANAGER[seen[-1]]}\n".encode())
+
+    manager = Thread(target=answer)
+    manager.start()
+    place = {"PMI_RANK": str(rank), "MPI_LOCALRANKID": str(rank % (2 // nodes)), "MPI_LOCALNRANKS": str(2 // nodes)}
+    environment = {"PMI_SIZE": "2", "PMI_FD": str(ours.fileno()), **place, **given_too}
+    mpi._ask_manager.cache_clear()
+    with theirs:
+        with ours:
+            info = _found(MPILauncher, environment)
+        manager.join()
+    assert seen == [*asked[:2], *(["put"] if rank == 0 and len(asked) > 2 else []), *asked[2:]]
+    assert (info.main_address, info.global_rank, info.node_rank) == (address, rank, rank if nodes == 2 else 0)
+    assert (info.main_port == 7) == ("MASTER_PORT" in given_too)
 
 
 def test_rank_file_of_lsf_and_node_file_of_pbs_are_read(tmp_path: Path) -> None:
