@@ -53,6 +53,11 @@ def test_showing_has_options_declarations_and_presets(fabric: Any) -> None:
     _, text, _ = fabric("plugins", "show", "fabric-registry/ddp")
     assert "static_graph" in text
     assert "intercepts_forward" in text
+    assert "presets: {'start_method': 'spawn'}" in fabric("plugins", "show", "DDP_spawn")[1]
+    _, out, _ = fabric("plugins", "show", "profiler", "--json")
+    (profiler,) = json.loads(out)
+    assert (profiler["kind"], profiler["options"], profiler["error"]) == ("extension", {}, None)
+    assert profiler["summary"].endswith(".")
 
 
 def test_why_answers_for_the_chosen_the_rejected_and_the_alias(fabric: Any) -> None:
@@ -61,6 +66,11 @@ def test_why_answers_for_the_chosen_the_rejected_and_the_alias(fabric: Any) -> N
     assert "strategy ddp: chosen, the highest priority that fits" in fabric("plugins", "why", "ddp", *asked)[1]
     assert "not chosen, it declares at most 1 process" in fabric("plugins", "why", "single_device", *asked)[1]
     assert "not chosen, it is another name" in fabric("plugins", "why", "ddp_spawn", *asked)[1]
+    assert "isn't offered to the automatic choice" in fabric("plugins", "why", "model_parallel", *asked)[1]
+    assert (
+        "isn't offered to the automatic choice"
+        not in fabric("plugins", "why", "model_parallel", *asked, "--strategy", "ddp")[1]
+    )
     _, out, _ = fabric("plugins", "why", "ddp", *asked, "--strategy", "fsdp", "--json")
     assert json.loads(out)[0]["reason"] == "the request leaves it out: fsdp"
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import typer
 from rich.console import Console
 
 from fabric_core import cli
-from fabric_core.cli import _output
+from fabric_core.cli import _doctor, _output
 from fabric_core.cli._output import progress
 from fabric_core.conformance.rules import rules_for
 from fabric_core.kinds import KINDS
@@ -88,6 +89,7 @@ def test_the_help_of_every_command_has_an_example_that_can_be_parsed(name: str) 
         (("explain", "--strategy", "dpp"), "UnknownPluginError", "there is no strategy 'dpp'"),
         (("explain", "--config", "absent.toml"), "RequestError", "the configuration file can't be read"),
         (("plugins", "show", "dpp"), "UnknownPluginError", "there is no plugin 'dpp'"),
+        (("doctor", "--strategy", "dpp"), "UnknownPluginError", "there is no strategy 'dpp'"),
         (("checkpoint", "info", "absent"), "NoCheckpointError", "there is no checkpoint"),
         (("checkpoint", "diff", "absent"), "MissingParameter", "Missing argument"),
         (("explain", "--strateg", "ddp"), "NoSuchOption", "No such option: --strateg"),
@@ -114,6 +116,37 @@ def test_a_mistake_is_a_message_or_json(fabric: Any, arguments: tuple[str, ...],
     assert error["type"] == kind
     assert error["what"].startswith(what)
     assert set(error) == {"type", "what", "where", "got", "instead"}
+
+
+def test_without_a_command_there_is_help(fabric: Any) -> None:
+    """That of all commands; what was asked for was given, so the exit code is 0."""
+    code, out, _ = fabric()
+    assert code == 0
+    assert all(name.partition(" ")[0] in out for name in COMMANDS)
+
+
+def test_json_says_what_the_text_says(fabric: Any, tmp_path: Path) -> None:
+    """A contract's page, and where a new package lies."""
+    page = fabric("contract", "strategy")[1]
+    assert json.loads(fabric("contract", "strategy", "--json")[1]) == {"kind": "strategy", "page": page.rstrip("\n")}
+    folder = str(tmp_path / "mine")
+    code, out, _ = fabric("new", "strategy", "my_own", folder, "--author", "Ada", "--description", "Mine.", "--json")
+    expected = {"folder": folder, "kind": "strategy", "name": "my_own", "distribution": "fabric-my-own"}
+    assert (code, json.loads(out)) == (0, expected)
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("not installed", 0), ("crashed", 1)])
+def test_the_doctor_of_plugins_says_no_where_one_is_unsound(
+    fabric: Any, monkeypatch: pytest.MonkeyPatch, status: str, code: int
+) -> None:
+    """As a table and as JSON, with the exit code."""
+    finding = _doctor.Finding("strategy", "mine", "acme 1.0", status, "why", 1.256)
+    monkeypatch.setattr(_doctor, "examine", lambda _registry, timeout: [finding] * int(timeout == 7))
+    found, out, _ = fabric("plugins", "doctor", "--timeout", "7")
+    cells = [cell.strip() for cell in out.splitlines()[-2].split("│")[1:-1]]
+    assert (found, cells) == (code, ["strategy", "mine", "acme 1.0", status, "1.26", "why"])
+    found, out, _ = fabric("plugins", "doctor", "--timeout", "7", "--json")
+    assert (found, json.loads(out)) == (code, [asdict(finding)])
 
 
 def test_what_the_system_refuses_is_a_mistake_too(fabric: Any, tmp_path: Any) -> None:

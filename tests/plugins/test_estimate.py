@@ -11,6 +11,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from fabric_core import cli
 
 MODELS = """
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -38,6 +40,27 @@ def asks():
         def forward(self, x):
             return super().forward(x) * x.sum().item()
     return Asks(2, 2), torch.ones(1, 2)
+
+class Says(nn.Linear):
+    # Of the output only the loss can be differentiated.
+    def __init__(self, make):
+        super().__init__(64, 64)
+        self.make = make
+
+    def forward(self, x, y):
+        output = super().forward(x)
+        return self.make(output.detach(), (output - y).square().mean())
+
+class Output(NamedTuple):
+    logits: torch.Tensor
+    loss: torch.Tensor
+
+def listed():
+    return Says(Output), [torch.randn(8, 64), torch.randn(8, 64)]
+
+def named():
+    batch = {"y": torch.randn(8, 64), "x": torch.randn(8, 64)}
+    return Says(lambda logits, loss: {"logits": logits, "loss": loss}), batch
 
 def other():
     return 3
@@ -150,6 +173,13 @@ def test_a_model_that_fits_nowhere(estimate: Any) -> None:
     assert "ddp, 32-true, 4 processes" in out
 
 
+def test_a_batch_is_a_model_s_arguments_and_a_loss_may_be_in_its_output(estimate: Any) -> None:
+    """By position or by name; an output with a loss, as an attribute or under that key, needs no function for it."""
+    found = [json.loads(estimate(function, "--json")[1]) for function in ("listed", "named")]
+    assert found[0]["ranks"] == found[1]["ranks"]
+    assert found[0]["ranks"][0]["gradients"] == found[0]["ranks"][0]["parameters"] > 0
+
+
 def test_buckets_that_gradients_are_copied_to_come_on_top(estimate: Any) -> None:
     """None with views; an option of the strategy counts."""
     found = {}
@@ -186,6 +216,7 @@ def test_optimizers_have_options(estimate: Any) -> None:
 @pytest.mark.parametrize(
     ("function", "arguments", "what"),
     [
+        ("", (), "the function can't be parsed"),
         ("absent", (), "the function can't be imported: AttributeError"),
         ("other", (), "the function returns something else"),
         ("asks", (), "a step can't be computed on tensors that have no memory"),

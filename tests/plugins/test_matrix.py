@@ -199,6 +199,11 @@ def test_the_picture_is_one(fabric: Any, tmp_path: Path) -> None:
     assert path.stat().st_size > 5000
 
 
+def test_a_picture_without_a_folder_is_a_mistake(fabric: Any, tmp_path: Path) -> None:
+    """Before anything is resolved."""
+    assert fabric("--png", str(tmp_path / "absent" / "matrix.png")) == (2, "")
+
+
 def test_a_lock_in_a_configuration_file_holds(fabric: Any, tmp_path: Path) -> None:
     """What it doesn't let run is refused in every cell, and imported for none."""
     Lock(str(tmp_path / "fabric.lock"), ()).write()
