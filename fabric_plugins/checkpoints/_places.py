@@ -203,7 +203,7 @@ def writing(path: Any) -> Writing:
         )
     prefix = f"g-{uuid.uuid4().hex[:16]}/"
     with suppress(NotImplementedError, FileExistsError):
-        system.makedirs(f"{root}/{prefix}", exist_ok=True)
+        system.makedirs(f"{root}/{prefix}")  # a name that nobody has
     return Writing(RemoteFolder(str(path)), prefix, None)
 
 
