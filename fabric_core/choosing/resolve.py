@@ -172,7 +172,6 @@ class _Found:
 
     def take(self, kind: str, candidates: Sequence[Candidate]) -> None:
         """Take what needs no comparing: all that were named, or the first of one, or all that are asked in order."""
-        self.candidates[kind] = []
         if kind in KINDS and KINDS[kind].count is Count.ONE:
             self.choose(candidates, kind, lambda _plugin: None, "here")
             return

@@ -122,6 +122,21 @@ def _a_part(fabric: Fabric, model: Any) -> None:
     fabric.backward(model(torch.ones(1, 2)).sum())
 
 
+def _averages_itself(how: str) -> Any:
+    def act(fabric: Fabric, model: Any) -> None:
+        with fabric.no_backward_sync(model):
+            fabric.backward(model(torch.full((1, 2), fabric.global_rank + 1.0)).sum())
+        for one in model.parameters():
+            if how == "mean":
+                one.grad = fabric.all_reduce(one.grad)
+            elif how == "sum":
+                one.grad.copy_(fabric.all_reduce(one.grad, reduce_op="sum") / fabric.world_size)
+            else:
+                fabric.all_reduce(one.grad)  # the result is dropped
+
+    return act
+
+
 def _step_after(act: Any, strategy: Any) -> str:
     with Fabric(accelerator="cpu", strategy=strategy, devices=2) as fabric:
         fabric.launch()
@@ -174,6 +189,17 @@ def _cleared() -> list[list[float]]:
 def test_what_a_sharded_model_keeps_back_is_cleared_too(two_ranks: RankPool) -> None:
     """Gradients that weren't synchronized are no attribute under FSDP2; ``zero_grad`` clears them all the same."""
     assert two_ranks.run(_cleared) == [[[-1.0] * 4] * 2] * 2
+
+
+def _steps_averaged_by_the_script() -> list[str]:
+    return [_step_after(_averages_itself(how), "ddp") for how in ("mean", "sum", "not")]
+
+
+def test_a_script_may_average_gradients_itself(two_ranks: RankPool) -> None:
+    """By a mean, or by a sum that it divides, in other memory too; what it only looked at is still each rank's own."""
+    for mean, divided, dropped in two_ranks.run(_steps_averaged_by_the_script):
+        assert mean == divided == "stepped"
+        assert "on gradients of Linear: weight" in dropped
 
 
 def _step_on_a_later_layer(case: str) -> str:

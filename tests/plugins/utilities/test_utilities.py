@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import pickle
+import socket
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +188,53 @@ def test_between_ranks(two_ranks: RankPool, tmp_path: Path) -> None:
     assert left == [True, False, "first", True, 2, 3.0, 0.0, 1.0, 1, 1]
     assert right == [True, False, None, True, 2, 3.0, 0.0, 1.0, 1, 1]
     assert not list(tmp_path.glob("tmp*"))
+
+
+def _every_operation() -> list[Any]:
+    with Fabric(accelerator="cpu", strategy="ddp", devices=2) as fabric:
+        fabric.launch()
+        rank = fabric.global_rank
+        own = TorchCollective().create_group(timeout=timedelta(seconds=10))
+        mine, pair = torch.tensor([rank + 1.0]), [torch.tensor([rank + 1.0]), torch.tensor([rank + 10.0])]
+        last = rank == 1
+        found: list[Any] = [
+            own.broadcast(mine.clone(), src=1),
+            own.reduce(mine.clone(), dst=1, op="max") if last else own.reduce(mine.clone(), dst=1, op="max") * 0,
+            own.gather(mine, [torch.zeros(1), torch.zeros(1)] if last else [], dst=1),
+            own.scatter(torch.zeros(1), pair if last else [], src=1),
+            own.reduce_scatter(torch.zeros(1), pair, op="product"),
+            own.all_to_all([torch.zeros(1), torch.zeros(1)], pair),
+        ]
+        own.send(mine, 1, tag=5) if rank == 0 else found.append(own.recv(torch.zeros(1), 0, tag=5))
+        found += own.gather_object(rank, [None, None] if last else [], dst=1)
+        found += own.scatter_object_list([None], ["a", "b"] if last else [], src=1)
+        found += own.all_gather_object([None, None], rank)
+        own.monitored_barrier(timeout=timedelta(seconds=10))
+        own.teardown()
+        return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.item, found)  # type: ignore[no-any-return]
+
+
+def test_every_operation_between_ranks(two_ranks: RankPool) -> None:
+    """Each goes to the rank, from the rank, with the operation and under the tag that it is given."""
+    assert two_ranks.run(_every_operation) == [
+        [2.0, 0.0, [], 2.0, 2.0, [1.0, 2.0], "a", 0, 1],
+        [2.0, 2.0, [1.0, 2.0], 11.0, 110.0, [10.0, 11.0], 1.0, 0, 1, "b", 0, 1],
+    ]
+
+
+def test_a_default_group_that_was_made_is_destroyed() -> None:
+    """With the group of one's own, or without one; what isn't there any more can't be destroyed."""
+    for create in (True, False):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        own = TorchCollective().setup(main_address="127.0.0.1", main_port=port, backend="gloo", rank=0, world_size=1)
+        if create:
+            own.create_group()
+        own.teardown()
+        assert not own.is_initialized()
+        with pytest.raises(RuntimeError, match="no group to destroy"):
+            own.teardown()
 
 
 def test_one_process_shares_with_itself(tmp_path: Path) -> None:
