@@ -37,7 +37,6 @@ def asking(command: Callable[..., None]) -> Callable[..., None]:
     more.append(inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, annotation=Config, default=None))
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (*own, *more)]
-    run.__annotations__ = {one.name: one.annotation for one in parameters}
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return run
 

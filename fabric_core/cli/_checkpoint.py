@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from fabric_core.cli._asking import find_registry
-from fabric_core.cli._output import AsJson, Exit, print_json, progress
+from fabric_core.cli._output import AsJson, Exit, print_json, print_text, progress
 from fabric_core.contracts import ABOUT, Checkpoint, walk_tensors
 from fabric_core.errors import CheckpointError
 from fabric_core.running.paths import as_path
@@ -39,16 +38,15 @@ def info(path: _Path, as_json: AsJson = False) -> None:
     if as_json:
         print_json({"path": path, "format": name, "about": about, "bytes": total, "tensors": entries, "plain": plain})
         return
-    console = Console()
-    console.print(f"{path}: {name}, {len(entries)} tensors, {total} bytes", markup=False)
+    print_text(f"{path}: {name}, {len(entries)} tensors, {total} bytes")
     for key in ("world_size", "saved_at_ns", "score", "versions"):
         if key in about:
-            console.print(f"  {key}: {about[key]}", markup=False)
+            print_text(f"  {key}: {about[key]}")
     choices = about.get("plan", {}).get("choices", []) if isinstance(about.get("plan"), Mapping) else []
     if choices:
-        console.print("  plan: " + ", ".join(f"{one['kind']} {one['name']}" for one in choices), markup=False)
+        print_text("  plan: " + ", ".join(f"{one['kind']} {one['name']}" for one in choices))
     if plain:
-        console.print(f"  plain values: {', '.join(plain)}", markup=False)
+        print_text(f"  plain values: {', '.join(plain)}")
     for one in entries:
         typer.echo(f"  {one['entry']}  {one['dtype']} {tuple(one['shape'])}")
 

@@ -122,7 +122,6 @@ def measure(
     with _Live() as stepping:
         optimizer.step()
         step = max(size for size, _ in stepping.moments)
-    optimizer.zero_grad()
     module.zero_grad()
     if dtype is not None:
         _retype(module, dtype, buffers=False)

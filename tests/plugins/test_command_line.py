@@ -237,6 +237,29 @@ def test_a_bar_comes_late_and_on_a_terminal_alone(
     assert ("reading" in written.getvalue()) == shown
 
 
+_HANDING_ON = """
+import os
+from fabric_core.cli._output import _data_alone, handing_on
+with handing_on():
+    os.write(1, b'data without --json\\n')
+with _data_alone():
+    os.write(1, b'before\\n')
+    with handing_on():
+        os.write(1, b'data of a rank\\n')
+    os.write(1, b'after\\n')
+os.write(1, b'the end\\n')
+"""
+
+
+def test_standard_output_is_handed_on_to_ranks_for_as_long_as_they_run() -> None:
+    """What is printed before and after goes to the error stream, until the command is over."""
+    done = subprocess.run(
+        [sys.executable, "-c", _HANDING_ON], capture_output=True, text=True, check=True, timeout=100
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["data without --json", "data of a rank", "the end"]
+    assert done.stderr.splitlines() == ["before", "after"]
+
+
 _LOUD = """
 import os
 from fabric_plugins.precisions.full import FullPrecision

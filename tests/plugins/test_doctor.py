@@ -8,19 +8,25 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore
 
+from fabric_core.assembly import assemble
 from fabric_core.choosing.offers import Offer
 from fabric_core.choosing.registry import Registry
+from fabric_core.choosing.request import Request
+from fabric_core.cli import _meeting
 from fabric_core.cli._doctor import examine
 from fabric_core.cli._facts import Fault, find_facts, judge_facts, resolve_name
 from fabric_core.cli._links import _rounds, _takes_long, judge_links
-from fabric_core.cli._meeting import Job
+from fabric_core.cli._meeting import _STAGES, Job, _behind, _measure, _reach, meet_others
 from fabric_core.collectives import ProcessInfo
+from fabric_core.contracts import World
 
 
 def _name(name: str, *, error: str | None = None, seconds: float = 0.0) -> dict[str, Any]:
@@ -146,6 +152,68 @@ def test_the_report_has_the_ranks_in_their_order(capsys: pytest.CaptureFixture[s
     assert [one["rank"] for one in report["ranks"]] == [0, 1]
     assert (report["sound"], report["seen_by"], report["world_size"], report["started_by"]) == (False, 0, 2, None)
     assert [fault["what"] for fault in report["faults"]] == ["it is slow: 1.00 ms, 0.0 MB/s"]
+
+
+def test_who_does_not_know_rank_0_says_it_and_ends(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has nobody to tell: it prints what it knows itself, and its exit code is 1."""
+    monkeypatch.setattr("os._exit", sys.exit)
+    job = _job(as_json=False, ranks=1)
+    job.ranks[0]["names"] = {"main": _name("nowhere", error="unknown")}
+    launcher: Any = None
+    with pytest.raises(SystemExit) as end:
+        meet_others(job, launcher)
+    assert end.value.code == 1
+    assert "the host name nowhere does not resolve: unknown" in capsys.readouterr().out
+
+
+def test_who_is_behind_is_named_with_what_it_did_last() -> None:
+    """By the stages that the ranks told of; one that told of none did not come, and of equal ones none is behind."""
+    told, ranks = HashStore(), {rank: _fact(rank) for rank in range(3)}
+    assert _behind(told, ranks) == []
+    _reach(told, 0, 3)
+    _reach(told, 1, 2)
+    assert [(one.where, one.what) for one in _behind(told, ranks)] == [
+        (
+            "rank 1 on node 0 (host0)",
+            "it is silent: the last that it did was that it examined plugins, and others connected",
+        ),
+        (
+            "rank 2 on node 1 (host1)",
+            "it is silent: the last that it did was that it did not come, and others connected",
+        ),
+    ]
+
+
+def test_each_stage_is_told_when_it_is_over_and_the_world_gives_up_before_the_doctor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that whoever hangs is named by what it did last, and there is time left to collect what the others say."""
+    request = Request.of(accelerator="cpu", strategy="ddp", devices=1)
+    assembly = assemble(request, {}, lambda: None)
+    job = replace(_job(as_json=False, ranks=1), info=ProcessInfo(), assembly=assembly)
+    told, seen, limits = HashStore(), list[tuple[str, str]](), list[float]()
+
+    def noting(name: str) -> Any:
+        def note(*given: Any) -> list[str]:
+            seen.append((name, _STAGES[int(told.get("stage/0"))]))
+            limits.extend(one.timeout.total_seconds() for one in given if isinstance(one, World))
+            return [name]
+
+        return note
+
+    for name in ("measure_compute", "measure_together", "measure_pairs"):
+        monkeypatch.setattr(_meeting, name, noting(name))
+    try:
+        found = _measure(job, told, HashStore())
+    finally:
+        assembly.bindings.undo()
+    assert seen == [("measure_compute", "connected"), ("measure_together", "connected"),
+                    ("measure_pairs", "measured all-reduce")]  # fmt: skip
+    assert _STAGES[int(told.get("stage/0"))] == "measured all"
+    assert limits == pytest.approx([job.left() - 15] * 3, abs=5)
+    assert (found["device"], found["links"]) == ("cpu", ["measure_pairs"])
 
 
 def test_a_name_is_resolved_in_time() -> None:

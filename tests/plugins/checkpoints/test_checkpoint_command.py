@@ -55,6 +55,18 @@ def test_info_and_verify(form: str, tmp_path: Path) -> None:
         _run("verify", tmp_path / "a")
 
 
+def test_info_shows_names_as_they_are(tmp_path: Path) -> None:
+    """Brackets stay, which style text elsewhere, and nothing is wrapped; of a checkpoint of Fabric's its plan too."""
+    path = tmp_path / ("[bold]" + "a" * 100)
+    with Fabric(accelerator="cpu", devices=1) as fabric:
+        fabric.save(path, {"[red]": 1, "b" * 100: 2}, format="single_file")
+    first, *rest = _run("info", path).splitlines()
+    assert first == f"{path}: single_file, 0 tensors, 0 bytes"
+    assert rest[0] == "  world_size: 1"
+    assert rest[-1] == f"  plain values: [red], {'b' * 100}"
+    assert "strategy single_device, precision 32-true" in rest[-2]
+
+
 def test_convert_and_back_is_equal(tmp_path: Path) -> None:
     """Through both formats, nested lists and optimizer included; and only the weights to safetensors."""
     _save(tmp_path / "a", "distributed")
