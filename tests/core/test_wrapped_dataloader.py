@@ -426,6 +426,13 @@ def test_a_copy_reads_on_its_own(half: Fabric, copied: Any) -> None:
     assert values(copied(loader)) == values(loader)
 
 
+def test_batches_for_the_processor_take_no_stream(fabric: Fabric, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that has an accelerator, too."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    assert values(fabric.setup_dataloaders(load())) == list(range(10))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
 def test_the_next_batch_is_copied_on_a_stream_of_its_own() -> None:

@@ -218,6 +218,7 @@ def _own_values(path: Path) -> list[Any]:
         [torch.tensor(1), torch.tensor(1.0)],
         [[1, 2], [1, 3]],
         [{"a": 1}, {"b": 1}],
+        [torch.ones(2), torch.ones(2)],
     ]
     with Fabric(accelerator="cpu", strategy="ddp", devices=2) as fabric:
         fabric.launch()
@@ -230,11 +231,15 @@ def _own_values(path: Path) -> list[Any]:
 
 
 def test_each_rank_gets_its_own_values_back(two_ranks: RankPool, tmp_path: Path) -> None:
-    """Where an object's state differs between the ranks, if only in its type."""
+    """Where an object's state differs between the ranks, if only in its type; what is alike is saved once."""
     first, second = two_ranks.run(_own_values, tmp_path / "state")
     assert [type(one) for one in (first[0], second[0])] == [int, torch.Tensor]
     assert [one.dtype for one in (first[1], second[1])] == [torch.int64, torch.float32]
-    assert (first[2:], second[2:]) == ([[1, 2], {"a": 1}], [[1, 3], {"b": 1}])
+    assert (first[2:4], second[2:4]) == ([[1, 2], {"a": 1}], [[1, 3], {"b": 1}])
+    with Fabric(accelerator="cpu", devices=1) as fabric:
+        assert (
+            fabric.load(tmp_path / "state")["4"]["value"].tolist() == first[4].tolist() == second[4].tolist() == [1, 1]
+        )
 
 
 @pytest.mark.parametrize("form", ["single_file", "distributed"])
