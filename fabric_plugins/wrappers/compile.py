@@ -3,7 +3,6 @@
 from typing import Any, cast
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from fabric_core.contracts import PluginOptions, Wrapper, WrapperCapabilities
@@ -23,7 +22,7 @@ class CompileOptions(PluginOptions):
     """What can't be compiled in one piece is an error."""
     dynamic: bool | None = None
     """Compile for shapes that change; ``None`` finds out."""
-    options: dict[str, Any] | None = Field(default=None)
+    options: dict[str, Any] | None = None
     """The compiler's own options."""
 
 

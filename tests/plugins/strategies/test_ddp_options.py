@@ -1,5 +1,6 @@
 """Every option of ``ddp`` does what it says, seen from outside of PyTorch's DDP."""
 
+import copy
 from datetime import timedelta
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from fabric_core import Fabric
 from fabric_core.conformance.pool import RankPool, RankRaised
+from fabric_core.errors import MisuseError
 
 
 def _storages(options: str) -> int:
@@ -80,6 +82,35 @@ def test_unused_parameters(options: str, use: list[bool], right: bool, two_ranks
         used, unused = (grads[2:], grads[:2]) if use[-1] else (grads[:2], grads[2:])
         assert used == [[1.5, 1.5, 1.5], [1.0]]
         assert unused == [None, None]
+
+
+def _round_the_output(which: str) -> str:
+    """Train a part by what a hook saw, so that PyTorch reduces nothing; give the error of the step."""
+    with Fabric(accelerator="cpu", strategy="ddp:static_graph=true", devices=2) as fabric:
+        fabric.launch()
+        raw = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+        model, optimizer = fabric.setup(raw, torch.optim.SGD(raw.parameters(), lr=0.1))
+        batch = torch.full((1, 3), fabric.global_rank + 1.0)
+        if which != "the first pass":
+            fabric.backward(model(batch).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+        if which == "a copy":
+            model, optimizer = copy.deepcopy((model, optimizer))
+        seen: list[torch.Tensor] = []
+        next(model.module.children()).register_forward_hook(lambda *given: seen.append(given[-1]))
+        model(batch)
+        fabric.backward(seen[0].sum())
+        with pytest.raises(MisuseError) as caught:
+            optimizer.step()
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("which", ["the first pass", "a later pass", "a copy"])
+def test_a_static_graph_that_reduced_nothing_is_noticed(which: str, two_ranks: RankPool) -> None:
+    """Whether it never reduced, did so before, or is a copy of one that did, which has its own first pass."""
+    for said in two_ranks.run(_round_the_output, which):
+        assert "gradients were not averaged over the ranks" in said
 
 
 def _late() -> bool:
