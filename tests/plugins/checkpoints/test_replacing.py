@@ -105,6 +105,17 @@ def test_what_was_lost_between_two_names_is_found(kind: type[Checkpoint], tmp_pa
     assert [one.name for one in tmp_path.iterdir()] == ["state"]
 
 
+@pytest.mark.parametrize("newest", [0, 1])
+def test_of_several_that_were_lost_the_newest_is_found(newest: int, tmp_path: Path) -> None:
+    """By when each was written, whatever the numbers of the processes that were killed."""
+    for at in range(2):
+        SingleFileCheckpoint().write(tmp_path / "new", _tree(at))
+        lost = tmp_path / f".fabric-{files._digest('state')}-{files._HOST}-9999999{at}-0.old"
+        (tmp_path / "new").rename(lost)
+        os.utime(lost, (1e9 + (at == newest), 1e9 + (at == newest)))
+    assert _value(SingleFileCheckpoint, tmp_path / "state") == newest
+
+
 def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
     """Parts of dead processes for this path go; of living ones, of other hosts and of other paths they stay."""
     digest, other = files._digest("state"), files._digest("other")
