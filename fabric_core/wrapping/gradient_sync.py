@@ -332,7 +332,6 @@ class ModelSync(Notes):
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
-        self._handles.clear()
         self.clear()
 
 
