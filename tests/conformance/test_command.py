@@ -49,6 +49,14 @@ def test_several_plugins_in_one_call_give_one_report_each(conformance: Any) -> N
     assert [(one["plugin"]["name"], one["passed"]) for one in json.loads(out)] == [("32-true", True), ("Lazy", False)]
 
 
+def test_a_device_is_for_those_of_several_that_need_one(conformance: Any) -> None:
+    """An accelerator among them has its own."""
+    asked = ("accelerator:cpu", "precision:32-true", "--device", "cpu", "--rule", "REG-005", "--json")
+    code, out, _ = conformance(*asked)
+    assert code == 0
+    assert [one["device"] for one in json.loads(out)] == ["the kit's own accelerator", "cpu"]
+
+
 def test_a_star_is_every_plugin_of_a_kind(conformance: Any) -> None:
     """Each class with its options once: an alias is no second plugin."""
     code, out, _ = conformance("logger:*", "--rule", "REG-005", "--json")
@@ -134,6 +142,7 @@ def test_the_report_lies_where_it_is_asked_for(conformance: Any, tmp_path: Path)
         (("strategy:ddp", "--rule", "PRE-999"), "no such rule"),
         (("strategy:ddp", "--world-size", "3"), "number of processes"),
         (("strategy:ddp", "--device", "nope"), "no accelerator 'nope'"),
+        (("accelerator:cpu", "--device", "cpu"), "an accelerator runs on its own devices"),
         (("strategy:ddp", "--report", "x.md"), "x.json"),
         (("strategy:ddp", "strategy:fsdp", "--report", "x.json"), "one report is for one plugin"),
         (("strategy:ddp", "--report", "/proc/no/x.json"), "there can be no report"),

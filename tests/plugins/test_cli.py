@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from fabric_core import Fabric, cli
+from fabric_core.choosing.offers import Offer
+from fabric_core.choosing.registry import Registry
 from fabric_core.choosing.request import file_arguments, read_file
 from fabric_core.errors import FabricError
 
@@ -53,11 +55,30 @@ def test_showing_has_options_declarations_and_presets(fabric: Any) -> None:
     _, text, _ = fabric("plugins", "show", "fabric-registry/ddp")
     assert "static_graph" in text
     assert "intercepts_forward" in text
-    assert "presets: {'start_method': 'spawn'}" in fabric("plugins", "show", "DDP_spawn")[1]
+    (one,) = json.loads(fabric("plugins", "show", "ddp_spawn", "--json")[1])
+    assert fabric("plugins", "show", "DDP_spawn")[1].splitlines()[:4] == [
+        "strategy ddp_spawn",
+        f"  fabric-registry 0.1.0, {one['value']}",
+        f"  {one['summary']}",
+        "  presets: {'start_method': 'spawn'}",
+    ]
     _, out, _ = fabric("plugins", "show", "profiler", "--json")
     (profiler,) = json.loads(out)
     assert (profiler["kind"], profiler["options"], profiler["error"]) == ("extension", {}, None)
     assert profiler["summary"].endswith(".")
+
+
+def test_showing_what_cannot_be_imported_says_why(fabric: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With where it lies, and nothing of what only the plugin itself could say."""
+    offer = Offer("strategy", "absent", "acme", "1.0", "acme_absent:Absent")
+    monkeypatch.setattr("fabric_core.cli._plugins.find_registry", lambda: Registry([offer]))
+    code, out, _ = fabric("plugins", "show", "absent")
+    lines = out.splitlines()
+    assert (code, lines[:2]) == (0, ["strategy absent", "  acme 1.0, acme_absent:Absent"])
+    assert "acme_absent" in lines[2]
+    (shown,) = json.loads(fabric("plugins", "show", "acme/absent", "--json")[1])
+    assert shown["error"].splitlines() == lines[2:]
+    assert (shown["options"], shown["declares"]) == ({}, {})
 
 
 def test_why_answers_for_the_chosen_the_rejected_and_the_alias(fabric: Any) -> None:

@@ -227,14 +227,16 @@ def test_a_bar_comes_late_and_on_a_terminal_alone(
     import io
 
     written = io.StringIO()
-    console = Console(file=written, force_terminal=terminal, width=80)
+    console = Console(file=written, force_terminal=terminal, width=120)
     monkeypatch.setattr(_output, "Console", lambda **_: console)
     monkeypatch.setattr(_output, "_PATIENCE", 0.1)
-    with progress("reading", 2) as advance:
-        advance(1, "the first")
-        time.sleep(seconds)
-        advance(1, "the second")
-    assert ("reading" in written.getvalue()) == shown
+    for total, in_bytes in ((2, False), (4_000_000, True)):
+        with progress("reading", total, in_bytes=in_bytes) as advance:
+            advance(total / 2, "the first half")
+            time.sleep(seconds)
+            advance(total / 2, "the second half")
+    for text in ("reading", "the first half", "1/2", "2.0/4.0 MB"):
+        assert (text in written.getvalue()) == shown
 
 
 _HANDING_ON = """

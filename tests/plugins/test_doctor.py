@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
+from fabric_core import cli
 from fabric_core.assembly import assemble
 from fabric_core.choosing.offers import Offer
 from fabric_core.choosing.registry import Registry
 from fabric_core.choosing.request import Request
-from fabric_core.cli import _meeting
+from fabric_core.cli import _cluster, _meeting
 from fabric_core.cli._doctor import examine
 from fabric_core.cli._facts import Fault, find_facts, judge_facts, resolve_name
 from fabric_core.cli._links import _rounds, _takes_long, judge_links
@@ -166,6 +167,62 @@ def test_who_does_not_know_rank_0_says_it_and_ends(
         meet_others(job, launcher)
     assert end.value.code == 1
     assert "the host name nowhere does not resolve: unknown" in capsys.readouterr().out
+
+
+def _start_by_torchrun(monkeypatch: pytest.MonkeyPatch, size: int, local: int) -> None:
+    place = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": local, "RANK": size - 1, "LOCAL_RANK": local - 1}
+    more = {"GROUP_RANK": size // local - 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, value in {**place, **more}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize(("size", "local", "nodes"), [(4, 2, 2), (2, 2, 1), (2, 1, 2), (1, 1, 1)])
+def test_the_world_is_the_one_that_was_started(
+    monkeypatch: pytest.MonkeyPatch, size: int, local: int, nodes: int
+) -> None:
+    """What no argument says is what torchrun started; of several ranks, on one node or more, each meets the others."""
+    _start_by_torchrun(monkeypatch, size, local)
+    monkeypatch.setattr("sys.argv", ["fabric-core", "doctor", "--accelerator", "cpu"])
+    met, alone = list[Job](), list[Job]()
+
+    def meet_others(job: Job, _launcher: Any) -> bool:
+        met.append(job)
+        return True
+
+    def examine_node(job: Job) -> dict[str, list[dict[str, Any]]]:
+        alone.append(job)
+        return {}
+
+    monkeypatch.setattr(_cluster, "meet_others", meet_others)
+    monkeypatch.setattr(_cluster, "examine_node", examine_node)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    (job,) = met or alone
+    plan = job.assembly.chosen.plan
+    assert (len(met), len(alone)) == (int(size > 1), int(size == 1))
+    assert (plan.world_size, plan.num_nodes, job.info.global_rank) == (size, nodes, size - 1)
+    assert job.ranks[size - 1]["plan_error"] is None
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_what_is_wrong_with_the_plan_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, started: bool
+) -> None:
+    """At once where nothing started this process; else as what is known of its rank, which the others are told."""
+    if started:
+        _start_by_torchrun(monkeypatch, 2, 2)
+    monkeypatch.setattr(_cluster, "meet_others", lambda job, _: job.say())
+    monkeypatch.setattr(_cluster, "examine_node", lambda _: {})
+    for strategy, code in (("ddp" if started else "single_device", 0), ("dpp", 1 if started else 2)):
+        asked = ("--accelerator", "cpu", "--devices", "2" if started else "1", "--strategy", strategy)
+        monkeypatch.setattr("sys.argv", ["fabric-core", "doctor", *asked])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == code
+        out, err = capsys.readouterr()
+        assert ("no plan can be made: there is no strategy 'dpp'" in out) == (code == 1)
+        assert ("there is no strategy 'dpp'" in err) == (code == 2)
 
 
 def test_who_is_behind_is_named_with_what_it_did_last() -> None:
