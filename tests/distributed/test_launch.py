@@ -1,6 +1,7 @@
 """``fabric.launch()`` in real scripts: ranks are started, joined, and ended."""
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -344,13 +345,14 @@ def _fail_on_one(fabric: Fabric) -> None:
 
 @pytest.mark.slow
 def test_function_returns_the_result_of_rank_zero_however_large() -> None:
-    """A result larger than any pipe comes back; environment, signal handlers and this object stay as they were."""
-    before = dict(os.environ), signal.getsignal(signal.SIGTERM)
+    """A result larger than any pipe comes back; environment, signal handlers and PyTorch's logs stay as they were."""
+    logger = logging.getLogger("torch.multiprocessing.spawn")  # which is silent meanwhile
+    before = dict(os.environ), signal.getsignal(signal.SIGTERM), logger.level
     fabric = Fabric(accelerator="cpu", strategy="ddp:start_method=forkserver", devices=2)
     result = fabric.launch(_large, megabytes=64)
     assert result.shape == (64, 2**18)
     assert (result == 2).all()
-    assert (dict(os.environ), signal.getsignal(signal.SIGTERM)) == before
+    assert (dict(os.environ), signal.getsignal(signal.SIGTERM), logger.level) == before
 
 
 @pytest.mark.slow
