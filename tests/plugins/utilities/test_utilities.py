@@ -6,7 +6,7 @@ import pickle
 import socket
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -235,6 +235,27 @@ def test_a_default_group_that_was_made_is_destroyed() -> None:
         assert not own.is_initialized()
         with pytest.raises(RuntimeError, match="no group to destroy"):
             own.teardown()
+
+
+class _Asked(TorchCollective):
+    """Writes down what it would make a default group with."""
+
+    asked: ClassVar[list[Any]] = []
+
+    @classmethod
+    def is_initialized(cls) -> bool:
+        return False
+
+    @classmethod
+    def init_group(cls, **kwargs: Any) -> None:
+        cls.asked.append(kwargs.get("init_method"))
+
+
+def test_where_rank_0_listens_is_given_or_in_the_variables() -> None:
+    """What isn't given beside the other has a default."""
+    for given in ({}, {"main_address": "host"}, {"main_port": "7"}, {"main_address": "host", "main_port": "7"}):
+        _Asked().setup(**given)
+    assert _Asked.asked == [None, "tcp://host:12910", "tcp://127.0.0.1:7", "tcp://host:7"]
 
 
 def test_one_process_shares_with_itself(tmp_path: Path) -> None:
