@@ -1,6 +1,7 @@
 """The collectives of a user and those of gradients never meet: an order that differs between ranks is an error."""
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -55,3 +56,27 @@ def test_the_mean_of_whole_numbers_is_no_whole_number(two_ranks: RankPool) -> No
     for mean, sent in two_ranks.run(_in_between, "ddp"):
         assert mean == [0.5, 3.0]
         assert sent == 4.0
+
+
+def _reduced(operations: list[str]) -> list[Any]:
+    with Fabric(accelerator="cpu", strategy="ddp", devices=2) as fabric:
+        fabric.launch()
+        rank = fabric.global_rank
+        given = [
+            torch.tensor([rank + 2.0, -rank]),
+            torch.tensor([rank + 2], dtype=torch.int16),
+            torch.tensor([rank > 0]),
+        ]
+        return [fabric.all_reduce(one, reduce_op=how).tolist() for how in operations for one in given]
+
+
+def test_each_operation_reduces_over_the_ranks(two_ranks: RankPool) -> None:
+    """Floating-point numbers, 16-bit integers and booleans, of which backends reduce not all."""
+    expected = [
+        [5.0, -1.0], [5], [True],
+        [2.5, -0.5], [2.5], [0.5],
+        [3.0, 0.0], [3], [True],
+        [2.0, -1.0], [2], [False],
+        [6.0, 0.0], [6], [False],
+    ]  # fmt: skip
+    assert two_ranks.run(_reduced, ["sum", "mean", "max", "min", "product"]) == [expected] * 2
