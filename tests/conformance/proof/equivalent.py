@@ -495,6 +495,18 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
         "fabric_plugins.checkpoints._manifest.VERSION: 1 -> 2",
         "fabric_plugins.checkpoints._manifest.encode: 1 -> 2",
     ),
+    "a group's size doesn't change while it lives": (
+        (
+            "fabric_core.collectives.process_group.ProcessGroup.world_size: return dist.get_world_size(self.group) -> "
+            "return self.__dict__.setdefault('_stale_world_size', dist.get_world_size(self.group))"
+        ),
+    ),
+    "bytes carry no gradients": (
+        "fabric_core.collectives.process_group.ProcessGroup.all_gather: tensor.detach() -> tensor",
+    ),
+    "an error has a type just where it has a value": (
+        "fabric_core.collectives.process_group.ProcessGroup.close: 0 -> 1",
+    ),
     "what is sorted comes in that order already": (
         "fabric_plugins.checkpoints.distributed._check_same: sorted(own.items()) -> list(own.items())",
     ),

@@ -189,12 +189,16 @@ def _uneven(bench: Bench, example: cases.Tensors) -> None:
     _check_gather(bench, example)
 
 
-def _gather_gradients(place: Place) -> list[float]:
+def _gather_gradients(place: Place) -> list[list[float]]:
+    """Give the gradients after each of two passes."""
+    found = []
     with place.fabric() as fabric:
-        mine = torch.full((2,), float(place.rank + 1), device=fabric.device, requires_grad=True)
-        parts = fabric.strategy.all_gather(mine, None, True)
-        torch.stack([(index + 1) * one.sum() for index, one in enumerate(parts)]).sum().backward()
-        return [] if mine.grad is None else mine.grad.tolist()
+        for _ in range(2):
+            mine = torch.full((2,), float(place.rank + 1), device=fabric.device, requires_grad=True)
+            parts = fabric.strategy.all_gather(mine, None, True)
+            torch.stack([(index + 1) * one.sum() for index, one in enumerate(parts)]).sum().backward()
+            found.append([] if mine.grad is None else mine.grad.tolist())
+    return found
 
 
 @TABLE.rule(
@@ -208,8 +212,8 @@ def _gradients_flow(bench: Bench) -> None:
     size = bench.world_size
     for rank, got in enumerate(bench.run(_gather_gradients)):
         # Each of `size` ranks computed the same sum, in which this rank's tensor has the factor rank + 1.
-        if got != [float(size * (rank + 1))] * 2:
-            raise Broken(f"rank {rank} has the gradient {got}, and it is {size * (rank + 1)}")
+        if got != [[float(size * (rank + 1))] * 2] * 2:
+            raise Broken(f"rank {rank} has the gradients {got}, and each is {size * (rank + 1)}")
 
 
 def _messages() -> "SearchStrategy[Message]":

@@ -83,6 +83,27 @@ class Lingering(Averaging):
     group_class = _Default
 
 
+class _FromTheFirst(ProcessGroup):
+    def broadcast_tensors(self, tensors: Sequence[torch.Tensor], src: int) -> None:
+        super().broadcast_tensors(tensors, 0)
+
+
+@mutant("fills tensors with the first rank's, whichever is named", "STR-402")
+class Favouring(Averaging):
+    group_class = _FromTheFirst
+
+
+class _Attached(ProcessGroup):
+    def all_reduce(self, tensor: torch.Tensor, group: Any | None, reduce_op: str) -> torch.Tensor:
+        result = super().all_reduce(tensor, group, reduce_op)
+        return result + 0 * tensor if tensor.requires_grad else result
+
+
+@mutant("lets what it reduced hold the graph", "STR-403")
+class Holding(Averaging):
+    group_class = _Attached
+
+
 @mutant("scales what it has filled", "STR-400")
 class Inflating(FSDPStrategy):
     def setup_module(self, module: nn.Module) -> nn.Module:
