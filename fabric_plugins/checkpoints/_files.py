@@ -31,6 +31,7 @@ from fabric_core.errors import CheckpointError
 
 __all__ = [
     "MANIFEST",
+    "START",
     "Aside",
     "begin",
     "begins_as_checkpoint",
@@ -54,6 +55,8 @@ _OURS: Final = re.compile(r"__\d+_\d+\.distcp|model(-\d+-of-\d+)?\.safetensors|m
 
 MANIFEST: Final = "fabric.json"
 """The file that makes a folder a checkpoint; it is written last."""
+START: Final = 512
+"""How many bytes of a file tell what it is: ``torch.save`` puts its name there, which may have 255."""
 
 _numbers = itertools.count()
 _active: set[str] = set()
@@ -244,16 +247,16 @@ def _refuse_foreign(path: Path) -> None:
 
 def _is_checkpoint_file(path: Path) -> bool:
     with open_regular(path) as file:
-        return begins_as_checkpoint(file.read(64))
+        return begins_as_checkpoint(file.read(START))
 
 
 def begins_as_checkpoint(start: bytes) -> bool:
-    """Know a file of ``torch.save`` or of safetensors by its first 64 bytes, damaged or not."""
+    """Know a file of ``torch.save`` or of safetensors by its first bytes, damaged or not."""
     return is_torch_file(start) or start[8:9] == b"{" or start[:2] == b"\x80\x02"
 
 
 def is_torch_file(start: bytes) -> bool:
-    """Know a file of ``torch.save`` by its first 64 bytes."""
+    """Know a file of ``torch.save`` by its first bytes."""
     return start[:4] == b"PK\x03\x04" and b"/data.pkl" in start
 
 

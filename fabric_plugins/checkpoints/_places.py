@@ -19,6 +19,7 @@ from typing import IO, Any, Final, Protocol
 from fabric_core.errors import CheckpointError, NotInstalledError
 from fabric_plugins.checkpoints._files import (
     MANIFEST,
+    START,
     Aside,
     begin,
     begins_as_checkpoint,
@@ -273,7 +274,7 @@ def refuse_foreign(url: str) -> None:
         return
     if system.isfile(root):
         with system.open(root, "rb") as file:
-            start = file.read(64)
+            start = file.read(START)
         if not start or begins_as_checkpoint(start):
             return
     raise CheckpointError(

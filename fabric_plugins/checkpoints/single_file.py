@@ -12,7 +12,7 @@ import torch
 from fabric_core.contracts import ABOUT, Checkpoint, CheckpointCapabilities
 from fabric_core.errors import CheckpointError
 from fabric_plugins.checkpoints import _archive
-from fabric_plugins.checkpoints._files import begin, found, is_regular, is_torch_file, reported
+from fabric_plugins.checkpoints._files import START, begin, found, is_regular, is_torch_file, reported
 from fabric_plugins.checkpoints._manifest import VERSION, decode, encode
 from fabric_plugins.checkpoints._places import (
     downloaded,
@@ -28,7 +28,6 @@ from fabric_plugins.checkpoints._plain import check_readable
 __all__ = ["SingleFileCheckpoint"]
 
 _KIND: Final = "single_file"
-_START: Final = 64
 
 
 class SingleFileCheckpoint(Checkpoint):
@@ -113,13 +112,13 @@ def _start_of(path: Any) -> bytes:
     if is_url(path):
         system, root = file_system(path)
         with system.open(root, "rb") as file:
-            start: bytes = file.read(_START)
+            start: bytes = file.read(START)
         return start
     local = found(Path(path))
     if not is_regular(local):
         return b""
     with local.open("rb") as file:
-        return file.read(_START)
+        return file.read(START)
 
 
 def _write(file: IO[bytes], tree: dict[str, Any], about: Any) -> None:

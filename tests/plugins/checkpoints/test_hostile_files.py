@@ -361,6 +361,17 @@ def test_a_name_of_255_bytes_is_saved(tmp_path: Path) -> None:
             assert fabric.load(tmp_path / (form[0] * 255)) == {"value": 1}
 
 
+@pytest.mark.parametrize("length", [1, 25, 26, 252])
+def test_what_torch_save_wrote_is_loaded_and_replaced_whatever_its_name(length: int, tmp_path: Path) -> None:
+    """It writes the file's own name into the beginning of the file."""
+    path = tmp_path / f"{'x' * length}.pt"
+    torch.save({"value": 1}, path)
+    with Fabric(accelerator="cpu", devices=1) as fabric:
+        assert fabric.load(path) == {"value": 1}
+        fabric.save(path, {"value": 2})
+        assert fabric.load(path) == {"value": 2}
+
+
 def test_trusted_files_may_need_code(tmp_path: Path) -> None:
     """With ``weights_only=False`` a pickled object is made, as ``torch.load`` makes it."""
     torch.save({"value": Path("a"), "model": nn.Linear(1, 1).state_dict()}, tmp_path / "file.pt")
