@@ -76,6 +76,11 @@ authors: $(AUTHORS_INSTALLED) $(SITE_INSTALLED) ## Build, install and check the 
 generated: $(INSTALLED) ## Prove the conformance kit: a sample of changes that nobody chose, another each time
 	PYTHONPATH=tests/conformance $(BIN)/python -m proof.generated --sample 60 --minutes 8
 
+.PHONY: mutations
+mutations: $(INSTALLED) ## Prove the tests: find which run which lines, then change a sample of the code, another each time
+	PYTHONPATH=tests/conformance $(BIN)/python -m proof.own --trace
+	PYTHONPATH=tests/conformance $(BIN)/python -m proof.own --sample 30
+
 .PHONY: seeds
 seeds: $(INSTALLED) ## Prove the conformance kit: pairs of mutants and correct variants, over twenty seeds
 	FABRIC_CONFORMANCE_SEEDS=20 $(BIN)/python -m pytest -q --whole tests/conformance/test_mutants.py

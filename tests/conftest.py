@@ -4,7 +4,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, Literal
 
 import pytest
 
@@ -50,15 +50,20 @@ def draw(request: pytest.FixtureRequest) -> random.Random:
     return random.Random(f"{SEED} {request.node.nodeid}")  # noqa: S311 - a choice of tests
 
 
-@pytest.fixture(scope="session")
+def _life(fixture_name: str, config: pytest.Config) -> Literal["session", "module"]:
+    """Ranks stay up for all tests; where lines are traced to tests, for those of one file."""
+    return "module" if config.pluginmanager.has_plugin("proof.tracing") else "session"
+
+
+@pytest.fixture(scope=_life)
 def two_ranks() -> Iterator[RankPool]:
-    """Give two ranks that stay up for the whole session."""
+    """Give two ranks that stay up."""
     with RankPool(2) as pool:
         yield pool
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope=_life)
 def four_ranks() -> Iterator[RankPool]:
-    """Give four ranks that stay up for the whole session."""
+    """Give four ranks that stay up."""
     with RankPool(4) as pool:
         yield pool

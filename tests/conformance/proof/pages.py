@@ -14,6 +14,9 @@ from fabric_core.conformance.rules import RULES
 from proof.equivalent import EQUIVALENT
 from proof.generated import Record, population
 from proof.matrix import MUTANTS, REFERENCES, unproven
+from proof.own import OwnRecord
+from proof.own import population as own_population
+from proof.own_equivalent import EQUIVALENT as OWN_EQUIVALENT
 
 __all__ = ["matrix_page", "pages", "specification_page"]
 
@@ -128,6 +131,40 @@ def survivors_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def own_page() -> str:
+    """Give the page about changes of the project's own code, and which of them its tests don't notice."""
+    record = OwnRecord.load()
+    seen, everyone = record.seen, own_population()
+    killed = sum(test is not None for test in seen.values())
+    lines = [
+        "# What our tests do not notice",
+        "",
+        "The same operators as those that try [the kit](conformance-survivors.md) change one place of the project's",
+        "own code, drawn by chance, and the tests that come by that place are run until one fails. `make mutations`",
+        "finds out which tests come by which lines and judges a sample, another each time; `python -m proof.own --new",
+        "--record --sample N`, with `tests/conformance` on the path, adds to the record from which this page is made.",
+        "The kit itself is left out: its proof is [the matrix](conformance-matrix.md).",
+        "",
+        f"Of some {round(len(everyone), -2):,} changes {len(seen)} were judged: {killed} were noticed,",
+        f"{len(record.equivalent)} make no difference that a test could see, and {len(record.survivors)} survive:",
+        f"{record.score:.1%} of those that are not equivalent were noticed. Most survivors of the first run were given",
+        "tests afterwards (it noticed 132 of 215), so of changes that were not judged yet fewer are noticed.",
+        "",
+        "| package | judged | noticed |",
+        "|---|---|---|",
+    ]
+    packages = {one.key: str(Path(one.path).parent).replace("/", ".") for one in everyone}
+    for package in dict.fromkeys(packages.values()):
+        own = [test for key, test in seen.items() if packages[key] == package]
+        if own:
+            lines.append(f"| `{package}` | {len(own)} | {sum(test is not None for test in own)} |")
+    lines += ["", "## Survivors", ""]
+    lines += [f"- `{_code(key)}`" for key in record.survivors] or ["None."]
+    lines += ["", "## Equivalent", ""]
+    lines += [f"- `{_code(key)}`: {OWN_EQUIVALENT[key]}" for key in record.equivalent] or ["None was listed yet."]
+    return "\n".join(lines) + "\n"
+
+
 def _code(text: str) -> str:
     return text.replace("`", "'").replace("|", "\\|")
 
@@ -138,6 +175,7 @@ def pages() -> dict[str, str]:
         "reference/conformance-rules.md": specification_page(),
         "reference/conformance-matrix.md": matrix_page(),
         "reference/conformance-survivors.md": survivors_page(),
+        "reference/test-survivors.md": own_page(),
     }
 
 
