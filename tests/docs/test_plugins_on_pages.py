@@ -1,6 +1,7 @@
 """Every plugin that a page defines keeps the rules of its kind."""
 
 import ast
+import os
 import symtable
 import sys
 from collections.abc import Iterator, Sequence
@@ -96,6 +97,8 @@ def test_a_plugin_on_a_page_keeps_every_rule(one: Defined, tmp_path: Path, monke
     module = f"page_{Path(one.page).stem.replace('-', '_')}_{one.name.lower()}"
     (tmp_path / f"{module}.py").write_text(one.code + "\n")
     monkeypatch.syspath_prepend(tmp_path)
+    # New processes find it too, as what is installed.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))))
     report = run_rules(Subject.of(one.kind, f"{module}:{one.name}"))
     sys.modules.pop(module, None)
     assert report.passed, "\n\n".join(verdict.message for verdict in report.failures)
