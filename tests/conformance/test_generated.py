@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from proof.generated import RECORD, TARGETS, Record, Target, judged, population, unchanged
+from proof.generated import TARGETS, Target, judged, population, record, unchanged
 from proof.operators import changes
 
 SEED = os.environ["FABRIC_SAMPLE_SEED"]
@@ -69,7 +69,7 @@ def test_copies_import_copies(target: Target, tmp_path: Path, monkeypatch: pytes
 CHEAP = ("precision", "checkpoint", "logger", "accelerator")
 """Kinds whose rules take seconds; `make generated` judges all kinds."""
 
-KNOWN = Record.load().seen if RECORD.exists() else {}
+KNOWN = record().seen
 SAMPLE = sorted(one.key for one in population() if one.target.kind in CHEAP and KNOWN.get(one.key) is not None)
 random.Random(SEED).shuffle(SAMPLE)  # noqa: S311 - a choice of tests
 

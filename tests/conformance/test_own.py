@@ -5,7 +5,7 @@ import os
 import random
 
 import pytest
-from proof.own import Own, OwnRecord, population
+from proof.own import Own, population, record
 from proof.own_equivalent import EQUIVALENT
 
 SAMPLE = random.Random(os.environ["FABRIC_SAMPLE_SEED"]).sample(population(), 20)  # noqa: S311 - a choice of tests
@@ -25,7 +25,7 @@ def test_a_change_is_one_place(one: Own) -> None:
 
 def test_enough_were_judged_and_most_were_noticed() -> None:
     """Two hundred at least, of which the tests noticed 95 in a hundred; what is called equivalent was not noticed."""
-    record = OwnRecord.load()
-    assert len(record.seen) >= 200
-    assert record.score >= 0.95
-    assert set(record.equivalent) == set(EQUIVALENT)
+    kept = record()
+    assert len(kept.seen) >= 200
+    assert kept.score >= 0.95
+    assert set(kept.equivalent) == set(EQUIVALENT)

@@ -10,9 +10,7 @@ import ast
 import contextlib
 import hashlib
 import io
-import json
 import multiprocessing
-import random
 import shutil
 import sys
 import tempfile
@@ -35,8 +33,9 @@ from fabric_core.conformance.runner import judge
 from fabric_core.conformance.subject import Subject
 from proof.equivalent import EQUIVALENT
 from proof.operators import Change, changes
+from proof.record import Record, add_choices
 
-__all__ = ["RECORD", "TARGETS", "Generated", "Record", "Target", "judged", "population", "unchanged"]
+__all__ = ["RECORD", "TARGETS", "Generated", "Target", "judged", "population", "record", "unchanged"]
 
 RECORD: Final = Path(__file__).with_name("generated.json")
 """What was seen of every change that was ever judged: the rule that noticed it, or ``null``."""
@@ -300,57 +299,9 @@ def _work(index: int) -> tuple[str, str | None, float]:
     return one.key, rule, seconds
 
 
-@dataclass
-class Record:
-    """What was seen so far.
-
-    Args:
-        seen: For each change's key the rule that noticed it, or ``None``.
-    """
-
-    seen: dict[str, str | None]
-
-    @classmethod
-    def load(cls) -> "Record":
-        """Read the record; without those whose place is gone from the sources."""
-        there = {one.key for one in population()}
-        stored = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-        return cls({key: rule for key, rule in stored.items() if key in there})
-
-    def save(self) -> None:
-        """Write the record."""
-        RECORD.write_text(json.dumps(self.seen, indent=0, sort_keys=True) + "\n", encoding="utf-8")
-
-    @property
-    def survivors(self) -> list[str]:
-        """The changes that no rule noticed, and that somebody could have noticed."""
-        return sorted(key for key, rule in self.seen.items() if rule is None and key not in EQUIVALENT)
-
-    @property
-    def equivalent(self) -> list[str]:
-        """The changes that no rule noticed, and that change nothing that anybody could notice."""
-        return sorted(key for key, rule in self.seen.items() if rule is None and key in EQUIVALENT)
-
-    @property
-    def score(self) -> float:
-        """The part of those that aren't equivalent that a rule noticed."""
-        killed = sum(rule is not None for rule in self.seen.values())
-        return killed / max(1, killed + len(self.survivors))
-
-
-def _chosen(given: argparse.Namespace, record: Record) -> list[int]:
-    everyone = population()
-    indices = list(range(len(everyone)))
-    if given.only:
-        indices = [index for index in indices if any(text in everyone[index].key for text in given.only)]
-    if given.survivors:
-        indices = [index for index in indices if everyone[index].key in record.survivors]
-    if given.new:
-        indices = [index for index in indices if everyone[index].key not in record.seen]
-    if given.sample is not None:
-        random.Random(given.seed).shuffle(indices)  # noqa: S311 - a choice of tests
-        indices = indices[: given.sample]
-    return indices
+def record() -> Record:
+    """Read what was seen of every change."""
+    return Record(RECORD, [one.key for one in population()], EQUIVALENT)
 
 
 def _run(indices: Sequence[int], workers: int) -> Iterator[tuple[str, str | None, float]]:
@@ -362,23 +313,15 @@ def _run(indices: Sequence[int], workers: int) -> Iterator[tuple[str, str | None
 def main(arguments: Sequence[str] | None = None) -> int:
     """Judge; the exit code is 1 where one survives that is not listed as equivalent, nor known to survive."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sample", type=int, help="how many to judge; all by default")
-    parser.add_argument(
-        "--seed", type=int, default=int(time.time()), help="of the sample; another each time by default"
-    )
-    parser.add_argument("--only", nargs="*", help="those whose key holds one of these texts")
-    parser.add_argument("--new", action="store_true", help="those that were never judged")
     parser.add_argument("--unchanged", action="store_true", help="the copies with no change, which all rules keep")
-    parser.add_argument("--survivors", action="store_true", help="those that survived")
     parser.add_argument("--minutes", type=float, help="stop after so long")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--record", action="store_true", help="add what is seen to the record")
+    add_choices(parser)
     given = parser.parse_args(arguments)
     if given.unchanged:
         return _judge_unchanged(given.workers)
-    record = Record.load()
-    known = set(record.survivors)
-    chosen = _chosen(given, record)
+    kept = record()
+    known = set(kept.survivors)
+    chosen = kept.choose(given)
     deadline = time.monotonic() + (given.minutes * 60 if given.minutes else float("inf"))
     sys.stdout.write(f"{len(chosen)} of {len(population())} changes, seed {given.seed}\n")
     killed = 0
@@ -389,16 +332,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         killed += rule is not None
         if rule is None and key not in EQUIVALENT and key not in known:
             fresh.append(key)
-        record.seen[key] = rule
+        kept.seen[key] = rule
         sys.stdout.write(f"{rule or 'SURVIVES':9} {seconds:5.1f} s  {key}\n")
         sys.stdout.flush()
         if given.record and count % 10 == 0:
-            record.save()
+            kept.save()
         if time.monotonic() > deadline:
             break
     if given.record:
-        record.save()
-    sys.stdout.write(f"{killed} of {count} noticed, {len(fresh)} new survivors; score so far {record.score:.1%}\n")
+        kept.save()
+    sys.stdout.write(f"{killed} of {count} noticed, {len(fresh)} new survivors; score so far {kept.score:.1%}\n")
     return 1 if fresh else 0
 
 

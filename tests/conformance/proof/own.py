@@ -13,7 +13,6 @@ import argparse
 import ast
 import json
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -31,8 +30,9 @@ from typing import Final
 
 from proof.operators import Change, changes
 from proof.own_equivalent import EQUIVALENT
+from proof.record import Record, add_choices
 
-__all__ = ["RECORD", "Own", "OwnRecord", "population"]
+__all__ = ["RECORD", "Own", "population", "record"]
 
 RECORD: Final = Path(__file__).with_name("own.json")
 """What was seen of every change that was judged: the test that failed, or ``null``."""
@@ -276,56 +276,9 @@ class _Copies:
             copy.close()
 
 
-@dataclass
-class OwnRecord:
-    """What was seen so far.
-
-    Args:
-        seen: For each change's key the test that failed, or ``None``.
-    """
-
-    seen: dict[str, str | None]
-
-    @classmethod
-    def load(cls) -> "OwnRecord":
-        """Read the record; without those whose place is gone from the sources."""
-        there = {one.key for one in population()}
-        stored = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-        return cls({key: test for key, test in stored.items() if key in there})
-
-    def save(self) -> None:
-        """Write the record."""
-        RECORD.write_text(json.dumps(self.seen, indent=0, sort_keys=True) + "\n", encoding="utf-8")
-
-    @property
-    def survivors(self) -> list[str]:
-        """The changes that no test noticed, and that one could."""
-        return sorted(key for key, test in self.seen.items() if test is None and key not in EQUIVALENT)
-
-    @property
-    def equivalent(self) -> list[str]:
-        """The changes that no test noticed, and that none could."""
-        return sorted(key for key, test in self.seen.items() if test is None and key in EQUIVALENT)
-
-    @property
-    def score(self) -> float:
-        """The part of those that aren't equivalent that a test noticed."""
-        killed = sum(test is not None for test in self.seen.values())
-        return killed / max(1, killed + len(self.survivors))
-
-
-def _chosen(given: argparse.Namespace, record: OwnRecord) -> list[Own]:
-    chosen = list(population())
-    if given.only:
-        chosen = [one for one in chosen if any(text in one.key for text in given.only)]
-    if given.survivors:
-        chosen = [one for one in chosen if one.key in record.survivors]
-    if given.new:
-        chosen = [one for one in chosen if one.key not in record.seen]
-    if given.sample is not None:
-        random.Random(given.seed).shuffle(chosen)  # noqa: S311 - a choice of changes
-        chosen = chosen[: given.sample]
-    return chosen
+def record() -> Record:
+    """Read what was seen of every change."""
+    return Record(RECORD, [one.key for one in population()], EQUIVALENT)
 
 
 def _run(given: argparse.Namespace, chosen: Sequence[Own]) -> Iterator[tuple[Own, str | None, float, int]]:
@@ -346,32 +299,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Judge; the exit code is 1 where one survives that isn't listed as equivalent, nor known to survive."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trace", action="store_true", help="run the tests under coverage first; then no judging")
-    parser.add_argument("--sample", type=int, help="how many to judge; all by default")
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the sample; another by default")
-    parser.add_argument("--only", nargs="*", help="those whose key holds one of these texts")
-    parser.add_argument("--new", action="store_true", help="those that were never judged")
-    parser.add_argument("--survivors", action="store_true", help="those that survived")
     parser.add_argument("--tests", nargs="*", default=[], help="run these, not those that come by the place")
     parser.add_argument("--seconds", type=float, default=60.0, help="of tests, as traced, for one change")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--record", action="store_true", help="add what is seen to the record")
+    add_choices(parser)
     given = parser.parse_args(arguments)
     if given.trace:
         return _trace(given.tests)
-    record = OwnRecord.load()
-    known = set(record.survivors)
-    chosen = _chosen(given, record)
+    kept = record()
+    known = set(kept.survivors)
+    chosen = [population()[index] for index in kept.choose(given)]
     sys.stdout.write(f"{len(chosen)} of {len(population())} changes, seed {given.seed}\n")
     fresh = 0
     for one, test, seconds, count in _run(given, chosen):
         fresh += test is None and one.key not in EQUIVALENT and one.key not in known
-        record.seen[one.key] = test
+        kept.seen[one.key] = test
         sys.stdout.write(f"{'killed' if test else 'SURVIVES'} {seconds:5.1f} s {count:4} tests  {one.key}\n")
         sys.stdout.write(f"    {test}\n" if test else "")
         sys.stdout.flush()
         if given.record:
-            record.save()
-    sys.stdout.write(f"{fresh} new survivors; score so far {record.score:.1%}\n")
+            kept.save()
+    sys.stdout.write(f"{fresh} new survivors; score so far {kept.score:.1%}\n")
     return 1 if fresh else 0
 
 

@@ -4,7 +4,7 @@
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -12,11 +12,12 @@ from fabric_core.conformance.report import profile_of
 from fabric_core.conformance.rule import Level, Rule
 from fabric_core.conformance.rules import RULES
 from proof.equivalent import EQUIVALENT
-from proof.generated import Record, population
+from proof.generated import population, record
 from proof.matrix import MUTANTS, REFERENCES, unproven
-from proof.own import OwnRecord
 from proof.own import population as own_population
+from proof.own import record as own_record
 from proof.own_equivalent import EQUIVALENT as OWN_EQUIVALENT
+from proof.record import Record
 
 __all__ = ["matrix_page", "pages", "specification_page"]
 
@@ -99,9 +100,7 @@ def _linked(rules: frozenset[str]) -> str:
 
 def survivors_page() -> str:
     """Give the page about changes that nobody chose, and which of them no rule notices."""
-    record = Record.load()
-    seen, everyone = record.seen, population()
-    killed = sum(rule is not None for rule in seen.values())
+    kept, everyone = record(), population()
     lines = [
         "# What the kit does not notice",
         "",
@@ -112,30 +111,25 @@ def survivors_page() -> str:
         "`python -m proof.generated --new --record`, with `tests/conformance` on the path, adds to the record from",
         "which this page is made.",
         "",
-        f"Of some {round(len(everyone), -2):,} changes {len(seen)} were judged: {killed} were noticed,",
-        f"{len(record.equivalent)} make no difference that anybody could see, and {len(record.survivors)} survive:",
-        f"{record.score:.1%} of those that are not equivalent were noticed.",
+        f"Of some {round(len(everyone), -2):,} changes {len(kept.seen)} were judged: {kept.noticed} were noticed,",
+        f"{len(kept.equivalent)} make no difference that anybody could see, and {len(kept.survivors)} survive:",
+        f"{kept.score:.1%} of those that are not equivalent were noticed.",
         "",
         "| changed module | judged | noticed |",
         "|---|---|---|",
     ]
     modules = {one.key: one.module for one in everyone}
-    for module in dict.fromkeys(modules.values()):
-        own = [rule for key, rule in seen.items() if modules[key] == module]
-        if own:
-            lines.append(f"| `{module}` | {len(own)} | {sum(rule is not None for rule in own)} |")
+    lines += _rows(kept, modules)
     lines += ["", "## Survivors", "", "Each is a gap of the rules, or was not looked at yet.", ""]
-    lines += [f"- `{_code(key)}`" for key in record.survivors] or ["None."]
+    lines += [f"- `{_code(key)}`" for key in kept.survivors] or ["None."]
     lines += ["", "## Equivalent", ""]
-    lines += [f"- `{_code(key)}`: {EQUIVALENT[key]}" for key in record.equivalent] or ["None was listed yet."]
+    lines += [f"- `{_code(key)}`: {EQUIVALENT[key]}" for key in kept.equivalent] or ["None was listed yet."]
     return "\n".join(lines) + "\n"
 
 
 def own_page() -> str:
     """Give the page about changes of the project's own code, and which of them its tests don't notice."""
-    record = OwnRecord.load()
-    seen, everyone = record.seen, own_population()
-    killed = sum(test is not None for test in seen.values())
+    kept, everyone = own_record(), own_population()
     lines = [
         "# What our tests do not notice",
         "",
@@ -145,24 +139,29 @@ def own_page() -> str:
         "--record --sample N`, with `tests/conformance` on the path, adds to the record from which this page is made.",
         "The kit itself is left out: its proof is [the matrix](conformance-matrix.md).",
         "",
-        f"Of some {round(len(everyone), -2):,} changes {len(seen)} were judged: {killed} were noticed,",
-        f"{len(record.equivalent)} make no difference that a test could see, and {len(record.survivors)} survive:",
-        f"{record.score:.1%} of those that are not equivalent were noticed. Most survivors of the first run were given",
+        f"Of some {round(len(everyone), -2):,} changes {len(kept.seen)} were judged: {kept.noticed} were noticed,",
+        f"{len(kept.equivalent)} make no difference that a test could see, and {len(kept.survivors)} survive:",
+        f"{kept.score:.1%} of those that are not equivalent were noticed. Most survivors of the first run were given",
         "tests afterwards (it noticed 132 of 215), so of changes that were not judged yet fewer are noticed.",
         "",
         "| package | judged | noticed |",
         "|---|---|---|",
     ]
     packages = {one.key: str(Path(one.path).parent).replace("/", ".") for one in everyone}
-    for package in dict.fromkeys(packages.values()):
-        own = [test for key, test in seen.items() if packages[key] == package]
-        if own:
-            lines.append(f"| `{package}` | {len(own)} | {sum(test is not None for test in own)} |")
+    lines += _rows(kept, packages)
     lines += ["", "## Survivors", ""]
-    lines += [f"- `{_code(key)}`" for key in record.survivors] or ["None."]
+    lines += [f"- `{_code(key)}`" for key in kept.survivors] or ["None."]
     lines += ["", "## Equivalent", ""]
-    lines += [f"- `{_code(key)}`: {OWN_EQUIVALENT[key]}" for key in record.equivalent] or ["None was listed yet."]
+    lines += [f"- `{_code(key)}`: {OWN_EQUIVALENT[key]}" for key in kept.equivalent] or ["None was listed yet."]
     return "\n".join(lines) + "\n"
+
+
+def _rows(kept: Record, places: Mapping[str, str]) -> Iterator[str]:
+    """Give a table's rows: of each place how many changes were judged, and how many noticed."""
+    for place in dict.fromkeys(places.values()):
+        own = [noticed for key, noticed in kept.seen.items() if places[key] == place]
+        if own:
+            yield f"| `{place}` | {len(own)} | {sum(noticed is not None for noticed in own)} |"
 
 
 def _code(text: str) -> str:
