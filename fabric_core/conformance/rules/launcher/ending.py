@@ -22,6 +22,7 @@ from fabric_core.conformance.rules.launcher.measures import (
     in_new_interpreter,
     refuses,
     start,
+    started,
 )
 from fabric_core.contracts import LaunchOrder
 
@@ -106,6 +107,8 @@ def _fail_beside(place: Place, folder: str) -> list[str]:
     level=Level.SHOULD,
 )
 def _clears(bench: Bench) -> None:
+    if started(bench)[0] == "refused":
+        return
     with folder_of_its_own() as folder:
         left, said = bench.fresh(in_new_interpreter, _fail_beside, str(folder))
     if left:
@@ -184,6 +187,8 @@ def _end_by_signals(place: Place, folder: str, signs: tuple[int, ...], methods: 
     advice="catch both signals, or whatever they raise; end the ranks, wait for them, and raise it on",
 )
 def _is_told_to_end(bench: Bench) -> None:
+    if started(bench)[0] == "refused":
+        return
     signs = (signal.SIGINT, signal.SIGTERM)
     with folder_of_its_own() as folder:  # forking is the fastest
         seen, _ = bench.fresh(in_new_interpreter, _end_by_signals, str(folder), signs, ("fork", None))
@@ -206,6 +211,8 @@ def _is_told_to_end(bench: Bench) -> None:
     level=Level.SHOULD,
 )
 def _is_killed(bench: Bench) -> None:
+    if started(bench)[0] == "refused":
+        return
     with folder_of_its_own() as folder:
         seen, _ = bench.fresh(in_new_interpreter, _end_by_signals, str(folder), (signal.SIGKILL,), (None,))
     code, left = seen[0]

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 
 from fabric_core.conformance import snapshot
-from fabric_core.conformance.bench import Place, folder_of_its_own
+from fabric_core.conformance.bench import Bench, Place, folder_of_its_own
 from fabric_core.conformance.pool import VARIABLES
 from fabric_core.conformance.rule import Broken
 from fabric_core.contracts import Launcher, LaunchOrder, ProcessInfo
@@ -31,6 +31,7 @@ __all__ = [
     "run",
     "set_up_and_undo",
     "start",
+    "started",
 ]
 
 SOON: Final = 12.0
@@ -56,6 +57,29 @@ def start(plugin: Launcher, function: Callable[..., Any] | None, *args: Any, **o
 def refuses(error: BaseException) -> bool:
     """Say whether a launcher refuses by an error, and ran nothing."""
     return isinstance(error, LaunchError) and not isinstance(error, RankFailedError)
+
+
+def _answer(one: int, other: int) -> int:
+    return one + other
+
+
+def _start_somehow(place: Place) -> tuple[str, Any]:
+    alone()
+    outcome: tuple[str, Any] = ("refused", None)
+    for how in ({"processes": 1}, {"processes": 2}, {"processes": 2, "start_method": "fork"}):
+        outcome = start(place.plugin(), _answer, 40, 2, **how)
+        if outcome[0] != "refused":
+            break
+    return outcome
+
+
+def started(bench: Bench) -> tuple[str, Any]:
+    """Give what came of starting a function that returns 42, by the first way that the launcher doesn't refuse.
+
+    Where it is ``refused``, it starts no function at all, and has nothing to end.
+    """
+    outcome: tuple[str, Any] = bench.once(_start_somehow)
+    return outcome
 
 
 def left_behind(before: snapshot.Snapshot) -> list[str]:

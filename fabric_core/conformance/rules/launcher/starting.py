@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,23 +12,26 @@ from fabric_core.conformance import references, snapshot
 from fabric_core.conformance.bench import Bench, Place, folder_of_its_own
 from fabric_core.conformance.pool import RankHang
 from fabric_core.conformance.rule import Broken, Table
-from fabric_core.conformance.rules.launcher.measures import FRESH, alone, left_behind, set_up_and_undo, start
+from fabric_core.conformance.rules.launcher.measures import (
+    FRESH,
+    alone,
+    left_behind,
+    set_up_and_undo,
+    start,
+    started,
+)
 from fabric_core.fabric import Fabric
 
 TABLE: Final = Table("launcher", inside=False)
-
-
-def _answer(one: int, other: int) -> int:
-    return one + other
 
 
 def _fail() -> None:
     raise ZeroDivisionError("the kit's own")
 
 
-def _start_one(place: Place, function: Callable[..., Any], *args: Any) -> tuple[str, Any]:
+def _start_failing(place: Place) -> tuple[str, Any]:
     alone()
-    return start(place.plugin(), function, *args, processes=1)
+    return start(place.plugin(), _fail, processes=1)
 
 
 @TABLE.rule(
@@ -40,7 +42,7 @@ def _start_one(place: Place, function: Callable[..., Any], *args: Any) -> tuple[
     advice="pass order.args on, and return rank 0's result",
 )
 def _returns(bench: Bench) -> None:
-    outcome, result = bench.fresh(_start_one, _answer, 40, 2)
+    outcome, result = started(bench)
     if outcome != "refused" and result != 42:
         raise Broken(f"it gives {result!r}, and the function returned 42")
 
@@ -52,7 +54,7 @@ def _returns(bench: Bench) -> None:
     advice="raise RankFailedError with the rank's traceback",
 )
 def _raises(bench: Bench) -> None:
-    outcome, result = bench.fresh(_start_one, _fail)
+    outcome, result = bench.fresh(_start_failing)
     if outcome == "ran":
         raise Broken(f"it gives {result!r}")
 

@@ -4,7 +4,7 @@ import copy
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Final
 
@@ -37,8 +37,8 @@ TABLE: Final = Table("strategy", inside=False)
 
 _PATIENCE: Final = 2.0
 """How many seconds a collective waits for the other ranks, where the world says so."""
-_AWAY: Final = 6.0
-"""How long a rank stays away, which is longer than they wait."""
+_AWAY: Final = timedelta(seconds=6)
+"""How long a rank stays away at most, which is longer than they wait."""
 
 
 def _nest(place: Place) -> tuple[Weights, float]:
@@ -251,6 +251,7 @@ def _nodes(bench: Bench) -> None:
 
 def _stay_away(place: Place) -> float:
     """Wait for a rank that doesn't come; give the seconds until that was an error, or -1 where it was none."""
+    gave_up, others = place.store(), range(place.world_size - 1)
     strategy = place.plugin()
     world = World(
         global_rank=place.rank,
@@ -267,11 +268,13 @@ def _stay_away(place: Place) -> float:
         collectives.barrier(None)
         begin = time.monotonic()
         if place.rank == place.world_size - 1:
-            time.sleep(_AWAY)
+            with suppress(RuntimeError):  # they wait on
+                gave_up.wait([f"gave up {rank}" for rank in others], _AWAY)
             return 0.0
         try:
             collectives.all_reduce(torch.ones(1), None, "sum")
         except Exception:  # noqa: BLE001 - backends have errors of their own
+            gave_up.set(f"gave up {place.rank}", "")
             return time.monotonic() - begin
         return -1.0
     finally:
@@ -291,7 +294,7 @@ def _times_out(bench: Bench) -> None:
     if bench.device_type != "cpu":
         return
     for rank, seconds in enumerate(bench.run_apart(_stay_away)[:-1]):
-        if not 0 <= seconds < _AWAY - 1:
+        if not 0 <= seconds < _AWAY.total_seconds() - 1:
             came = "never" if seconds < 0 else f"after {seconds:.1f} s"
             raise Broken(f"rank {rank} was told to wait {_PATIENCE:.0f} s, and the error came {came}")
 
