@@ -1,10 +1,12 @@
 """``fabric-core conformance``: whether plugins keep the contract of their kind, from the command line."""
 
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
@@ -14,8 +16,12 @@ from fabric_core.errors import RequestError
 
 if TYPE_CHECKING:
     from fabric_core.conformance import Report, Subject
+    from fabric_core.conformance.runner import Verdict
 
 __all__ = ["conformance"]
+
+_WORKERS: Final = 4
+"""How many plugins are judged at once at most, where nobody says; each takes some 2 GB."""
 
 
 def conformance(
@@ -39,37 +45,41 @@ def conformance(
     report: Annotated[
         Path | None, typer.Option(help="Write JSON here, Markdown and a badge beside it; for one plugin.")
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help=f"How many plugins are judged at once; as many as there are cores by default, up to {_WORKERS}."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Judge plugins by the rules of their kind; exit code 1 where one breaks one, or none could be checked."""
-    from fabric_core.conformance import run_rules
+    from fabric_core.conformance.many import run_many
 
     subjects = [found for plugin in plugins for found in _subjects(plugin)]
     if report is not None and len(subjects) > 1:
         raise RequestError("one report is for one plugin", where="--report", got=f"{len(subjects)} plugins",
                            instead="--json, which prints all reports")  # fmt: skip
-    pools: dict[int, Any] = {}
+    progress = _Progress() if sys.stderr.isatty() else None
+    judged = run_many(
+        [subject for _, subject in subjects],
+        workers=workers or min(os.cpu_count() or 1, _WORKERS),
+        progress=progress,
+        world_sizes=world_size or (1, 2),
+        device=device,
+        expected=dict(map(_expected, xfail or ())),
+        only=rule or None,
+        seed=seed,
+        report=report,
+    )
     results = []
-    try:
-        for shown, subject in subjects:
-            results.append(
-                run_rules(
-                    subject,
-                    world_sizes=world_size or (1, 2),
-                    device=None if subject.kind == "accelerator" and len(subjects) > 1 else device,
-                    expected=dict(map(_expected, xfail or ())),
-                    only=rule or None,
-                    seed=seed,
-                    report=report,
-                    pools=pools,
-                    progress=_Progress(f"{subject.kind} {shown}") if sys.stderr.isatty() else None,
-                )
-            )
+    with contextlib.closing(judged):
+        for (shown, _), result in zip(subjects, judged, strict=True):
+            results.append(result)
+            if progress is not None:
+                progress.clear()
             if not as_json:
-                _print(shown, results[-1])
-    finally:
-        for pool in pools.values():
-            pool.close()
+                _print(shown, result)
     if as_json:
         print_json([result.as_dict() for result in results])
     if not all(result.passed for result in results):
@@ -118,14 +128,18 @@ def _subjects(plugin: str) -> "Iterator[tuple[str, Subject]]":
 class _Progress:
     """Writes over one line of a terminal how far it is, and how long it may still take."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self) -> None:
         self._begin = time.monotonic()
 
-    def __call__(self, verdict: Any, count: int, total: int) -> None:
+    def __call__(self, subject: "Subject", verdict: "Verdict", count: int, total: int) -> None:
         left = (time.monotonic() - self._begin) / count * (total - count)
-        text = f"{self._name}: {count} of {total} rules, {verdict.rule}, some {left:.0f} s left"
-        sys.stderr.write(f"\r{text:<79}" + ("\r" + " " * 79 + "\r" if count == total else ""))
+        text = f"{subject.kind} {subject.name}: {count} of {total} rules, {verdict.rule}, some {left:.0f} s left"
+        sys.stderr.write(f"\r{text:<79}")
+        sys.stderr.flush()
+
+    def clear(self) -> None:
+        """Make room for what is printed."""
+        sys.stderr.write("\r" + " " * 79 + "\r")
         sys.stderr.flush()
 
 

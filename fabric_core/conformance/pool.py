@@ -19,7 +19,7 @@ from torch.distributed import TCPStore
 
 from fabric_core._torch import compiler
 
-__all__ = ["VARIABLES", "RankHang", "RankPool", "RankRaised"]
+__all__ = ["VARIABLES", "RankHang", "RankPool", "RankRaised", "die_with_driver"]
 
 VARIABLES: Final = (
     "RANK",
@@ -36,6 +36,8 @@ VARIABLES: Final = (
 """The environment variables that a rank finds, as under ``torchrun``."""
 
 _ADDRESS: Final = "127.0.0.1"
+_RESOLVER: Final = "timeout:1 attempts:1"
+"""PyTorch asks for the name of each address that it connects to; by default a lost answer takes 5 s."""
 _GRACE: Final = 2.0
 """How many seconds the other ranks have to come to an end after one failed."""
 _DIED: Final = "the process died"
@@ -216,8 +218,8 @@ def _death(process: Any) -> str:
     return f"{_DIED} (exit code {process.exitcode})"
 
 
-def _die_with_driver() -> None:
-    """Let Linux kill this rank when its driver is gone, even one that hangs: it could see no closed pipe."""
+def die_with_driver() -> None:
+    """Let Linux kill this process when its driver is gone, even if it hangs: it could see no closed pipe."""
     driver = multiprocessing.parent_process()
     if sys.platform != "linux" or driver is None:
         return
@@ -232,7 +234,8 @@ def _die_with_driver() -> None:
 
 def _serve(rank: int, world_size: int, port: int, connection: Connection, stacks: Connection, timeout: float) -> None:
     """Run what comes through the pipe until it closes."""
-    _die_with_driver()
+    die_with_driver()
+    os.environ.setdefault("RES_OPTIONS", _RESOLVER)
     values = (rank, rank, 0, world_size, world_size, _ADDRESS, port, "pool", True, 0)
     import torch
 

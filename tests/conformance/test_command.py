@@ -96,9 +96,11 @@ def test_the_time_left_is_what_the_rules_took_so_far(
     """After 12 s for three of four rules: 4 s. A shorter line covers a longer one."""
     clock = iter((100.0, 110.0, 112.0))
     monkeypatch.setattr(_conformance, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    progress = _conformance._Progress("strategy ddp")
-    progress(SimpleNamespace(rule="STR-301"), 1, 4)
-    progress(SimpleNamespace(rule="STR-302"), 3, 4)
+    progress = _conformance._Progress()
+    ddp: Any = SimpleNamespace(kind="strategy", name="ddp")
+    for count, rule in ((1, "STR-301"), (3, "STR-302")):
+        verdict: Any = SimpleNamespace(rule=rule)
+        progress(ddp, verdict, count, 4)
     assert capsys.readouterr().err == (
         f"\r{'strategy ddp: 1 of 4 rules, STR-301, some 30 s left':<79}"
         f"\r{'strategy ddp: 3 of 4 rules, STR-302, some 4 s left':<79}"
