@@ -118,11 +118,15 @@ class Net(nn.Module):
         """A method other than ``forward`` that runs the model."""
         return nn.functional.mse_loss(self.outer(self.features(x)), target)
 
+    def first_loss(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """A method that runs one layer alone, and none that holds others."""
+        return nn.functional.mse_loss(self.inner(x).mean(dim=1, keepdim=True).expand_as(target), target)
+
 
 def build(case: Training, dtype: torch.dtype | None = None) -> Net:
     """Make the model, of the widest type or another; the same one on every rank."""
     state = torch.get_rng_state()
-    torch.manual_seed(case.seed)
+    torch.default_generator.manual_seed(case.seed)  # torch.manual_seed looks for every other device
     model = Net(case).to(dtype or widest())
     torch.set_rng_state(state)
     if case.frozen:

@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -240,6 +241,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, stacks
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is shared with the server that forked this rank: each collection would look at it, and copy it
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
             function, args = pickle.loads(connection.recv_bytes())  # noqa: S301 - from our own driver

@@ -176,10 +176,11 @@ def restored() -> Iterator[None]:
         for device_type in _DEVICES:
             torch.set_autocast_enabled(device_type, False)
         os.chdir(folder)
-        for name in set(os.environ) - set(environment):
-            del os.environ[name]
-        os.environ.update(environment)
+        if dict(os.environ) != environment:
+            os.environ.clear()
+            os.environ.update(environment)
         sys.stdout, sys.stderr = streams
         sys.excepthook, threading.excepthook = hooks
         logging.getLogger().handlers[:] = handlers
-        logging.getLogger().setLevel(level)
+        if logging.getLogger().level != level:
+            logging.getLogger().setLevel(level)

@@ -20,7 +20,7 @@ class Branching(nn.Module):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         self.left = nn.Linear(3, 2, dtype=widest())
         self.right = nn.Linear(3, 2, dtype=widest())
 
@@ -182,7 +182,7 @@ COARSE: Final = {"parameters of two types": 1e-5, "parameters in float16": 2e-2,
 def make(name: str, seed: int = 0) -> nn.Module:
     """Make a model; the same one on every rank, and no random number is drawn from the process's generator."""
     state = torch.get_rng_state()
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     model = ZOO[name]()
     torch.set_rng_state(state)
     return model

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import multiprocessing
+import os
 import random
 import sys
 import time
@@ -83,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the matrix; the exit code is 1 where it isn't exact."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", help="mutants' names, or module:Class")
-    parser.add_argument("--workers", type=int, default=2)
+    # Ranks wait for each other about half of the time.
+    parser.add_argument("--workers", type=int, default=2 * (os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, help="write the rules that each mutant fails, as JSON")
     parser.add_argument("--accept", action="store_true", help="write what is seen as the rows that are expected")
     parser.add_argument("--sample", type=int, help="how many mutants, drawn anew each time; all by default")

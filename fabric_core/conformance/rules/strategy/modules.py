@@ -235,9 +235,9 @@ def _marked(bench: Bench, case: Training) -> None:
     check_training(bench, case, How(method="training_loss"))
 
 
-def _unmarked(place: Place) -> str:
+def _unmarked(place: Place, method: str) -> str:
     try:
-        train(place, Training(steps=1), How(method="training_loss", marked=False))
+        train(place, Training(steps=1), How(method=method, marked=False))
     except MisuseError as error:
         return f"refused: {error.what}"
     return "ran"
@@ -252,9 +252,10 @@ def _unmarked(place: Place) -> str:
     world_sizes=ALWAYS,
 )
 def _refuses_unmarked(bench: Bench) -> None:
-    for rank, outcome in enumerate(bench.run(_unmarked)):
-        if not outcome.startswith("refused"):
-            raise Broken(f"rank {rank}: the method {outcome}")
+    for method in ("training_loss", "first_loss"):
+        for rank, outcome in enumerate(bench.run(_unmarked, method)):
+            if not outcome.startswith("refused"):
+                raise Broken(f"rank {rank}: the method {method} {outcome}")
 
 
 @TABLE.rule(
