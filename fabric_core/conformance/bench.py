@@ -296,15 +296,15 @@ class Place:
             group.shutdown()
 
     @contextmanager
-    def fabric(self, *, nodes: int = 1, watched: bool = False, **parts: Plugin) -> Iterator[Fabric]:
+    def fabric(self, *, nodes: int = 1, extension: object | None = None, **parts: Plugin) -> Iterator[Fabric]:
         """Build a ``Fabric`` and launch it; torn down at the end.
 
         Args:
             nodes: On how many nodes the ranks are, equally many on each.
-            watched: Watch how long ranks wait, as scripts do that don't ask for it; that wraps the plugin's collectives.
+            extension: What goes round behaviours; there is nothing of the core's own.
             parts: Plugins by their kind, in the place of the kit's references.
         """
-        fabric = self.unlaunched(nodes=nodes, watched=watched, **parts)
+        fabric = self.unlaunched(nodes=nodes, extension=extension, **parts)
         with fabric:
             fabric.launch()
             self._meet()
@@ -326,7 +326,7 @@ class Place:
 
         return dist.PrefixStore("kit/given", _store(int(os.environ["MASTER_PORT"])))
 
-    def unlaunched(self, *, nodes: int = 1, watched: bool = False, **parts: Plugin) -> Fabric:
+    def unlaunched(self, *, nodes: int = 1, extension: object | None = None, **parts: Plugin) -> Fabric:
         """Build a ``Fabric``."""
         from fabric_core.conformance import references as kit
 
@@ -338,10 +338,14 @@ class Place:
             precision=parts.pop("precision", None) or kit.Full(),
             devices=self.world_size // nodes,
             num_nodes=nodes,
-            warn_after=30 if watched else None,
+            warn_after=None,
             wrappers=None if wrapper is None else [wrapper],
             loggers=None if logger is None else [logger],
-            plugins=[parts.pop("launcher", None) or kit.Surroundings(), parts.pop("checkpoint", None) or kit.OneFile()],
+            plugins=[
+                parts.pop("launcher", None) or kit.Surroundings(),
+                parts.pop("checkpoint", None) or kit.OneFile(),
+                *([] if extension is None else [extension]),
+            ],
         )
 
 

@@ -1,10 +1,12 @@
 """Wrong plugins for the rules of the kit's second edition."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -318,3 +320,16 @@ class Credulous(Surroundings):
         if "PMI_RANK" in environment:
             return ProcessInfo(global_rank=int(environment["PMI_RANK"]))
         return super().detect(environment)
+
+
+class _Unheard(ProcessGroup):
+    """Finds its methods past the instance, where extensions put theirs."""
+
+    def __getattribute__(self, name: str) -> Any:
+        found = inspect.getattr_static(type(self), name, None)
+        return found.__get__(self) if isinstance(found, FunctionType) else super().__getattribute__(name)
+
+
+@mutant("gives collectives that no extension can go round", "STR-404")
+class Unheard(Averaging):
+    group_class = _Unheard
