@@ -95,10 +95,9 @@ class Strategy(Plugin, ABC):
         Returns:
             The collectives that the strategy's own communication travels on, such as ``ProcessGroup(world)``, or
             ``SingleProcess()``. The core closes them when the ``Fabric`` ends, also where this method raised after it
-            had made them, and forks them for everything else (``collectives``). Both are objects of this ``Fabric``
-            alone, on which extensions are bound. A process group that several share is ended by the last of those that
-            made or joined it through ``ProcessGroup``; one that was there before, made by the script, is ended by the
-            script.
+            had made them, and forks them for everything else (``collectives``); extensions are bound on both, so they
+            are this ``Fabric``'s alone. A process group that several share is ended by the last of those that made or
+            joined it through ``ProcessGroup``; one that was there before, made by the script, by the script.
         """
 
     @behaviour
