@@ -83,7 +83,7 @@ mutations: $(INSTALLED) ## Prove the tests: find which run which lines, then cha
 
 .PHONY: seeds
 seeds: $(INSTALLED) ## Prove the conformance kit: pairs of mutants and correct variants, over twenty seeds
-	FABRIC_CONFORMANCE_SEEDS=20 $(BIN)/python -m pytest -q --whole tests/conformance/test_mutants.py
+	FABRIC_CONFORMANCE_SEEDS=20 $(BIN)/python -m pytest -q --whole tests/conformance/test_mutants.py tests/conformance/test_right.py
 
 .PHONY: bench
 bench: $(BENCH_INSTALLED) ## Compare speed with plain PyTorch and with the peers
