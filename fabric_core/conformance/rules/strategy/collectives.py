@@ -1,12 +1,10 @@
 """Rules for strategies: what the ranks exchange."""
 
 import time
-from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from fabric_core.binding import around
 from fabric_core.conformance import cases
 from fabric_core.conformance.bench import Bench, Place
 from fabric_core.conformance.cases import Message
@@ -378,65 +376,3 @@ def _joins(bench: Bench) -> None:
 def _one_process(bench: Bench) -> None:
     if bench.declared["max_world_size"] != 1:
         raise Broken(f"max_world_size is {bench.declared['max_world_size']}")
-
-
-class _Listener:
-    """Hears which collectives are called."""
-
-    def __init__(self) -> None:
-        self.heard: list[str] = []
-
-    @around.collectives
-    def all_reduce(self) -> Generator[None, Any, Any]:
-        self.heard.append("all_reduce")
-        return (yield)
-
-    @around.collectives
-    def all_gather(self) -> Generator[None, Any, Any]:
-        self.heard.append("all_gather")
-        return (yield)
-
-    @around.collectives
-    def broadcast(self) -> Generator[None, Any, Any]:
-        self.heard.append("broadcast")
-        return (yield)
-
-    @around.collectives
-    def barrier(self) -> Generator[None, Any, Any]:
-        self.heard.append("barrier")
-        return (yield)
-
-
-def _listen(place: Place) -> list[tuple[list[str], list[float]]]:
-    """Call each collective of two that live at once; give what their extensions heard, and what came of it."""
-    listeners = _Listener(), _Listener()
-    seen = []
-    with place.fabric(extension=listeners[0]) as one, place.fabric(extension=listeners[1]) as other:
-        for fabric, listener in ((one, listeners[0]), (other, listeners[1])):
-            listener.heard.clear()
-            tensor = torch.full((1,), float(place.rank), device=fabric.device)
-            total = fabric.all_reduce(tensor, reduce_op="sum").item()
-            rows = fabric.all_gather(tensor).flatten().tolist()
-            last = fabric.broadcast(float(place.rank), src=place.world_size - 1)
-            fabric.barrier()
-            seen.append((listener.heard, [total, *rows, last]))
-    return seen
-
-
-@TABLE.rule(
-    "STR-404",
-    "Extensions go round each collective, of each of two that live at once, and what comes of it is the same.",
-    reason="Whoever traces, checks or watches a training does it by them; Fabric's own `warn_after` is one.",
-    advice="give new collectives from connect and from fork, whose methods are looked up on the instance",
-    needs=("distributed",),
-    world_sizes=SEVERAL,
-)
-def _extended(bench: Bench) -> None:
-    ranks = [float(rank) for rank in range(bench.world_size)]
-    for rank, fabrics in enumerate(bench.run(_listen)):
-        for heard, values in fabrics:
-            missing = {"all_reduce", "all_gather", "broadcast", "barrier"} - set(heard)
-            if missing:
-                raise Broken(f"on rank {rank} an extension does not hear {', '.join(sorted(missing))}")
-            if values != [sum(ranks), *ranks, ranks[-1]]:
-                raise Broken(f"on rank {rank}, with an extension, the ranks' numbers add and come as {values}")
