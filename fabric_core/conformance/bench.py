@@ -58,7 +58,7 @@ class Bench:
         self._pools: dict[int, RankPool] = {} if pools is None else pools
         self._shared = pools is not None
         self._looked: tuple[dict[str, Any], str | None, torch.dtype] | Exception | None = None
-        self._known: dict[Callable[..., Any], Any] = {}
+        self._known: dict[Callable[..., Any], tuple[Any, Exception | None]] = {}
 
     @property
     def declared(self) -> dict[str, Any]:
@@ -138,10 +138,16 @@ class Bench:
             return _run(pool, self._new_place(), function, args)[0]
 
     def once(self, function: Callable[..., Any]) -> Any:
-        """Give what ``fresh(function)`` gave when it was first asked: what several rules want to know."""
+        """Give what ``fresh(function)`` gave, or raised, when it was first asked: what several rules want to know."""
         if function not in self._known:
-            self._known[function] = self.fresh(function)
-        return self._known[function]
+            try:
+                self._known[function] = self.fresh(function), None
+            except (Broken, RankHang) as error:
+                self._known[function] = None, error
+        value, failure = self._known[function]
+        if failure is not None:
+            raise failure
+        return value
 
     def check(self, check: Callable[..., None], *example: Any) -> None:
         """Run a check at a bench inside a rank.

@@ -135,8 +135,8 @@ class RankPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        # Optimizers import it when they first step: a second for each rank of each pool.
-        context.set_forkserver_preload(["torch", compiler(), "fabric_core.fabric", "fabric_core.conformance"])
+        # Otherwise each rank of each pool would import them: the compiler when an optimizer first steps, a second.
+        context.set_forkserver_preload(["torch", compiler(), "fabric_core.fabric", "fabric_core.conformance.rules"])
         # An IPv4 socket of our own: on a dual one PyTorch looks up the name of each mapped address that connects, and
         # a resolver that doesn't know it may take seconds.
         listener = socket.create_server((_ADDRESS, 0), backlog=128)

@@ -15,14 +15,13 @@ from typing import Any, Final
 from fabric_core.conformance.bench import Bench, Place, folder_of_its_own
 from fabric_core.conformance.rule import Broken, Level, Table
 from fabric_core.conformance.rules.launcher.measures import (
-    FRESH,
     SOON,
     alone,
     end_with_parent,
     in_new_interpreter,
     refuses,
     start,
-    started,
+    two_ranks,
 )
 from fabric_core.contracts import LaunchOrder
 
@@ -107,7 +106,7 @@ def _fail_beside(place: Place, folder: str) -> list[str]:
     level=Level.SHOULD,
 )
 def _clears(bench: Bench) -> None:
-    if started(bench)[0] == "refused":
+    if two_ranks(bench)[0] == "refused":
         return
     with folder_of_its_own() as folder:
         left, said = bench.fresh(in_new_interpreter, _fail_beside, str(folder))
@@ -123,8 +122,6 @@ _ENDS: Final = {"refused": 100, "interrupted": 101, "raised": 102, "returned": 1
 
 def _start_and_wait(place: Place, folder: str, method: str | None) -> None:
     end_with_parent()
-    for one, handler in FRESH.items():
-        signal.signal(one, handler)
     alone()
     code = "returned"
     try:
@@ -187,7 +184,7 @@ def _end_by_signals(place: Place, folder: str, signs: tuple[int, ...], methods: 
     advice="catch both signals, or whatever they raise; end the ranks, wait for them, and raise it on",
 )
 def _is_told_to_end(bench: Bench) -> None:
-    if started(bench)[0] == "refused":
+    if two_ranks(bench)[0] == "refused":
         return
     signs = (signal.SIGINT, signal.SIGTERM)
     with folder_of_its_own() as folder:  # forking is the fastest
@@ -211,7 +208,7 @@ def _is_told_to_end(bench: Bench) -> None:
     level=Level.SHOULD,
 )
 def _is_killed(bench: Bench) -> None:
-    if started(bench)[0] == "refused":
+    if two_ranks(bench)[0] == "refused":
         return
     with folder_of_its_own() as folder:
         seen, _ = bench.fresh(in_new_interpreter, _end_by_signals, str(folder), (signal.SIGKILL,), (None,))

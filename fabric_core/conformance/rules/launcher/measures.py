@@ -31,7 +31,8 @@ __all__ = [
     "run",
     "set_up_and_undo",
     "start",
-    "started",
+    "start_ranks",
+    "two_ranks",
 ]
 
 SOON: Final = 12.0
@@ -59,27 +60,37 @@ def refuses(error: BaseException) -> bool:
     return isinstance(error, LaunchError) and not isinstance(error, RankFailedError)
 
 
-def _answer(one: int, other: int) -> int:
-    return one + other
+def _as_rank(place: Place, fails: int | None) -> Any:
+    info = place.plugin().detect(dict(os.environ))
+    rank = -1 if info is None else info.global_rank
+    if rank == fails:
+        raise ZeroDivisionError("the kit's own")
+    return rank, None if info is None else info.world_size, b"x" * 3_000_000
 
 
-def _start_somehow(place: Place) -> tuple[str, Any]:
-    alone()
-    outcome: tuple[str, Any] = ("refused", None)
-    for how in ({"processes": 1}, {"processes": 2}, {"processes": 2, "start_method": "fork"}):
-        outcome = start(place.plugin(), _answer, 40, 2, **how)
-        if outcome[0] != "refused":
-            break
-    return outcome
+def start_ranks(place: Place, fails: int | None, **order: Any) -> tuple[str, Any, list[str]]:
+    """Start ranks, two where ``order`` says nothing else, of which one may fail; say what came of it, and what is left.
 
-
-def started(bench: Bench) -> tuple[str, Any]:
-    """Give what came of starting a function that returns 42, by the first way that the launcher doesn't refuse.
-
-    Where it is ``refused``, it starts no function at all, and has nothing to end.
+    Rank 0 gives its rank, the number of ranks, and 3 MB.
     """
-    outcome: tuple[str, Any] = bench.once(_start_somehow)
-    return outcome
+    alone()
+    before = snapshot.take()
+    outcome, result = start(place.plugin(), _as_rank, place, fails, **order)
+    return outcome, result, left_behind(before)
+
+
+def _start_two(place: Place) -> tuple[str, Any, list[str]]:
+    seen = start_ranks(place, None)
+    return seen if seen[0] != "refused" or seen[2] else start_ranks(place, None, start_method="fork")
+
+
+def two_ranks(bench: Bench) -> tuple[str, Any, list[str]]:
+    """Give what ``start_ranks`` gives, by whichever method the launcher doesn't refuse.
+
+    Where both are ``refused`` it starts no ranks, and has nothing to end.
+    """
+    seen: tuple[str, Any, list[str]] = bench.once(_start_two)
+    return seen
 
 
 def left_behind(before: snapshot.Snapshot) -> list[str]:
@@ -103,8 +114,10 @@ def in_new_interpreter(place: Place, function: Callable[..., Any], *args: Any) -
 
 
 def obey(folder: str) -> None:
-    """Do what ``in_new_interpreter`` asks."""
+    """Do what ``in_new_interpreter`` asks, in a process that hears its signals, also where its parent ignores them."""
     end_with_parent()
+    for one, handler in FRESH.items():
+        signal.signal(one, handler)
     function, place, args = pickle.loads(Path(folder, "order").read_bytes())  # noqa: S301 - our own
     answer = function(place, *args)
     Path(folder, "answer").write_bytes(pickle.dumps(answer))

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,20 +19,25 @@ from fabric_core.conformance.rules.launcher.measures import (
     left_behind,
     set_up_and_undo,
     start,
-    started,
+    start_ranks,
+    two_ranks,
 )
 from fabric_core.fabric import Fabric
 
 TABLE: Final = Table("launcher", inside=False)
 
 
+def _answer(one: int, other: int) -> int:
+    return one + other
+
+
 def _fail() -> None:
     raise ZeroDivisionError("the kit's own")
 
 
-def _start_failing(place: Place) -> tuple[str, Any]:
+def _start_one(place: Place, function: Callable[..., Any], *args: Any) -> tuple[str, Any]:
     alone()
-    return start(place.plugin(), _fail, processes=1)
+    return start(place.plugin(), function, *args, processes=1)
 
 
 @TABLE.rule(
@@ -42,7 +48,7 @@ def _start_failing(place: Place) -> tuple[str, Any]:
     advice="pass order.args on, and return rank 0's result",
 )
 def _returns(bench: Bench) -> None:
-    outcome, result = started(bench)
+    outcome, result = bench.fresh(_start_one, _answer, 40, 2)
     if outcome != "refused" and result != 42:
         raise Broken(f"it gives {result!r}, and the function returned 42")
 
@@ -54,24 +60,9 @@ def _returns(bench: Bench) -> None:
     advice="raise RankFailedError with the rank's traceback",
 )
 def _raises(bench: Bench) -> None:
-    outcome, result = bench.fresh(_start_failing)
+    outcome, result = bench.fresh(_start_one, _fail)
     if outcome == "ran":
         raise Broken(f"it gives {result!r}")
-
-
-def _start_several(place: Place, fails: int | None) -> tuple[str, Any, list[str]]:
-    alone()
-    before = snapshot.take()
-    outcome, result = start(place.plugin(), _as_rank, place, fails)
-    return outcome, result, left_behind(before)
-
-
-def _as_rank(place: Place, fails: int | None) -> Any:
-    info = place.plugin().detect(dict(os.environ))
-    rank = -1 if info is None else info.global_rank
-    if rank == fails:
-        raise ZeroDivisionError("the kit's own")
-    return rank, None if info is None else info.world_size, b"x" * 3_000_000
 
 
 @TABLE.rule(
@@ -82,7 +73,7 @@ def _as_rank(place: Place, fails: int | None) -> Any:
     advice="wait for every rank, return rank 0's result, and undo what was set; or raise LaunchError at once",
 )
 def _several(bench: Bench) -> None:
-    outcome, result, left = bench.fresh(_start_several, None)
+    outcome, result, left = two_ranks(bench)
     if left:
         raise Broken(f"it leaves {', '.join(left)} changed")
     if outcome == "refused":
@@ -98,7 +89,7 @@ def _several(bench: Bench) -> None:
     advice="end the other ranks, wait for them, and raise RankFailedError",
 )
 def _one_fails(bench: Bench) -> None:
-    outcome, result, left = bench.fresh(_start_several, 1)
+    outcome, result, left = bench.fresh(start_ranks, 1)
     if outcome == "ran":
         raise Broken(f"rank 1 failed, and it gives {repr(result)[:100]}")
     if left:
@@ -106,10 +97,7 @@ def _one_fails(bench: Bench) -> None:
 
 
 def _start_on_nodes(place: Place) -> tuple[str, Any, list[str]]:
-    alone()
-    before = snapshot.take()
-    outcome, result = start(place.plugin(), _as_rank, place, None, processes=1, nodes=2)
-    return outcome, result, left_behind(before)
+    return start_ranks(place, None, processes=1, nodes=2)
 
 
 @TABLE.rule(
