@@ -40,36 +40,32 @@ class _Listener:
         return (yield)
 
 
-def _listen(place: Place) -> list[tuple[list[str], list[float]]]:
-    """Call each collective of two that live at once; give what their extensions heard, and what came of it."""
+def _listen(place: Place) -> list[list[str]]:
+    """Call each collective of two that live at once; give what their extensions heard."""
     listeners = _Listener(), _Listener()
     seen = []
     with place.fabric(extension=listeners[0]) as one, place.fabric(extension=listeners[1]) as other:
         for fabric, listener in ((one, listeners[0]), (other, listeners[1])):
             listener.heard.clear()
-            tensor = torch.full((1,), float(place.rank), device=fabric.device)
-            total = fabric.all_reduce(tensor, reduce_op="sum").item()
-            rows = fabric.all_gather(tensor).flatten().tolist()
-            last = fabric.broadcast(float(place.rank), src=place.world_size - 1)
+            fabric.all_reduce(torch.ones(1, device=fabric.device), reduce_op="sum")
+            fabric.all_gather(torch.ones(1, device=fabric.device))
+            fabric.broadcast(place.rank)
             fabric.barrier()
-            seen.append((listener.heard, [total, *rows, last]))
+            seen.append(listener.heard)
     return seen
 
 
 @TABLE.rule(
     "STR-404",
-    "Extensions go round each collective, of each of two that live at once, and what comes of it is the same.",
+    "Extensions go round each collective, of each of two that live at once.",
     reason="Whoever traces, checks or watches a training does it by them; Fabric's own `warn_after` is one.",
     advice="give new collectives from connect and from fork, whose methods are looked up on the instance",
     needs=("distributed",),
     world_sizes=SEVERAL,
 )
 def _extended(bench: Bench) -> None:
-    ranks = [float(rank) for rank in range(bench.world_size)]
     for rank, fabrics in enumerate(bench.run(_listen)):
-        for heard, values in fabrics:
+        for heard in fabrics:
             missing = {"all_reduce", "all_gather", "broadcast", "barrier"} - set(heard)
             if missing:
                 raise Broken(f"on rank {rank} an extension does not hear {', '.join(sorted(missing))}")
-            if values != [sum(ranks), *ranks, ranks[-1]]:
-                raise Broken(f"on rank {rank}, with an extension, the ranks' numbers add and come as {values}")
