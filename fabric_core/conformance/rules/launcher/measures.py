@@ -69,7 +69,7 @@ def _as_rank(place: Place, fails: int | None) -> Any:
 
 
 def start_ranks(place: Place, fails: int | None, **order: Any) -> tuple[str, Any, list[str]]:
-    """Start ranks, two where ``order`` says nothing else, of which one may fail; say what came of it, and what is left.
+    """Start ranks, two by default, of which one may fail; say what came of it, and what is left.
 
     Rank 0 gives its rank, the number of ranks, and 3 MB.
     """
