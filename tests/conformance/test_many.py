@@ -17,6 +17,8 @@ from fabric_core.conformance.many import run_many
 from fabric_core.conformance.runner import Verdict
 from fabric_core.errors import RequestError
 
+pytestmark = pytest.mark.sampled(0.5)
+
 LAZY = Subject.of("precision", "proof.mutants.precision:Lazy")
 SEVERAL = [Subject.of("precision", "64-true"), LAZY, Subject.of("precision", "16-mixed")]
 
