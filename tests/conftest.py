@@ -8,13 +8,12 @@ from typing import Final, Literal
 
 import pytest
 
-from fabric_core.conformance.pool import RankPool
+from fabric_core.conformance.pool import RESOLVER, RankPool
 
 SEED: Final = os.environ.setdefault("FABRIC_SAMPLE_SEED", str(random.randrange(10**6)))  # noqa: S311 - of tests
 """What a plain run draws follows from it, also where a test draws itself."""
 
-# PyTorch asks for the name of each address that a rank connects to; by default a lost answer takes 5 s.
-os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+os.environ.setdefault("RES_OPTIONS", RESOLVER)
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # As a shell starts what runs in the background; processes that the tests start would ignore Ctrl-C too.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["conformance"]
 
 _WORKERS: Final = 4
-"""How many plugins are judged at once at most, where nobody says; each takes some 2 GB."""
+"""How many plugins are judged at once at most by default."""
 
 
 def conformance(

@@ -20,7 +20,7 @@ from torch.distributed import TCPStore
 
 from fabric_core._torch import compiler
 
-__all__ = ["VARIABLES", "RankHang", "RankPool", "RankRaised", "die_with_driver"]
+__all__ = ["RESOLVER", "VARIABLES", "RankHang", "RankPool", "RankRaised", "die_with_driver"]
 
 VARIABLES: Final = (
     "RANK",
@@ -37,7 +37,7 @@ VARIABLES: Final = (
 """The environment variables that a rank finds, as under ``torchrun``."""
 
 _ADDRESS: Final = "127.0.0.1"
-_RESOLVER: Final = "timeout:1 attempts:1"
+RESOLVER: Final = "timeout:1 attempts:1"
 """PyTorch asks for the name of each address that it connects to; by default a lost answer takes 5 s."""
 _GRACE: Final = 2.0
 """How many seconds the other ranks have to come to an end after one failed."""
@@ -236,7 +236,7 @@ def die_with_driver() -> None:
 def _serve(rank: int, world_size: int, port: int, connection: Connection, stacks: Connection, timeout: float) -> None:
     """Run what comes through the pipe until it closes."""
     die_with_driver()
-    os.environ.setdefault("RES_OPTIONS", _RESOLVER)
+    os.environ.setdefault("RES_OPTIONS", RESOLVER)
     values = (rank, rank, 0, world_size, world_size, _ADDRESS, port, "pool", True, 0)
     import torch
 

@@ -1,6 +1,5 @@
 """Rules for precisions: how batches are converted."""
 
-from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -17,42 +16,31 @@ def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
-def _flat(data: Any) -> tuple[list[Any], Any]:
-    # The kit's dataclass is no registered container; the kit opens it itself.
-    opened = tree_map_only(cases.Record, lambda one: {"value": _open(one.value), "label": one.label}, data)
-    return tree_flatten(opened)
-
-
 def _open(data: Any) -> Any:
+    # The kit's dataclass is no registered container; the kit opens it itself.
     return tree_map_only(cases.Record, lambda one: {"value": _open(one.value), "label": one.label}, data)
 
 
-def _conversion(
-    bench: Bench, payload: cases.Payload, convert: Callable[[Any, Any], Any]
-) -> tuple[Any, Any, list[tuple[Any, Any]]]:
+def _conversion(bench: Bench, payload: cases.Payload, which: str) -> tuple[Any, Any, list[tuple[Any, Any]]]:
     data = payload.make()
-    result = convert(bench.plugin(), data)
-    before, structure = _flat(data)
-    after, again = _flat(result)
+    result = getattr(bench.plugin(), f"convert_{which}")(data)
+    before, structure = tree_flatten(_open(data))
+    after, again = tree_flatten(_open(result))
     if structure != again or type(result) is not type(data):
         raise Broken(f"{data!r} becomes {result!r}: another structure")
     return data, result, list(zip(before, after, strict=True))
 
 
-def _payloads() -> Any:
-    return cases.payloads()
-
-
 def _check_floats(bench: Bench, payload: cases.Payload, which: str) -> None:
     dtype = getattr(bench.plugin().policy, f"{which}_dtype")
-    _, _, leaves = _conversion(bench, payload, lambda plugin, data: getattr(plugin, f"convert_{which}")(data))
+    _, _, leaves = _conversion(bench, payload, which)
     for before, after in leaves:
         if _is_float(before) and after.dtype != (dtype or before.dtype):
             raise Broken(f"a tensor of {before.dtype} becomes {after.dtype}, and the policy means {dtype}")
 
 
 def _check_others(bench: Bench, payload: cases.Payload, which: str) -> None:
-    _, _, leaves = _conversion(bench, payload, lambda plugin, data: getattr(plugin, f"convert_{which}")(data))
+    _, _, leaves = _conversion(bench, payload, which)
     for before, after in leaves:
         if not _is_float(before) and after is not before:
             raise Broken(f"{before!r} becomes {after!r}")
@@ -60,7 +48,7 @@ def _check_others(bench: Bench, payload: cases.Payload, which: str) -> None:
 
 def _check_same(bench: Bench, payload: cases.Payload, which: str) -> None:
     dtype = getattr(bench.plugin().policy, f"{which}_dtype")
-    data, result, leaves = _conversion(bench, payload, lambda plugin, data: getattr(plugin, f"convert_{which}")(data))
+    data, result, leaves = _conversion(bench, payload, which)
     if all(not _is_float(one) or one.dtype == (dtype or one.dtype) for one, _ in leaves) and result is not data:
         raise Broken(f"nothing in {data!r} had to change, and another object comes back")
 
@@ -70,7 +58,7 @@ def _check_same(bench: Bench, payload: cases.Payload, which: str) -> None:
     "`convert_input` converts every floating-point tensor to the policy's input_dtype, however deep it lies.",
     reason="A batch may be a tuple, a dict, a dataclass; one that is left out fails in the first matrix product.",
     advice="use fabric_core.contracts.convert_tensors",
-    examples=_payloads,
+    examples=cases.payloads,
     count=40,
 )
 def _inputs(bench: Bench, payload: cases.Payload) -> None:
@@ -82,7 +70,7 @@ def _inputs(bench: Bench, payload: cases.Payload) -> None:
     "`convert_input` leaves integers, booleans, complex numbers and all that is no tensor alone.",
     reason="Token ids and masks are not quantities.",
     advice="convert where tensor.is_floating_point(), and nothing else",
-    examples=_payloads,
+    examples=cases.payloads,
     count=40,
 )
 def _other_inputs(bench: Bench, payload: cases.Payload) -> None:
@@ -94,7 +82,7 @@ def _other_inputs(bench: Bench, payload: cases.Payload) -> None:
     "`convert_input` returns the very same object where nothing had to change.",
     reason="Copying every batch costs time, and breaks a batch that is compared by identity.",
     advice="use fabric_core.contracts.convert_tensors",
-    examples=_payloads,
+    examples=cases.payloads,
     count=40,
 )
 def _same_input(bench: Bench, payload: cases.Payload) -> None:
@@ -106,7 +94,7 @@ def _same_input(bench: Bench, payload: cases.Payload) -> None:
     "`convert_output` converts every floating-point tensor to the policy's output_dtype, however deep it lies.",
     reason="The loss is computed from it, in the type that the policy promises.",
     advice="use fabric_core.contracts.convert_tensors",
-    examples=_payloads,
+    examples=cases.payloads,
     count=40,
 )
 def _outputs(bench: Bench, payload: cases.Payload) -> None:
@@ -118,7 +106,7 @@ def _outputs(bench: Bench, payload: cases.Payload) -> None:
     "`convert_output` leaves integers, booleans, complex numbers and all that is no tensor alone.",
     reason="Predicted classes are not quantities.",
     advice="convert where tensor.is_floating_point(), and nothing else",
-    examples=_payloads,
+    examples=cases.payloads,
     count=40,
 )
 def _other_outputs(bench: Bench, payload: cases.Payload) -> None:
@@ -130,7 +118,7 @@ def _other_outputs(bench: Bench, payload: cases.Payload) -> None:
     "`convert_output` returns the very same object where nothing had to change.",
     reason="A model may return an object that its caller knows.",
     advice="use fabric_core.contracts.convert_tensors",
-    examples=_payloads,
+    examples=cases.payloads,
     count=40,
 )
 def _same_output(bench: Bench, payload: cases.Payload) -> None:
